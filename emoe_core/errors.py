@@ -1,0 +1,41 @@
+"""Errors a user can cause and mend.
+
+Every message says what is wrong and what to do about it; the command line prints it without a traceback. Mistakes of
+our own code stay `AssertionError` or the built-in exceptions.
+"""
+
+
+class EmoeError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class BudgetError(EmoeError):
+    """The expert budget cannot be understood or cannot hold what one forward pass needs."""
+
+
+class CheckpointError(EmoeError):
+    """The checkpoint is missing, is not a Mixture-of-Experts model, or is damaged."""
+
+
+class PackError(EmoeError):
+    """The expert pack is truncated, altered, or belongs to another checkpoint."""
+
+
+class UnsupportedFamilyError(CheckpointError):
+    """The model family has no expert layout that emoe can serve."""
+
+
+class OptionError(EmoeError):
+    """An option has an unknown name or a value outside its range."""
+
+
+class IntegrationError(EmoeError):
+    """The emoe experts function was reached in a way that it cannot serve exactly."""
+
+
+class DataError(EmoeError):
+    """A data set or a package that carries data is missing or damaged."""
+
+
+class ExperimentError(EmoeError):
+    """A sweep file, a notebook parameter or a recorded run is not usable."""
