@@ -1,34 +1,23 @@
-"""The cache on disk, and how packages that carry data or weights get into it.
+"""How packages that carry data or weights get into the cache.
 
-Everything that can be rebuilt (packages, data sets, built checkpoints, expert packs) lives under one directory that a
-user may delete at any time. Writes are atomic: a file under its final name is complete.
+Writes are atomic: a file under its final name is complete. Nothing is installed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from emoe_core.cache import cache_dir
 from emoe_core.errors import DataError
 
 CHUNK_BYTES = 1 << 20
 
-
-def cache_dir() -> Path:
-    """Return the cache directory, made if missing: ``$EMOE_CACHE``, else ``$XDG_CACHE_HOME/emoe``, else ``~/.cache/emoe``."""
-    chosen = os.environ.get("EMOE_CACHE")
-    base = (
-        Path(chosen)
-        if chosen
-        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")).expanduser() / "emoe"
-    )
-    base.mkdir(parents=True, exist_ok=True)
-    return base
+__all__ = ["cache_dir", "fetch_package", "sha256_file"]
 
 
 def sha256_file(path: Path) -> str:
