@@ -1,0 +1,332 @@
+"""Open a Hugging Face MoE checkpoint: which experts it has, how one is read, and the model without its experts.
+
+Terms. A *record* is one expert's bytes: its slice of every stacked parameter of the experts module, in the module's
+own layout and dtype, each at a 64-byte boundary, padded to a multiple of 4 KiB. A *MoE layer* is one experts module;
+layers are numbered 0, 1, ... among MoE layers only. *Dense* is everything that is not a routed expert.
+
+The checkpoint is only read, never changed, and no code from it is run. Quantised checkpoints are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import _get_dtype
+
+from emoe_core.conversion import ParamSource, match_sources, target_dtype
+from emoe_core.dense import build_dense_model, meta_model
+from emoe_core.errors import CheckpointError, OptionError, UnsupportedFamilyError
+from emoe_core.shards import Shard, TensorRef, find_shards, fingerprint
+
+PARAM_ALIGN_BYTES = 64
+RECORD_ALIGN_BYTES = 4096
+_DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter within a record: ``shape`` is without the expert axis, ``offset_bytes`` from the record's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset_bytes: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One experts module: its name in the model, its number among MoE layers, and the layout of its records."""
+
+    name: str
+    index: int
+    num_experts: int
+    params: tuple[ParamSpec, ...]
+    record_bytes: int
+
+    def views(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return each parameter as a view of a record (uint8 ``[record_bytes]``); nothing is copied."""
+        return {
+            spec.name: record[spec.offset_bytes : spec.offset_bytes + spec.nbytes].view(spec.dtype).view(spec.shape)
+            for spec in self.params
+        }
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """A checkpoint whose experts can be read one by one.
+
+    Attributes
+    ----------
+    path : Path
+        Directory of the checkpoint.
+    config : PreTrainedConfig
+        A configuration of our own; models get copies of it.
+    model_type : str
+    dtype : torch.dtype
+        Dtype of the model ("auto" resolved).
+    layers : tuple of MoeLayer
+    top_k : int
+        Experts a token is routed to.
+    source_hash : str
+        SHA-256 naming the weights (see `emoe_core.shards.fingerprint`).
+    expert_bytes_total, dense_bytes_total : int
+        Bytes of all records with their padding; bytes of all other weights in the model's dtype.
+    """
+
+    path: Path
+    config: PreTrainedConfig
+    model_type: str
+    dtype: torch.dtype
+    layers: tuple[MoeLayer, ...]
+    top_k: int
+    source_hash: str
+    expert_bytes_total: int
+    dense_bytes_total: int
+    shards: tuple[Shard, ...] = field(repr=False)
+    _sources: Mapping[str, ParamSource] = field(repr=False)
+    _dense: Mapping[str, TensorRef] = field(repr=False)
+
+    def expert_tensors(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        """Return one expert's parameters as stock loading would place them in ``module.<param>[expert]``.
+
+        Only this expert's bytes are read.
+        """
+        spec = self.layers[layer]
+        return {param.name: self._sources[f"{spec.name}.{param.name}"].read_expert(expert) for param in spec.params}
+
+    def read_record(self, layer: int, expert: int, out: torch.Tensor) -> None:
+        """Fill ``out`` (uint8 ``[record_bytes]``) with one expert's record, padding zeroed."""
+        spec = self.layers[layer]
+        out.zero_()
+        views = spec.views(out)
+        for name, tensor in self.expert_tensors(layer, expert).items():
+            views[name].copy_(tensor)
+
+    def source_mtimes(self) -> dict[str, int]:
+        """Return each shard's modification time in nanoseconds, by file name, as it was when the index was made."""
+        return {shard.file.name: shard.mtime_ns for shard in self.shards}
+
+    def build_model(
+        self,
+        device: str | torch.device = "cpu",
+        attn_implementation: str | None = None,
+        experts_implementation: str | None = None,
+    ) -> PreTrainedModel:
+        """Return the stock transformers model in evaluation mode with all weights but the routed experts.
+
+        Expert parameters stay on the meta device. Everything else is bit for bit what ``from_pretrained`` loads.
+
+        Raises
+        ------
+        CheckpointError
+            When a tensor of the model is missing from the checkpoint or has another shape.
+        """
+        return build_dense_model(
+            deepcopy(self.config),
+            self.dtype,
+            self.path,
+            dict(self._dense),
+            frozenset(self._sources),
+            torch.device(device),
+            attn_implementation,
+            experts_implementation,
+        )
+
+
+def open_checkpoint(path: str | Path, dtype: str | torch.dtype = "auto") -> CheckpointIndex:
+    """Index a checkpoint without loading its weights.
+
+    Parameters
+    ----------
+    path : str or Path
+        A local directory, or the id of a model on the Hugging Face hub, which is then downloaded.
+    dtype : str or torch.dtype
+        "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+
+    Raises
+    ------
+    CheckpointError
+        When there is no model, it is dense, quantised, incomplete, or not in safetensors.
+    UnsupportedFamilyError
+        When the family's experts cannot be served.
+    OptionError
+        When the dtype is unknown.
+    """
+    requested = dtype if isinstance(dtype, torch.dtype) else _parse_dtype(dtype)
+    folder = _resolve(path)
+    config = _read_config(folder)
+    shards, metadata = find_shards(folder)
+    config, resolved = _get_dtype(
+        requested, [str(shard.file) for shard in shards], config, metadata or None, None, True
+    )
+    _check_family(config, folder)
+    model = meta_model(deepcopy(config), resolved)
+    modules = _experts_modules(model, folder)
+    expert_params = {
+        f"{name}.{key}": parameter for name, params in modules.items() for key, parameter in params.items()
+    }
+    refs = [ref for shard in shards for ref in shard.tensors]
+    sources, dense = match_sources(model, refs, expert_params, resolved)
+    layers = tuple(_layer(index, name, params, sources) for index, (name, params) in enumerate(modules.items()))
+    return CheckpointIndex(
+        path=folder,
+        config=config,
+        model_type=config.model_type,
+        dtype=resolved,
+        layers=layers,
+        top_k=_top_k(config),
+        source_hash=fingerprint(shards),
+        expert_bytes_total=sum(layer.num_experts * layer.record_bytes for layer in layers),
+        dense_bytes_total=_dense_bytes(model, set(expert_params), resolved),
+        shards=shards,
+        _sources=sources,
+        _dense=dense,
+    )
+
+
+def _parse_dtype(name: str) -> str | torch.dtype:
+    if name not in _DTYPE_NAMES:
+        raise OptionError(f"unknown dtype {name!r}: choose one of {', '.join(_DTYPE_NAMES)}")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _resolve(path: str | Path) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is not a model: it has no config.json. Give the directory that save_pretrained() or a hub "
+                f"download wrote."
+            )
+        return folder.resolve()
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; give the directory of a Hugging Face checkpoint.")
+    if isinstance(path, str) and _HUB_ID.fullmatch(path):
+        return _download(path)
+    raise CheckpointError(f"{folder} does not exist; give the directory of a Hugging Face checkpoint.")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted)).resolve()
+    except Exception as error:  # the hub client raises many unrelated types when offline or refused
+        raise CheckpointError(
+            f"{hub_id!r} is no directory here, and the hub could not be asked for it ({type(error).__name__}). Check "
+            f"the name and the network, or give a local directory."
+        ) from error
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        model_type = raw["model_type"]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is no model configuration ({error!r}).") from error
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{folder} ({model_type}) is quantised ({method}). emoe serves float32, bfloat16 and float16 experts; use "
+            f"the unquantised weights of this model, or dequantise them with transformers and save them again."
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise UnsupportedFamilyError(
+            f"model type {model_type!r} at {folder} is not part of this transformers, or its configuration is invalid "
+            f"({str(error).splitlines()[0]}). emoe never runs code that comes with a checkpoint."
+        ) from error
+
+
+def _expert_count(config: PreTrainedConfig) -> int:
+    text = config.get_text_config()
+    counts = [getattr(text, name, None) for name in _EXPERT_COUNTS]
+    return max((count for count in counts if isinstance(count, int)), default=0)
+
+
+def _check_family(config: PreTrainedConfig, folder: Path) -> None:
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedFamilyError(
+            f"model type {config.model_type!r} at {folder} is not a causal language model of transformers."
+        )
+
+
+def _experts_modules(model: PreTrainedModel, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the stacked parameters of every module that dispatches through transformers' experts interface."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "_apply_gate")):
+            continue
+        params = dict(module.named_parameters(recurse=False))
+        counts = {parameter.shape[0] for parameter in params.values()}
+        if len(counts) != 1:
+            raise UnsupportedFamilyError(
+                f"model type {model.config.model_type!r}: {name} holds parameters without a common expert axis "
+                f"({ {key: tuple(value.shape) for key, value in params.items()} })."
+            )
+        found[name] = params
+    if found:
+        return found
+    model_type, experts = model.config.model_type, _expert_count(model.config)
+    if experts > 1:
+        raise UnsupportedFamilyError(
+            f"model type {model_type!r} at {folder} has {experts} experts, but transformers does not route this "
+            f"family through its experts interface, so emoe cannot serve it."
+        )
+    raise CheckpointError(
+        f"{folder} ({model_type}) has no MoE layer: it is a dense model, and there are no experts to keep or to load. "
+        f"Run it with stock transformers."
+    )
+
+
+def _layer(index: int, name: str, params: Mapping[str, torch.Tensor], sources: Mapping[str, ParamSource]) -> MoeLayer:
+    specs = []
+    offset = 0
+    for key, parameter in params.items():
+        dtype = sources[f"{name}.{key}"].dtype
+        nbytes = parameter[0].numel() * dtype.itemsize
+        specs.append(ParamSpec(key, tuple(parameter.shape[1:]), dtype, offset, nbytes))
+        offset = _round_up(offset + nbytes, PARAM_ALIGN_BYTES)
+    num_experts = next(iter(params.values())).shape[0]
+    return MoeLayer(name, index, num_experts, tuple(specs), _round_up(offset, RECORD_ALIGN_BYTES))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _top_k(config: PreTrainedConfig) -> int:
+    text: Any = config.get_text_config()
+    for name in _TOP_K:
+        value = getattr(text, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    raise UnsupportedFamilyError(
+        f"model type {config.model_type!r}: the configuration does not say how many experts a token uses "
+        f"(looked for {', '.join(_TOP_K)})."
+    )
+
+
+def _dense_bytes(model: PreTrainedModel, expert_names: set[str], dtype: torch.dtype) -> int:
+    skipped = expert_names | set(model.all_tied_weights_keys)
+    stored = set(model.state_dict())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return sum(
+        tensor.numel() * (target_dtype(model, name, tensor, dtype) if name in stored else tensor.dtype).itemsize
+        for name, tensor in tensors.items()
+        if name not in skipped
+    )

@@ -1,0 +1,216 @@
+"""From a checkpoint's tensor names to the parameters of an experts module, one expert at a time.
+
+Checkpoints store experts in many ways: a tensor per expert and projection (Mixtral's ``w1``, ``w3``, ``w2``), or one
+*fused* tensor with a leading expert axis. transformers describes each family by renamings and converters (chains of
+operations such as stack, concatenate, transpose). This module runs those same operations on one expert's tensors, as
+if the layer had a single expert, so a record holds bit for bit what stock loading puts in ``module.<param>[expert]``.
+
+It does not hand-write any family, and refuses a chain that mixes experts with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    ConversionOps,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from emoe_core.errors import CheckpointError, UnsupportedFamilyError
+from emoe_core.shards import TensorRef
+
+
+class _OneExpertShapes:
+    """Stands for the model in conversion operations that ask for a target's shape: the same, with one expert."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty((1, *self._shape[1:]), device="meta")
+
+
+@dataclass(frozen=True)
+class ParamSource:
+    """The tensors on disk behind one stacked parameter, and the operations that make it from them.
+
+    ``sources`` maps the converter's source pattern to its tensors: one a expert, or a single fused one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sources: Mapping[str, tuple[TensorRef, ...]]
+    converter: WeightConverter | None
+    fused: bool
+    config: Any
+
+    def read_expert(self, expert: int) -> torch.Tensor:
+        """Return ``parameter[expert]`` (contiguous, in the model's dtype), reading only this expert's bytes."""
+        collected: dict[str, Any] = {}
+        for pattern, refs in self.sources.items():
+            tensor = refs[0].read_row(expert) if self.fused else refs[expert].read()
+            # Cast before the operations, as the stock loader does.
+            collected[pattern] = [tensor.to(self.dtype)]
+        if self.converter is None:
+            tensor = next(iter(collected.values()))[0]
+        else:
+            # Operations may keep state and empty their input; a copy keeps reads independent across threads.
+            for operation in self.converter.operations:
+                collected = operation.convert(
+                    collected,
+                    source_patterns=self.converter.source_patterns,
+                    target_patterns=self.converter.target_patterns,
+                    full_layer_name=self.name,
+                    model=_OneExpertShapes(self.shape),
+                    config=self.config,
+                    missing_keys=None,
+                )
+            (made,) = collected.values()
+            tensor = made[0] if isinstance(made, list) else made
+        if tuple(tensor.shape) != (1, *self.shape[1:]):
+            raise CheckpointError(
+                f"{self.name}[{expert}] converts to shape {tuple(tensor.shape[1:])}, the model expects "
+                f"{self.shape[1:]}. The configuration and the weights disagree; fetch the checkpoint again."
+            )
+        return tensor[0].contiguous()
+
+
+def match_sources(
+    model: PreTrainedModel, refs: Iterable[TensorRef], expert_params: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> tuple[dict[str, ParamSource], dict[str, TensorRef]]:
+    """Split a checkpoint's tensors into sources of expert parameters and all others.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model on the meta device: names, shapes and the family's conversion rules.
+    refs : iterable of TensorRef
+        All tensors of the checkpoint.
+    expert_params : mapping of str to Tensor
+        Full names of the stacked expert parameters, each ``[num_experts, ...]`` on the meta device.
+    dtype : torch.dtype
+        The model's dtype.
+
+    Returns
+    -------
+    tuple
+        Source of each expert parameter by its name, and the remaining tensors by their name on disk.
+
+    Raises
+    ------
+    CheckpointError
+        When an expert's tensors are missing.
+    UnsupportedFamilyError
+        When the family's conversion mixes experts.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    names = model.state_dict()
+    collected: dict[str, dict[str, list[TensorRef]]] = {}
+    others: dict[str, TensorRef] = {}
+    # Natural order: the stock loader stacks experts in the order of their sorted names.
+    for ref in sorted(refs, key=lambda item: dot_natural_key(item.name)):
+        target, pattern = rename_source_key(ref.name, renamings, converters, model.base_model_prefix, names)
+        if target not in names and ref.name in names:
+            target, pattern = rename_source_key(ref.name, [], [], model.base_model_prefix, names)
+        if target in expert_params:
+            collected.setdefault(target, {}).setdefault(pattern or "", []).append(ref)
+        else:
+            others[ref.name] = ref
+    missing = [name for name in expert_params if name not in collected]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint has no tensors for {missing[0]} (and {len(missing) - 1} other expert parameters). It is "
+            f"incomplete, or was saved by a version of the family that this transformers does not know."
+        )
+    sources = {
+        name: _param_source(model, name, expert_params[name], collected[name], by_pattern, dtype)
+        for name in expert_params
+    }
+    return sources, others
+
+
+def _param_source(
+    model: PreTrainedModel,
+    name: str,
+    parameter: torch.Tensor,
+    found: dict[str, list[TensorRef]],
+    by_pattern: Mapping[str, WeightConverter],
+    dtype: torch.dtype,
+) -> ParamSource:
+    shape = tuple(parameter.shape)
+    num_experts = shape[0]
+    patterns = set(found)
+    converter = by_pattern[next(iter(found))] if patterns != {""} else None
+    operations = converter.operations if converter is not None else []
+    merges = any(isinstance(operation, MergeModulelist) for operation in operations)
+    if converter is not None:
+        expected = set(converter.source_patterns)
+        safe = len(converter.target_patterns) == 1 and all(_keeps_experts_apart(op) for op in operations)
+        if not safe:
+            raise UnsupportedFamilyError(
+                f"model type {model.config.model_type!r}: {name} is made by {operations}, which emoe cannot do one "
+                f"expert at a time. Models of this family run with stock transformers only."
+            )
+        if patterns != expected:
+            raise CheckpointError(f"{name} needs tensors {sorted(expected)}, the checkpoint has {sorted(patterns)}.")
+    for pattern, refs in found.items():
+        if merges and len(refs) != num_experts:
+            raise CheckpointError(
+                f"{name} needs {num_experts} tensors {pattern!r}, the checkpoint has {len(refs)}. It is incomplete."
+            )
+        if not merges and (len(refs) != 1 or not refs[0].shape or refs[0].shape[0] != num_experts):
+            raise CheckpointError(
+                f"{name} needs one tensor with {num_experts} experts, the checkpoint has "
+                f"{[(ref.name, ref.shape) for ref in refs[:2]]}."
+            )
+    return ParamSource(
+        name=name,
+        shape=shape,
+        dtype=target_dtype(model, name, parameter, dtype),
+        sources={pattern: tuple(refs) for pattern, refs in found.items()},
+        converter=None if converter is None else deepcopy(converter),
+        fused=not merges,
+        config=model.config,
+    )
+
+
+def _keeps_experts_apart(operation: ConversionOps) -> bool:
+    """Say whether an operation on the stacked layer acts on each expert alone (the expert axis is axis 0)."""
+    if isinstance(operation, MergeModulelist):
+        return operation.dim == 0
+    if isinstance(operation, Concatenate | Chunk | Interleave):
+        return operation.dim >= 1
+    if isinstance(operation, Transpose):
+        return min(operation.dim0, operation.dim1) >= 1
+    return False
+
+
+def target_dtype(model: PreTrainedModel, name: str, parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype stock loading gives a parameter or stored buffer, the family's float32 exceptions included."""
+    plan = model._get_dtype_plan(dtype)
+    if plan:
+        pattern, group_names, _ = build_glob_alternation(list(plan))
+        match = pattern.search(name)
+        if match is not None and match.lastgroup is not None:
+            return plan[group_names[match.lastgroup]]
+    return parameter.dtype

@@ -1,0 +1,226 @@
+"""The safetensors files of a checkpoint: which there are, where each tensor's bytes lie, and whether a file is whole.
+
+A *shard* is one safetensors file: eight bytes with the header's length, a JSON header, then the tensors' bytes. Tensors
+are read with plain reads into memory of their own, never through a mapping of the file: a mapped file would count
+towards the process's resident memory, which this project measures. Only safetensors is read; formats that can carry
+code (pickled ``*.bin``) are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+
+from emoe_core.errors import CheckpointError
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100 << 20
+SAMPLES_PER_SHARD = 64
+SAMPLE_BYTES = 4096
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor of a checkpoint lies on disk; nothing is read until it is asked for.
+
+    ``ref[...]`` reads the whole tensor, which is what transformers' own loader asks of a lazy tensor.
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset_bytes: int
+    nbytes: int
+
+    def read(self) -> torch.Tensor:
+        """Return the whole tensor, in its dtype on disk."""
+        return self._read(self.offset_bytes, self.nbytes, self.shape)
+
+    def read_row(self, row: int) -> torch.Tensor:
+        """Return ``tensor[row : row + 1]``, shape ``[1, ...]``, reading only those bytes."""
+        if not 0 <= row < self.shape[0]:
+            raise IndexError(f"row {row} of {self.name} with {self.shape[0]} rows")
+        row_bytes = self.nbytes // self.shape[0]
+        return self._read(self.offset_bytes + row * row_bytes, row_bytes, (1, *self.shape[1:]))
+
+    def __getitem__(self, key: EllipsisType) -> torch.Tensor:
+        if key is not Ellipsis:
+            raise TypeError("a TensorRef is read whole with [...] or by row with read_row()")
+        return self.read()
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def _read(self, offset_bytes: int, nbytes: int, shape: tuple[int, ...]) -> torch.Tensor:
+        out = torch.empty(shape, dtype=self.dtype)
+        if nbytes == 0:
+            return out
+        view = byte_view(out)
+        done = 0
+        with self.file.open("rb", buffering=0) as stream:
+            while done < nbytes:
+                got = os.preadv(stream.fileno(), [view[done:]], offset_bytes + done)
+                if got == 0:
+                    raise CheckpointError(
+                        f"{self.file} ended while reading {self.name}: the file was truncated. Fetch it again."
+                    )
+                done += got
+        return out
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor as writable memory, without a copy."""
+    assert tensor.is_contiguous()
+    array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file, with its tensors in the file's order."""
+
+    file: Path
+    size_bytes: int
+    mtime_ns: int
+    data_offset_bytes: int
+    header: bytes
+    tensors: tuple[TensorRef, ...]
+
+
+def find_shards(folder: Path) -> tuple[tuple[Shard, ...], dict[str, object]]:
+    """Return the shards of a checkpoint directory and the index file's metadata (empty for a single file).
+
+    Raises
+    ------
+    CheckpointError
+        When there is no safetensors weight file, a shard is missing, or a file is truncated or malformed.
+    """
+    index_file = folder / INDEX_NAME
+    if index_file.is_file():
+        return _sharded(folder, index_file)
+    if (folder / SINGLE_NAME).is_file():
+        return (read_shard(folder / SINGLE_NAME),), {}
+    pickled = sorted(entry.name for entry in folder.glob("*.bin"))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} holds only pickled weights ({pickled[0]}): unpickling can run code, so emoe reads safetensors "
+            f"only. Load the model once with transformers and save it again with save_pretrained()."
+        )
+    raise CheckpointError(
+        f"{folder} has a configuration but no weights: expected {SINGLE_NAME} or {INDEX_NAME}. Fetch the model again."
+    )
+
+
+def _sharded(folder: Path, index_file: Path) -> tuple[tuple[Shard, ...], dict[str, object]]:
+    try:
+        index = json.loads(index_file.read_text())
+        weight_map: dict[str, str] = index["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index_file} is not a safetensors index ({error}). Fetch it again.") from error
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{index_file} names a file outside its directory: {name!r}. Refused.")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(names)} shards named in {INDEX_NAME}: {', '.join(missing[:3])}. "
+            f"Fetch the missing files."
+        )
+    shards = tuple(read_shard(folder / name) for name in names)
+    present = {ref.name: shard.file.name for shard in shards for ref in shard.tensors}
+    lost = [key for key, name in weight_map.items() if present.get(key) != name]
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} tensors named in {index_file} are not in their shard, the first is {lost[0]!r} in "
+            f"{weight_map[lost[0]]}. The index and the shards belong to different checkpoints; fetch both again."
+        )
+    metadata = index.get("metadata")
+    return shards, metadata if isinstance(metadata, dict) else {}
+
+
+def read_shard(file: Path) -> Shard:
+    """Read and check one safetensors header; the tensors' bytes are not read.
+
+    Raises
+    ------
+    CheckpointError
+        When the header is malformed or the file's size is not what the header says.
+    """
+    stat = file.stat()
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, max(stat.st_size - 8, 0)):
+            raise CheckpointError(f"{file} is no safetensors file or is truncated in its header. Fetch it again.")
+        header = stream.read(length)
+    data_offset = 8 + length
+    tensors = []
+    end = 0
+    try:
+        entries = json.loads(header)
+        for name, entry in entries.items():
+            if name == "__metadata__":
+                continue
+            start, stop = entry["data_offsets"]
+            dtype = _DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise CheckpointError(
+                    f"{file}: tensor {name!r} has dtype {entry['dtype']}, a quantised format that emoe does not read "
+                    f"yet. Use the bfloat16 or float32 weights of this model."
+                )
+            shape = tuple(int(size) for size in entry["shape"])
+            if stop - start != torch.Size(shape).numel() * dtype.itemsize or start < 0:
+                raise ValueError(f"tensor {name!r} has {stop - start} bytes, its shape {shape} needs another size")
+            tensors.append(TensorRef(name, file, dtype, shape, data_offset + start, stop - start))
+            end = max(end, stop)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} has a malformed safetensors header ({error}). Fetch it again.") from error
+    if stat.st_size != data_offset + end:
+        raise CheckpointError(
+            f"{file} is truncated or altered: its header describes {data_offset + end:,} bytes, the file has "
+            f"{stat.st_size:,}. Fetch it again."
+        )
+    return Shard(file, stat.st_size, stat.st_mtime_ns, data_offset, header, tuple(tensors))
+
+
+def fingerprint(shards: tuple[Shard, ...]) -> str:
+    """Return a SHA-256 that names the weights: every shard's name, size, header, and samples of its bytes.
+
+    The samples (64 pieces of 4 KiB a shard, evenly spread) tell two checkpoints of one architecture apart at the
+    cost of a few reads. They do not notice every altered byte; the pack's checksums do, and modification times say
+    when those must be compared again (see `emoe_core.pack`).
+    """
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.file.name}\0{shard.size_bytes}\0{len(shard.header)}\0".encode())
+        digest.update(shard.header)
+        span = shard.size_bytes - shard.data_offset_bytes
+        with shard.file.open("rb", buffering=0) as stream:
+            for sample in range(SAMPLES_PER_SHARD):
+                at = shard.data_offset_bytes + sample * max(span - SAMPLE_BYTES, 0) // (SAMPLES_PER_SHARD - 1)
+                digest.update(os.pread(stream.fileno(), SAMPLE_BYTES, at))
+    return digest.hexdigest()

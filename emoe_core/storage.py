@@ -1,0 +1,257 @@
+"""The tiers that experts rest in: a packed file on disk, or host memory. Both fill a given buffer with a record.
+
+The packed file is read with O_DIRECT where the file system allows it: reads then cost what the disk costs and leave no
+copy in the page cache, which would be memory that nobody budgeted. Where it is refused, plain reads serve, and
+`PackedFile.fallback_reason` says why; such a run may measure the page cache. Reads release the interpreter lock and
+may run in many threads at once.
+
+Storage knows nothing of slots, residency or policies.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from typing import Literal, Protocol
+
+import torch
+
+from emoe_core.errors import OptionError, PackError
+from emoe_core.pack import Pack, Progress, truncated
+from emoe_core.shards import byte_view
+
+PAGE_BYTES = 4096
+Verify = Literal["first", "always", "never"]
+
+
+class Storage(Protocol):
+    """Where records come from."""
+
+    @property
+    def description(self) -> str:
+        """One line for people: what the tier is and how it is read."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes handed out since opening, padding included."""
+
+    def record_bytes(self, layer: int) -> int:
+        """Return the size of a record of this MoE layer."""
+
+    def read_into(self, layer: int, expert: int, out: torch.Tensor) -> None:
+        """Fill ``out`` (uint8, at least ``record_bytes(layer)`` long, page aligned, on the CPU) with a record."""
+
+    def close(self) -> None:
+        """Release files and memory; reading afterwards is an error."""
+
+
+def aligned_buffer(nbytes: int, pin: bool = False) -> torch.Tensor:
+    """Return uint8 memory ``[nbytes]`` that starts on a page: an anonymous mapping viewed by torch, zeros at first.
+
+    Pages that are never touched cost no memory. The mapping lives as long as the tensor or a view of it.
+
+    Parameters
+    ----------
+    nbytes : int
+    pin : bool
+        Register the memory with CUDA, so that copies to the device run asynchronously.
+    """
+    if nbytes <= 0:
+        raise ValueError(f"a buffer needs at least one byte, not {nbytes}")
+    buffer = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    assert buffer.data_ptr() % PAGE_BYTES == 0
+    if pin:
+        code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)
+        if int(code) != 0:
+            raise OptionError(
+                f"CUDA cannot pin {nbytes:,} bytes of host memory (error {int(code)}). Raise the limit of locked "
+                f"memory (ulimit -l) or load with a smaller budget."
+            )
+    return buffer
+
+
+def unpin(buffer: torch.Tensor) -> None:
+    """Take back the registration of a buffer made with ``aligned_buffer(pin=True)``, before it is dropped."""
+    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+
+class _Checked:
+    """Counts bytes and verifies records: on the first read of each expert, on every read, or never."""
+
+    def __init__(self, pack: Pack, verify: Verify) -> None:
+        if verify not in ("first", "always", "never"):
+            raise OptionError(f"unknown verify mode {verify!r}: choose first, always or never")
+        self.pack = pack
+        self.verify: Verify = verify
+        self._lock = threading.Lock()
+        self._verified: set[tuple[int, int]] = set()
+        self._bytes_read = 0
+        self._closed = False
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_read
+
+    def record_bytes(self, layer: int) -> int:
+        return self.pack.layers[layer].spec.record_bytes
+
+    def _target(self, layer: int, expert: int, out: torch.Tensor) -> memoryview:
+        if self._closed:
+            raise ValueError("the storage is closed")
+        packed = self.pack.layers[layer]
+        if not 0 <= expert < packed.spec.num_experts:
+            raise IndexError(f"expert {expert} of layer {layer} with {packed.spec.num_experts} experts")
+        if out.dtype != torch.uint8 or out.dim() != 1 or not out.is_contiguous() or out.device.type != "cpu":
+            raise ValueError("a record is read into a contiguous one-dimensional uint8 tensor on the CPU")
+        size = packed.spec.record_bytes
+        if out.numel() < size:
+            raise ValueError(f"a record of layer {layer} has {size} bytes, the buffer {out.numel()}")
+        return byte_view(out)[:size]
+
+    def _account(self, layer: int, expert: int, record: memoryview) -> None:
+        with self._lock:
+            self._bytes_read += len(record)
+            check = self.verify == "always" or (self.verify == "first" and (layer, expert) not in self._verified)
+        if check:
+            self.pack.check_record(layer, expert, record)
+            with self._lock:
+                self._verified.add((layer, expert))
+
+
+class PackedFile(_Checked):
+    """Records read from the pack on disk.
+
+    Parameters
+    ----------
+    pack : Pack
+    direct : bool
+        Read past the page cache (O_DIRECT) where the file system allows it.
+    verify : {"first", "always", "never"}
+        When to compare a record's checksum; a mismatch raises PackError.
+
+    Attributes
+    ----------
+    direct : bool
+        Whether reads are in fact direct.
+    fallback_reason : str or None
+        Why they are not, although asked for.
+    """
+
+    def __init__(self, pack: Pack, direct: bool = True, verify: Verify = "first") -> None:
+        super().__init__(pack, verify)
+        self.direct = False
+        self.fallback_reason: str | None = None
+        self._fd = -1
+        if direct:
+            self._open_direct()
+        if self._fd < 0:
+            self._fd = self._open(0)
+
+    @property
+    def description(self) -> str:
+        how = "direct reads" if self.direct else "buffered reads"
+        why = f" ({self.fallback_reason})" if self.fallback_reason else ""
+        return f"packed file {self.pack.path}, {how}{why}"
+
+    def read_into(self, layer: int, expert: int, out: torch.Tensor) -> None:
+        view = self._target(layer, expert, out)
+        if self.direct and out.data_ptr() % PAGE_BYTES != 0:
+            raise ValueError("direct reads need page-aligned memory: make the buffer with aligned_buffer()")
+        packed = self.pack.layers[layer]
+        offset = packed.record_offset(expert)
+        done = 0
+        while done < len(view):
+            # After a short direct read the rest may start off a page, which O_DIRECT refuses: step back to the page.
+            done -= done % PAGE_BYTES if self.direct else 0
+            got = os.preadv(self._fd, [view[done:]], offset + done)
+            if got == 0 or (self.direct and got < PAGE_BYTES and done + got < len(view)):
+                raise truncated(self.pack.path, packed.spec, expert)
+            done += got
+        self._account(layer, expert, view)
+
+    def close(self) -> None:
+        self._closed = True
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _open(self, extra_flags: int) -> int:
+        try:
+            return os.open(self.pack.path, os.O_RDONLY | os.O_CLOEXEC | extra_flags)
+        except OSError as error:
+            if extra_flags and error.errno == errno.EINVAL:
+                raise
+            raise PackError(f"cannot open the pack {self.pack.path}: {error.strerror}") from error
+
+    def _open_direct(self) -> None:
+        if not hasattr(os, "O_DIRECT"):
+            self.fallback_reason = "this operating system has no O_DIRECT"
+            return
+        try:
+            self._fd = self._open(os.O_DIRECT)
+            # Some file systems accept the flag and refuse the read.
+            os.preadv(self._fd, [byte_view(aligned_buffer(PAGE_BYTES))], 0)
+            self.direct = True
+        except OSError as error:
+            self.fallback_reason = f"the file system refuses O_DIRECT: {error.strerror}"
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+
+class HostMemory(_Checked):
+    """All records held in host memory, read once from the pack; pinned when ``pin`` is set.
+
+    Reading a record is a copy. With everything in memory this tier is an upper bound for any disk.
+    """
+
+    def __init__(
+        self, pack: Pack, pin: bool = False, verify: Verify = "first", progress: Progress | None = None
+    ) -> None:
+        super().__init__(pack, verify)
+        self.pinned = pin
+        sizes = [layer.spec.num_experts * layer.spec.record_bytes for layer in pack.layers]
+        self._starts = [sum(sizes[:layer]) for layer in range(len(sizes))]
+        self._memory = aligned_buffer(sum(sizes), pin)
+        source = PackedFile(pack, verify="never" if verify == "never" else "first")
+        total = sum(layer.spec.num_experts for layer in pack.layers)
+        try:
+            done = 0
+            for layer, packed in enumerate(pack.layers):
+                for expert in range(packed.spec.num_experts):
+                    source.read_into(layer, expert, self.record(layer, expert))
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            source.close()
+        if verify == "first":
+            self._verified = {
+                (layer, expert) for layer, packed in enumerate(pack.layers) for expert in range(packed.spec.num_experts)
+            }
+
+    @property
+    def description(self) -> str:
+        return f"host memory, {self._memory.numel():,} bytes{', pinned' if self.pinned else ''}"
+
+    def record(self, layer: int, expert: int) -> torch.Tensor:
+        """Return a record in place (uint8 ``[record_bytes]``), for copies straight to a device."""
+        size = self.record_bytes(layer)
+        start = self._starts[layer] + expert * size
+        return self._memory[start : start + size]
+
+    def read_into(self, layer: int, expert: int, out: torch.Tensor) -> None:
+        view = self._target(layer, expert, out)
+        out[: len(view)].copy_(self.record(layer, expert))
+        self._account(layer, expert, view)
+
+    def close(self) -> None:
+        if not self._closed and self.pinned:
+            unpin(self._memory)
+        self._closed = True
+        self._memory = torch.empty(0, dtype=torch.uint8)
