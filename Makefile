@@ -1,0 +1,44 @@
+# Two commands: `make run` measures, `make test` checks. Both make .venv on first use and need only
+# Python >= 3.11, make and git. Another interpreter: make run PYTHON=python3.12
+PYTHON ?= python3
+SWEEP ?= sweeps/quick.yaml
+NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+BIN = .venv/bin
+READY = .venv/.ready
+
+.PHONY: run test lab ui clean
+.DEFAULT_GOAL = run
+
+run: $(READY)
+	$(BIN)/emoe model build
+	$(BIN)/emoe data prepare
+	@# The report also shows failed runs, so it is written either way; the exit code is the sweep's.
+	$(BIN)/emoe sweep $(SWEEP); code=$$?; $(BIN)/emoe report --hints && exit $$code
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+ifneq ($(NOTEBOOKS),)
+	$(BIN)/emoe model build
+	$(BIN)/python -m pytest -p no:xdist -p no:cacheprovider --nbval-lax --nbval-cell-timeout=60 $(NOTEBOOKS)
+endif
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+ui: $(READY)
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db
+
+clean:
+	rm -rf .venv build dist reports .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@echo "Kept: mlruns (your runs) and the cache of built models (see 'emoe cache')."
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	         "Name another one: make run PYTHON=/path/to/python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,188 @@
+"""What a run ran on: versions, processor, memory, GPU, source revision and the identity of model and data.
+
+Terms: an *environment* is a flat record that two runs can be compared by. `describe_environment` reads it from this
+process and this machine; `Environment.tags` gives the few entries worth filtering runs by.
+
+It does not measure speed and it imports neither torch nor CUDA: where torch is already loaded it is asked, otherwise
+the installed packages and the operating system are.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "datasets", "mlflow", "papermill")
+# The instruction sets that decide how fast, and in which rounding, a matrix product runs.
+NOTABLE_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One machine and one process, as recorded with a run.
+
+    Attributes
+    ----------
+    packages : dict of str to str
+        Versions of the packages that decide a result; missing ones are left out.
+    cpu_flags : list of str
+        Those of `NOTABLE_CPU_FLAGS` that the processor has.
+    cores, threads : int
+        Processor cores that this process may use; threads that torch computes with.
+    ram_bytes : int
+        Memory of the machine.
+    gpus : list of str
+        Names of the CUDA devices, empty without one.
+    commit : str or None
+        Git revision of the project, `dirty` when tracked files differ from it.
+    model_hash, data_hash, seed, dtype
+        Identity of what was run; None where a run has none.
+    """
+
+    python: str
+    executable: str
+    platform: str
+    packages: dict[str, str]
+    cpu: str
+    cpu_flags: list[str]
+    cores: int
+    threads: int
+    ram_bytes: int
+    gpus: list[str] = field(default_factory=list)
+    commit: str | None = None
+    dirty: bool | None = None
+    seed: int | None = None
+    dtype: str | None = None
+    model_hash: str | None = None
+    data_hash: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain types, ready for JSON."""
+        return asdict(self)
+
+    def tags(self) -> dict[str, str]:
+        """Return the entries that runs are filtered by, as MLflow tags with the prefix ``env.``."""
+        tags = {
+            "env.python": self.python,
+            "env.cpu": self.cpu,
+            "env.cores": str(self.cores),
+            "env.threads": str(self.threads),
+            "env.gpu": ", ".join(self.gpus) or "none",
+            "env.commit": f"{self.commit or 'unknown'}{' (modified)' if self.dirty else ''}",
+        }
+        tags |= {f"env.{name}": self.packages[name] for name in ("torch", "transformers") if name in self.packages}
+        known = {"seed": self.seed, "dtype": self.dtype, "model_hash": self.model_hash, "data_hash": self.data_hash}
+        return tags | {f"env.{name}": str(value) for name, value in known.items() if value is not None}
+
+
+def describe_environment(
+    root: Path | None = None,
+    *,
+    seed: int | None = None,
+    dtype: str | None = None,
+    model_hash: str | None = None,
+    data_hash: str | None = None,
+) -> Environment:
+    """Read the environment of this process.
+
+    Parameters
+    ----------
+    root : Path, optional
+        Folder whose git revision is recorded; the working directory when missing.
+    seed, dtype, model_hash, data_hash
+        Passed through into the record.
+    """
+    commit, dirty = git_revision(root or Path.cwd())
+    name, flags = describe_cpu()
+    return Environment(
+        python=platform.python_version(),
+        executable=sys.executable,
+        platform=platform.platform(),
+        packages=package_versions(),
+        cpu=name,
+        cpu_flags=flags,
+        cores=available_cores(),
+        threads=compute_threads(),
+        ram_bytes=psutil.virtual_memory().total,
+        gpus=gpu_names(),
+        commit=commit,
+        dirty=dirty,
+        seed=seed,
+        dtype=dtype,
+        model_hash=model_hash,
+        data_hash=data_hash,
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of `PACKAGES`, without importing them."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_cpu() -> tuple[str, list[str]]:
+    """Return the processor's name and its notable flags (empty where the system does not list them)."""
+    listing = Path("/proc/cpuinfo")
+    name, flags = platform.processor() or platform.machine(), set()
+    if listing.exists():
+        for line in listing.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+                break
+    return name, [flag for flag in NOTABLE_CPU_FLAGS if flag in flags]
+
+
+def available_cores() -> int:
+    """Return the cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def compute_threads() -> int:
+    """Return torch's thread count where torch is loaded, else ``OMP_NUM_THREADS``, else the cores."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return int(torch.get_num_threads())
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    return int(chosen) if chosen.isdigit() else available_cores()
+
+
+def gpu_names() -> list[str]:
+    """Return the names of the CUDA devices, asked from torch where it is loaded, else from the driver's tool."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return [torch.cuda.get_device_name(index) for index in range(count)]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+
+
+def git_revision(root: Path) -> tuple[str | None, bool | None]:
+    """Return (commit, whether tracked files were modified), or (None, None) outside a git checkout."""
+    if shutil.which("git") is None:
+        return None, None
+    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if commit.returncode != 0:
+        return None, None
+    command = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
+    status = subprocess.run(command, capture_output=True, text=True, check=False)
+    return commit.stdout.strip(), bool(status.stdout.strip())

@@ -1,0 +1,75 @@
+"""Numbers with units as people read them.
+
+A metric's unit is the end of its name: ``_bytes``, ``_s``, ``_share``, ``_rate``. `words_of` and `unit_of` split a
+name, `show` formats a value. Bytes are decimal (1 MB = 1,000,000 bytes), as storage is sold and as
+budgets are given.
+"""
+
+from __future__ import annotations
+
+import math
+
+BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+SHARE_ENDINGS = ("_share", "_rate", "_agreement", "_mass")
+
+
+def unit_of(name: str) -> str:
+    """Return the unit that a metric's name ends with, an empty text when it has none."""
+    if name.endswith("_bytes"):
+        return "bytes"
+    if name.endswith("_tokens_per_s"):
+        return "tokens/s"
+    if name.endswith("_bytes_per_s"):
+        return "bytes/s"
+    if name.endswith("_s"):
+        return "s"
+    if name.endswith("_nats"):
+        return "nats"
+    return "%" if name.endswith(SHARE_ENDINGS) else ""
+
+
+def words_of(name: str) -> str:
+    """Return a metric's name as words, without its unit."""
+    for ending in ("_tokens_per_s", "_bytes_per_s", "_bytes", "_s", "_nats"):
+        name = name.removesuffix(ending)
+    return name.replace("_", " ")
+
+
+def show(name: str, value: float | None) -> str:
+    """Return a value as text with the unit of its name; a missing value is a dash."""
+    if value is None or math.isnan(value):
+        return "–"
+    unit = unit_of(name)
+    if unit in ("bytes", "bytes/s"):
+        return show_bytes(value) + unit.removeprefix("bytes")
+    if unit == "s":
+        return show_seconds(value)
+    if unit == "%":
+        return f"{100 * value:.1f}%"
+    return f"{show_number(value)} {unit}".strip()
+
+
+def show_bytes(value: float) -> str:
+    """Return a count of bytes with a decimal prefix."""
+    for size, name in BYTE_UNITS:
+        if abs(value) >= size:
+            return f"{value / size:.3g} {name}" if abs(value) < 1000 * size else f"{value / size:,.0f} {name}"
+    return f"{value:.0f} B"
+
+
+def show_seconds(value: float) -> str:
+    """Return a duration in milliseconds, seconds, minutes or hours."""
+    if 0 < abs(value) < 1:
+        return f"{1000 * value:.3g} ms"
+    if abs(value) < 60:
+        return f"{value:.3g} s"
+    whole = round(value)
+    hours, minutes, seconds = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def show_number(value: float) -> str:
+    """Return a number with four significant digits, whole numbers in full."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"

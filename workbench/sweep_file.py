@@ -1,0 +1,240 @@
+"""Sweep files: what a YAML file may say, and the points it stands for.
+
+A sweep file names a sweep and its stages. A *stage* runs one notebook over a grid of its parameters; a *point* is one
+such run. ::
+
+    name: quick
+    description: Memory against quality on the reference model.
+    stages:
+      - notebook: notebooks/02_memory_budget.ipynb
+        kind: timing                  # one run at a time, machine to itself; `quality` runs may overlap
+        fixed: {prompts: 16}
+        grid: {budget: ["20%", "60%"], tolerance: [0.0, 1.0]}
+        exclude: [{budget: "20%", tolerance: 0.0}]
+        metrics: [peak_bytes, perplexity_ratio]   # shown as runs finish
+        seconds_per_run: 60           # for the estimate, until the store knows better
+
+A file with a single stage may put these keys beside `name`. Points keep the order of the file: the first axis varies
+slowest. Parameters are checked against the notebook's cell tagged ``parameters``: unknown names and wrong types are
+refused before anything runs, because papermill itself only warns. This module runs nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from emoe_core.errors import ExperimentError
+from workbench.store import project_root
+
+MODEL_HASH_VARIABLE = "EMOE_MODEL_HASH"
+Scalar = bool | int | float | str | None
+
+
+class Stage(BaseModel):
+    """One notebook over a grid of its parameters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    notebook: str
+    kind: Literal["timing", "quality"]
+    fixed: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
+    grid: dict[str, list[Scalar]] = Field(default_factory=dict)
+    exclude: list[dict[str, Scalar]] = Field(default_factory=list)
+    metrics: list[str] = Field(default_factory=list)
+    seconds_per_run: float | None = Field(default=None, gt=0, strict=False)
+
+    @field_validator("grid")
+    @classmethod
+    def _axes_have_values(cls, grid: dict[str, list[Scalar]]) -> dict[str, list[Scalar]]:
+        for name, values in grid.items():
+            if not values:
+                raise ValueError(f"axis {name!r} has no values")
+            if len({json.dumps(value) for value in values}) < len(values):
+                raise ValueError(f"axis {name!r} names a value twice")
+        return grid
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Stage:
+        twice = sorted(set(self.fixed) & set(self.grid))
+        if twice:
+            raise ValueError(f"both fixed and on the grid: {', '.join(twice)}")
+        unknown = sorted({name for entry in self.exclude for name in entry} - set(self.fixed) - set(self.grid))
+        if unknown:
+            raise ValueError(f"exclude names parameters that the stage does not set: {', '.join(unknown)}")
+        return self
+
+
+class SweepFile(BaseModel):
+    """A named list of stages."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str = ""
+    stages: list[Stage] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_a_single_stage(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "stages" in data:
+            return data
+        outer = {name: data[name] for name in ("name", "description") if name in data}
+        return outer | {"stages": [{name: value for name, value in data.items() if name not in outer}]}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes
+    ----------
+    parameters : dict
+        What is handed to the notebook; `axes` is the part of it that varies within the stage.
+    digest : str
+        Identity of the run: notebook source, parameters and the model. Equal digests need not run twice.
+    """
+
+    stage: Stage
+    notebook: Path
+    parameters: dict[str, Any]
+    axes: dict[str, Any]
+    digest: str
+
+    @property
+    def label(self) -> str:
+        """Return a short name: the notebook and the values of the axes."""
+        varying = " ".join(f"{name}={short(value)}" for name, value in self.axes.items())
+        return f"{self.notebook.stem} {varying}".strip()
+
+
+def short(value: Any) -> str:
+    """Return a value as shown in names of runs."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def read_sweep(path: Path) -> SweepFile:
+    """Read and validate a sweep file.
+
+    Raises
+    ------
+    ExperimentError
+        When the file is missing, is not YAML, or says something that a sweep does not know.
+    """
+    if not path.is_file():
+        raise ExperimentError(f"no sweep file at {path}. Sweeps lie in sweeps/, for example sweeps/quick.yaml.")
+    try:
+        return SweepFile.model_validate(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ExperimentError(f"{path} is not YAML: {error}") from None
+    except ValidationError as error:
+        lines = [f"{path} is not a usable sweep file:"]
+        for problem in error.errors():
+            place = ".".join(str(part) for part in problem["loc"]) or "top level"
+            what = (
+                "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
+            )
+            lines.append(f"  {place}: {what}")
+        raise ExperimentError("\n".join(lines)) from None
+
+
+def expand(sweep: SweepFile, beside: Path | None = None) -> list[Point]:
+    """Return the points of a sweep in the order they run, each checked against its notebook.
+
+    Parameters
+    ----------
+    sweep : SweepFile
+    beside : Path, optional
+        Folder to look for notebooks in after the project root, usually that of the sweep file.
+    """
+    points = []
+    for stage in sweep.stages:
+        notebook = find_notebook(stage.notebook, beside)
+        known = notebook_parameters(notebook)
+        settings: list[tuple[str, Any]] = [
+            *stage.fixed.items(),
+            *((n, v) for n, axis in stage.grid.items() for v in axis),
+        ]
+        for name, value in settings:
+            check_parameter(notebook, known, name, value)
+        source = source_hash(notebook)
+        for values in itertools.product(*stage.grid.values()):
+            axes = dict(zip(stage.grid, values, strict=True))
+            parameters = {**stage.fixed, **axes}
+            if any(all(parameters[n] == v for n, v in entry.items()) for entry in stage.exclude):
+                continue
+            points.append(Point(stage, notebook, parameters, axes, point_digest(source, parameters)))
+    seen: set[str] = set()
+    for point in points:
+        if point.digest in seen:
+            raise ExperimentError(f"sweep {sweep.name!r} holds the same run twice: {point.label} {point.parameters}")
+        seen.add(point.digest)
+    if not points:
+        raise ExperimentError(f"sweep {sweep.name!r} excludes every point of its grid.")
+    return points
+
+
+def find_notebook(name: str, beside: Path | None = None) -> Path:
+    """Return the notebook's path, looked for from the project root, then beside the sweep file."""
+    places = [project_root(), *([beside] if beside else [])]
+    for place in places:
+        if (place / name).is_file():
+            return (place / name).resolve()
+    raise ExperimentError(f"no notebook {name!r} under {' or '.join(str(place) for place in places)}.")
+
+
+def notebook_parameters(notebook: Path) -> dict[str, dict[str, str]]:
+    """Return the parameters of a notebook's ``parameters`` cell as papermill infers them: type, default, help."""
+    import papermill
+
+    try:
+        known = papermill.inspect_notebook(str(notebook))
+    except Exception as error:
+        raise ExperimentError(f"{notebook} is not a readable notebook: {error}") from None
+    if not known:
+        raise ExperimentError(f"{notebook} has no cell tagged 'parameters', so a sweep cannot set anything in it.")
+    return dict(known)
+
+
+def check_parameter(notebook: Path, known: dict[str, dict[str, str]], name: str, value: Any) -> None:
+    """Refuse a parameter that the notebook does not have, or a value of another type than its default."""
+    if name not in known:
+        listing = ", ".join(sorted(known))
+        raise ExperimentError(f"{notebook.name} has no parameter {name!r}. Known parameters: {listing}.")
+    try:
+        default = ast.literal_eval(known[name]["default"])
+    except (ValueError, SyntaxError):
+        return
+    annotation = known[name].get("inferred_type_name") or ""
+    if default is None or "Any" in annotation or (value is None and "None" in annotation):
+        return
+    fits = type(value) is type(default) or (type(value) is int and type(default) is float)
+    if not fits and "|" in annotation:
+        fits = type(value).__name__ in {part.strip() for part in annotation.split("|")}
+    if not fits:
+        raise ExperimentError(
+            f"{notebook.name}: parameter {name!r} is {type(value).__name__} {value!r}, but the notebook's default is "
+            f"{type(default).__name__} {default!r}."
+        )
+
+
+def source_hash(notebook: Path) -> str:
+    """Return a hash of a notebook's cells; outputs and metadata do not count."""
+    cells = json.loads(notebook.read_text())["cells"]
+    source = [(cell["cell_type"], "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(source).encode()).hexdigest()
+
+
+def point_digest(source: str, parameters: dict[str, Any]) -> str:
+    """Return the identity of a run from the notebook's source, its parameters and ``$EMOE_MODEL_HASH``."""
+    parts = [source, dict(sorted(parameters.items())), os.environ.get(MODEL_HASH_VARIABLE, "")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,87 @@
+"""Execute one notebook in this process's own kernel: ``python -m workbench.sweep_run JOB.json``.
+
+A sweep starts one such process per run, so that a kernel that crashes or is killed for memory takes only itself down.
+The job is a JSON file with ``notebook, output, parameters, status, owner_pid``; the outcome is written to ``status`` as
+JSON with ``ok`` and, after a failure, ``error`` (one line) and ``traceback``. The kernel is this interpreter whatever
+kernel the notebook names, and works in the notebook's folder. It does not write to MLflow: the notebook and the sweep
+do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+KERNEL = "python3"
+ORPHAN_POLL_S = 0.5
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def execute(job: dict[str, Any]) -> dict[str, Any]:
+    """Run the job's notebook and return its outcome."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    notebook = Path(job["notebook"])
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            job["output"],
+            parameters=job["parameters"],
+            kernel_name=KERNEL,
+            language="python",
+            cwd=str(notebook.parent),
+            progress_bar=False,
+        )
+    except PapermillExecutionError as error:
+        line = f"{error.ename}: {ANSI.sub('', error.evalue)}"
+        return {"ok": False, "error": line, "traceback": ANSI.sub("", "\n".join(error.traceback))}
+    except Exception as error:
+        return {"ok": False, "error": f"{type(error).__name__}: {ANSI.sub('', str(error))}"}
+    return {"ok": True}
+
+
+def use_this_interpreter(folder: Path) -> None:
+    """Put a kernel specification of this interpreter before all others."""
+    spec = folder / "kernels" / KERNEL
+    spec.mkdir(parents=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
+
+
+def die_with(owner_pid: int) -> None:
+    """End this process and its kernel when the sweep is gone, even if it was killed without a chance to tell."""
+
+    def watch() -> None:
+        import psutil
+
+        while os.getppid() == owner_pid:
+            time.sleep(ORPHAN_POLL_S)
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job file named on the command line; the exit code is 0 when the notebook ran through."""
+    job = json.loads(Path(arguments[0]).read_text())
+    die_with(job["owner_pid"])
+    with tempfile.TemporaryDirectory() as folder:
+        use_this_interpreter(Path(folder))
+        outcome = execute(job)
+    Path(job["status"]).write_text(json.dumps(outcome))
+    return 0 if outcome["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
