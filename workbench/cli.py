@@ -1,0 +1,66 @@
+"""The ``emoe`` command: what a user types, and how errors reach them.
+
+Commands live in `workbench.commands`, a file for each group. They import what they need when they are called, so that
+``emoe --help`` answers at once. Errors that a user can mend are one message on stderr and exit code 2, a traceback only
+with ``--debug``; an interrupt is exit code 130. No work is done here.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from emoe_core.errors import EmoeError
+from workbench.commands import checkpoints, experiments, material
+
+DEBUG_OPTION = "--debug"
+USER_ERROR_EXIT_CODE = 2
+
+app = typer.Typer(
+    name="emoe",
+    help="Run Mixture-of-Experts models under a memory budget, and measure what that costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(DEBUG_OPTION, help="Show the traceback of an error.")] = False,
+) -> None:
+    """Accept options that hold for every command; `main` reads them itself."""
+
+
+app.command("run")(checkpoints.run)
+app.command("pack")(checkpoints.pack)
+app.command("estimate")(checkpoints.estimate)
+app.command("cache")(checkpoints.cache)
+app.add_typer(material.model_app, name="model")
+app.add_typer(material.data_app, name="data")
+app.command("profile")(material.profile)
+app.command("sweep")(experiments.sweep)
+app.command("report")(experiments.report)
+
+
+def main() -> None:
+    """Run the command line and turn `EmoeError` into a message."""
+    debug = DEBUG_OPTION in sys.argv
+    # Accepted before and after the command's name.
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG_OPTION]
+    try:
+        app(arguments)
+    except EmoeError as error:
+        if debug:
+            raise
+        Console(stderr=True, soft_wrap=True).print(Text(f"Error: {error}", style="red"))
+        sys.exit(USER_ERROR_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    main()

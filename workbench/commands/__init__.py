@@ -1,0 +1,1 @@
+"""The commands of ``emoe``, a file for each group; `workbench.cli` puts them together."""

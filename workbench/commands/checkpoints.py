@@ -1,0 +1,176 @@
+"""``emoe run``, ``pack``, ``estimate`` and ``cache``: a checkpoint under a memory budget."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from emoe_core.errors import CheckpointError, OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+REFERENCE = "reference"
+MODEL_HELP = "Folder of a Hugging Face checkpoint, or 'reference' for the embedded model."
+ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
+
+
+def locate(model: str) -> Path:
+    """Return the folder of a checkpoint; the word ``reference`` builds the embedded model on first use."""
+    if model == REFERENCE:
+        from workbench import reference_model
+
+        return Path(reference_model.build())
+    path = Path(model).expanduser()
+    if not path.exists():
+        raise CheckpointError(
+            f"no checkpoint at {path}. Give the folder of a Hugging Face checkpoint (config.json and safetensors), or "
+            f"the word '{REFERENCE}' for the embedded model."
+        )
+    return path
+
+
+def run(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    budget: Annotated[str, typer.Option(help="Memory for experts: '40%', '300MB' or '3 slots'.")] = "40%",
+    tolerance: Annotated[float, typer.Option(help="0 is exact; 1 never waits for an expert.")] = 0.0,
+    task: Annotated[str | None, typer.Option(help="Task type of the prompt; found from its words if missing.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    device: Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
+) -> None:
+    """Answer a prompt under a memory budget, and say what the budget did."""
+    if max_new_tokens < 1:
+        raise OptionError(f"--max-new-tokens {max_new_tokens}: give at least 1.")
+    checkpoint = locate(model)
+    import emoe_core
+
+    console = Console(highlight=False)
+    with emoe_core.load(checkpoint, budget=budget, tolerance=tolerance, device=device, dtype=dtype) as engine:
+
+        def write(request: int, text: str) -> None:
+            console.out(text, end="", highlight=False)
+
+        answer = engine.generate([prompt], tasks=[task], max_new_tokens=max_new_tokens, on_token=write)[0]
+        console.print()
+        stats = engine.stats()
+    from workbench.quantities import show
+
+    counts = stats.counters
+    console.print(
+        f"[dim]experts: {counts.hits} hits, {counts.loads} loads, {counts.reroutes} reroutes "
+        f"({counts.hit_rate:.0%} hits)\n"
+        f"memory: {show('slot_bytes', stats.slot_bytes)} for {show('expert_bytes', stats.expert_bytes)} of experts, "
+        f"and {show('dense_bytes', stats.dense_bytes)} of dense weights\n"
+        f"time: first token {show('ttft_s', answer.ttft_s)}, then {show('tpot_s', answer.tpot_s)} a token[/]"
+    )
+
+
+def pack(
+    model: ModelArgument,
+    out: Annotated[Path | None, typer.Option(help="File to write; the cache when not given.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every expert back and compare its checksum.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write the pack again even if there is one.")] = False,
+    dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
+) -> None:
+    """Write a checkpoint's experts into one file that they are read from quickly."""
+    from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.pack import Pack, ensure_pack, write_pack
+    from workbench.quantities import show_bytes
+
+    index = open_checkpoint(locate(model), dtype)
+    with _progress("writing experts") as progress:
+        if out is not None:
+            if force or not out.exists():
+                write_pack(index, out, progress)
+            made = Pack.open(out, index)
+        else:
+            made = ensure_pack(index, pack_dir(), progress)
+            if force:
+                made = Pack.open(write_pack(index, made.path, progress), index)
+    if verify:
+        with _progress("verifying experts") as progress:
+            made.verify(progress)
+    checked = ", every checksum verified" if verify else ""
+    Console().print(f"Pack: [bold]{made.path}[/] ({show_bytes(made.file_bytes)}{checked})", soft_wrap=True)
+
+
+def estimate(
+    model: ModelArgument,
+    budget: Annotated[str, typer.Option(help="Memory for experts: '40%', '300MB' or '3 slots'.")] = "40%",
+    dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
+) -> None:
+    """Say what a budget buys and what memory the model needs, without loading it."""
+    from emoe_core.budget import plan_slots
+    from emoe_core.checkpoint import open_checkpoint
+
+    index = open_checkpoint(locate(model), dtype)
+    plan = plan_slots(index, budget)
+    console = Console()
+    table = Table(title=f"{index.model_type}, {str(index.dtype).removeprefix('torch.')}", show_header=False)
+    for term, value in plan.rows():
+        table.add_row(term, value)
+    console.print(table)
+    if plan.warning:
+        console.print(f"[yellow]{plan.warning}[/]", soft_wrap=True)
+
+
+def cache(
+    action: Annotated[str, typer.Argument(help="'list' or 'clear'.")] = "list",
+    yes: Annotated[bool, typer.Option("--yes", help="Clear without asking.")] = False,
+) -> None:
+    """Show or empty the cache: downloaded packages, built models, packs, prompts. All of it can be made again."""
+    from emoe_core.cache import cache_dir
+    from workbench.quantities import show_bytes
+
+    console = Console()
+    folder = cache_dir()
+    entries = sorted(folder.iterdir())
+    sizes = {entry: _size_bytes(entry) for entry in entries}
+    if action == "list":
+        table = Table(title=str(folder))
+        table.add_column("entry")
+        table.add_column("size", justify="right")
+        for entry in entries:
+            table.add_row(entry.name, show_bytes(sizes[entry]))
+        table.add_row("[bold]all[/]", f"[bold]{show_bytes(sum(sizes.values()))}[/]")
+        console.print(table)
+    elif action == "clear":
+        if not yes:
+            typer.confirm(f"Remove {show_bytes(sum(sizes.values()))} in {folder}?", abort=True)
+        for entry in entries:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        console.print(f"Removed {show_bytes(sum(sizes.values()))}.")
+    else:
+        raise OptionError(f"emoe cache {action}: give 'list' or 'clear'.")
+
+
+def pack_dir() -> Path:
+    """Return the folder of the cache that packs lie in."""
+    from emoe_core.cache import cache_dir
+
+    return cache_dir() / "packs"
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar while something counts up; yields the function to call with (done, all)."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _size_bytes(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(item.stat().st_size for item in files if item.is_file() and not item.is_symlink())

@@ -1,0 +1,78 @@
+"""``emoe sweep`` and ``emoe report``: measure over notebooks, and read the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from workbench.sweep import SweepResult
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="Sweep file, for example sweeps/quick.yaml.")],
+    fresh: Annotated[bool, typer.Option(help="Do finished runs again, under a new parent run.")] = False,
+    jobs: Annotated[int, typer.Option(help="Runs at once, in stages that measure quality only (1 to 4).")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and the estimate; run nothing.")] = False,
+) -> None:
+    """Run notebooks over a grid of parameters, resuming where an earlier call stopped."""
+    console = Console(stderr=True)
+    if dry_run:
+        _show_plan(file)
+        return
+    from workbench.store import ui_command
+    from workbench.sweep import run_sweep
+
+    result = run_sweep(file, fresh=fresh, jobs=jobs, console=console)
+    console.print(_summary(result))
+    console.print(f"Look at the runs: [bold]{ui_command()}[/]", soft_wrap=True)
+    raise typer.Exit(result.exit_code)
+
+
+def report(
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("reports/report.html"),
+    sweep: Annotated[list[str] | None, typer.Option(help="Only this sweep; may be given several times.")] = None,
+    hints: Annotated[bool, typer.Option("--hints", help="Also say how to open the notebooks and the runs.")] = False,
+) -> None:
+    """Write one self-contained HTML page from the newest run of every sweep."""
+    from workbench.report import write_report
+    from workbench.store import project_root, ui_command
+
+    path = write_report(out if out.is_absolute() else project_root() / out, sweeps=sweep or None)
+    console = Console(soft_wrap=True)
+    console.print(f"Report:      [bold]{path}[/]")
+    if hints:
+        console.print("Notebooks:   [bold]make lab[/]  (.venv/bin/jupyter lab notebooks)")
+        console.print(f"MLflow runs: [bold]make ui[/]   (.venv/bin/{ui_command()})")
+
+
+def _summary(result: SweepResult) -> str:
+    parts = [f"{len(result.finished)} finished"]
+    if result.skipped:
+        parts.append(f"{len(result.skipped)} were finished before")
+    if result.failed:
+        parts.append(f"[red]{len(result.failed)} failed[/]; the same command tries them again")
+    return ", ".join(parts) + "."
+
+
+def _show_plan(file: Path) -> None:
+    """Print the points of a sweep with their state, and how long the rest may take."""
+    from workbench.quantities import show_seconds
+    from workbench.sweep import describe_plan
+
+    plan, points = describe_plan(file)
+    table = Table(title=f"Sweep {plan.name}", caption=plan.description or None)
+    for heading in ("run", "kind", "state", "expected"):
+        table.add_column(heading, justify="right" if heading == "expected" else "left")
+    for point, state, seconds in points:
+        table.add_row(point.label, point.stage.kind, state, show_seconds(seconds) if seconds else "unknown")
+    console = Console()
+    console.print(table)
+    left = [seconds for _, state, seconds in points if state != "finished"]
+    known = [seconds for seconds in left if seconds]
+    more = "" if len(known) == len(left) else f", not counting {len(left) - len(known)} of unknown duration"
+    console.print(f"{len(left)} of {len(points)} runs to do, about {show_seconds(sum(known))} one after another{more}.")
