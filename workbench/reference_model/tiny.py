@@ -1,8 +1,8 @@
 """Tiny random Mixture-of-Experts checkpoints for tests: real files of real families, below 2 MB.
 
-Each checkpoint is written by transformers itself (``save_pretrained``), so its file layout (per-expert or fused
-tensors, one file or shards) is the family's own. Weights are random: these models exercise shapes, routing rules and
-files, they do not know any language. The tokenizer works on UTF-8 bytes and carries a small chat template.
+Each checkpoint is written by transformers itself (``save_pretrained``), so its file layout (per-expert or
+fused tensors, one file or shards) is the family's own. Weights are random: these models exercise shapes, routing rules
+and files, they do not know any language. The tokenizer works on UTF-8 bytes and carries a small chat template.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 256 + len(SPECIAL_TOKENS)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "+ '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 _SHARED: dict[str, Any] = {
@@ -67,10 +68,9 @@ def _qwen2_moe() -> PreTrainedConfig:
 
 def _qwen3_moe() -> PreTrainedConfig:
     return transformers.Qwen3MoeConfig(
-        **_SHARED,
+        **(_SHARED | {"head_dim": 16}),
         intermediate_size=INTERMEDIATE,
         moe_intermediate_size=INTERMEDIATE,
-        head_dim=16,
         num_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
         norm_topk_prob=True,
@@ -203,7 +203,7 @@ def tiny_moe(
 
 
 def _roughen(model: torch.nn.Module) -> None:
-    """Replace parameters and router corrections that start constant, so that a test notices when one is lost."""
+    """Replace parameters and router corrections that start constant, so that tests notice a lost one."""
     with torch.no_grad():
         tensors = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in tensors:
