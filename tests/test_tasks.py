@@ -1,0 +1,166 @@
+"""Task typing and task profiles."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emoe_core.tasks import (
+    KEYWORDS,
+    TASK_TYPES,
+    Profile,
+    ProfileError,
+    TaskProfile,
+    classify,
+    insensitive_until,
+    keyword_matches,
+)
+from workbench.workloads import load_fixture
+
+FREEFORM = Path(__file__).parent / "fixtures" / "prompts_freeform.jsonl"
+
+
+def test_every_fixture_prompt_gets_its_own_task_type():
+    assert {item["task"] for item in load_fixture()} == set(TASK_TYPES)
+    assert [classify(item["prompt"]) for item in load_fixture()] == load_fixture()["task"]
+
+
+def test_freeform_requests_are_rarely_given_a_wrong_type():
+    requests = [json.loads(line) for line in FREEFORM.read_text(encoding="utf-8").splitlines()]
+    found = [(item["task"], classify(item["prompt"])) for item in requests]
+    wrong = sum(got not in (task, "unknown") for task, got in found)
+    right = sum(got == task for task, got in found)
+    assert wrong <= 1
+    assert right >= 0.7 * len(found)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "Lorem ipsum dolor sit amet.", "12345 !!"])
+def test_a_text_without_keywords_is_unknown(text):
+    assert classify(text) == "unknown"
+
+
+def test_a_tie_between_tasks_is_unknown():
+    text = "summarize the sentiment"
+    counts = keyword_matches(text)
+    assert counts["summarization"] == counts["classification"] == 1
+    assert classify(text) == "unknown"
+
+
+def test_a_keyword_counts_once_however_often_it_occurs():
+    text = "Summarize this news article: evidence, evidence, evidence, evidence."
+    assert keyword_matches(text)["comparison"] == 1
+    assert classify(text) == "summarization"
+
+
+def test_keywords_match_at_word_starts_and_whole_words_where_asked():
+    assert keyword_matches("proclaimed")["comparison"] == 0
+    assert keyword_matches("The claims")["comparison"] == 1
+    assert "hi$" in KEYWORDS["conversation"]
+    assert keyword_matches("history")["conversation"] == 0
+    assert keyword_matches("HI")["conversation"] == 1
+
+
+@given(st.lists(st.floats(0, 1), max_size=40), st.floats(0, 1))
+def test_insensitive_layers_are_the_longest_prefix_over_the_threshold(curve, threshold):
+    free_layers = insensitive_until(curve, threshold)
+    assert all(value >= threshold for value in curve[:free_layers])
+    assert free_layers == len(curve) or curve[free_layers] < threshold
+
+
+def test_a_recovery_after_the_first_drop_does_not_count():
+    assert insensitive_until([0.99, 0.9, 0.6, 0.95]) == 2
+
+
+@pytest.mark.parametrize(("curve", "threshold"), [([0.9, math.nan], 0.85), ([math.inf], 0.85), ([0.9], 1.5)])
+def test_an_unusable_curve_or_threshold_is_refused(curve, threshold):
+    with pytest.raises(ProfileError):
+        insensitive_until(curve, threshold)
+
+
+def make_profile() -> Profile:
+    qa = TaskProfile.from_similarities("qa", [0.99, 0.9, 0.5, 0.4], expected_output_tokens=12.5, n_prompts=30)
+    code = TaskProfile("code", (True, True, True, False), expected_output_tokens=80)
+    return Profile("model-hash", "data-hash", 4, {"qa": qa, "code": code})
+
+
+def test_a_measured_curve_gives_its_mask():
+    assert make_profile().tasks["qa"].sensitive == (False, False, True, True)
+
+
+def test_a_saved_profile_is_read_back_equal(tmp_path):
+    path = make_profile().save(tmp_path / "sub" / "profile.json")
+    assert Profile.load(path, model_hash="model-hash") == make_profile()
+    assert [entry.name for entry in path.parent.iterdir()] == ["profile.json"]
+
+
+@pytest.mark.parametrize("task", ["unknown", "summarization", "no such task"])
+def test_a_task_without_evidence_is_sensitive_in_every_layer(task):
+    assert all(make_profile().sensitive(task, layer) for layer in range(4))
+
+
+def test_sensitivity_and_output_length_follow_the_profile():
+    profile = make_profile()
+    assert [profile.sensitive("qa", layer) for layer in range(4)] == [False, False, True, True]
+    assert profile.expected_output_tokens("qa", default=1.0) == 12.5
+    assert profile.expected_output_tokens("unknown", default=64.0) == 64.0
+
+
+@pytest.mark.parametrize("layer", [-1, 4])
+def test_a_layer_outside_the_model_is_refused(layer):
+    with pytest.raises(ProfileError, match="layer"):
+        make_profile().sensitive("qa", layer)
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path):
+    path = make_profile().save(tmp_path / "profile.json")
+    with pytest.raises(ProfileError, match="measured on model"):
+        Profile.load(path, model_hash="another")
+
+
+def test_damaged_profile_files_are_refused(tmp_path):
+    path = tmp_path / "profile.json"
+    with pytest.raises(ProfileError, match="no task profile"):
+        Profile.load(path)
+    make_profile().save(path)
+    intact = path.read_text(encoding="utf-8")
+    content = json.loads(intact)
+    without_tasks = {key: value for key, value in content.items() if key != "tasks"}
+    extra = {**content, "surprise": 1}
+    for text in (
+        intact[:-20],
+        "[]",
+        "{}",
+        json.dumps({**content, "format": 99}),
+        *map(json.dumps, (without_tasks, extra)),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ProfileError):
+            Profile.load(path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TaskProfile("poetry", (True,), 1.0),
+        lambda: TaskProfile("qa", (), 1.0),
+        lambda: TaskProfile("qa", (True,), math.nan),
+        lambda: TaskProfile("qa", (True,), -1.0),
+        lambda: TaskProfile("qa", (True, True), 1.0, similarities=(0.5,)),
+        lambda: Profile("m", "d", 3, {"qa": TaskProfile("qa", (True,), 1.0)}),
+        lambda: Profile("m", "d", 1, {"code": TaskProfile("qa", (True,), 1.0)}),
+    ],
+)
+def test_an_inconsistent_profile_cannot_be_made(make):
+    with pytest.raises(ProfileError):
+        make()
+
+
+def test_task_types_do_not_pull_in_the_bench():
+    code = "import sys, emoe_core.tasks; print([m for m in ('workbench', 'mlflow', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
