@@ -85,7 +85,6 @@ class Environment:
 
 
 def describe_environment(
-    root: Path | None = None,
     *,
     seed: int | None = None,
     dtype: str | None = None,
@@ -96,12 +95,10 @@ def describe_environment(
 
     Parameters
     ----------
-    root : Path, optional
-        Folder whose git revision is recorded; the working directory when missing.
     seed, dtype, model_hash, data_hash
         Passed through into the record.
     """
-    commit, dirty = git_revision(root or Path.cwd())
+    commit, dirty = git_revision()
     name, flags = describe_cpu()
     return Environment(
         python=platform.python_version(),
@@ -176,13 +173,15 @@ def gpu_names() -> list[str]:
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
 
 
-def git_revision(root: Path) -> tuple[str | None, bool | None]:
-    """Return (commit, whether tracked files were modified), or (None, None) outside a git checkout."""
-    if shutil.which("git") is None:
+def git_revision() -> tuple[str | None, bool | None]:
+    """Return (commit, whether tracked files were modified) of this code, or (None, None) outside its checkout."""
+    if shutil.which("git") is None or _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None, None
-    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if commit.returncode != 0:
-        return None, None
-    command = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
-    status = subprocess.run(command, capture_output=True, text=True, check=False)
-    return commit.stdout.strip(), bool(status.stdout.strip())
+    return _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git says about the folder of this file, or None when it refuses."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,13 +1,14 @@
 """Numbers with units as people read them.
 
 A metric's unit is the end of its name: ``_bytes``, ``_s``, ``_share``, ``_rate``. `words_of` and `unit_of` split a
-name, `show` formats a value. Bytes are decimal (1 MB = 1,000,000 bytes), as storage is sold and as
-budgets are given.
+name, `show` formats one value, `column_texts` many in the same unit. Bytes are decimal (1 MB = 1,000,000 bytes), as
+storage is sold and as budgets are given.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 SHARE_ENDINGS = ("_share", "_rate", "_agreement", "_mass")
@@ -47,6 +48,27 @@ def show(name: str, value: float | None) -> str:
     if unit == "%":
         return f"{100 * value:.1f}%"
     return f"{show_number(value)} {unit}".strip()
+
+
+def column_texts(name: str, values: Sequence[float | None]) -> tuple[str, list[str]]:
+    """Return a unit and the values as texts in it, with the same number of decimals, so that they can be compared."""
+    known = [abs(value) for value in values if value is not None and math.isfinite(value)]
+    largest = max(known, default=0.0)
+    unit, scale = unit_of(name), 1.0
+    if unit in ("bytes", "bytes/s"):
+        size, prefix = next(((size, prefix) for size, prefix in BYTE_UNITS if largest >= size), (1.0, "B"))
+        unit, scale = prefix + unit.removeprefix("bytes"), 1 / size
+    elif unit == "s" and 0 < largest < 1:
+        unit, scale = "ms", 1000.0
+    elif unit == "%":
+        scale = 100.0
+    whole = all(float(value * scale).is_integer() for value in known)
+    digits = len(f"{largest * scale:.0f}")
+    decimals = 0 if whole else max(0, 3 - digits) if unit in ("ms", "s") else 1 if unit == "%" else max(0, 4 - digits)
+    return unit, [
+        "–" if value is None else f"{value * scale:,.{decimals}f}" if math.isfinite(value) else str(value)
+        for value in values
+    ]
 
 
 def show_bytes(value: float) -> str:

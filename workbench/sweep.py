@@ -47,6 +47,7 @@ from workbench.sweep_file import Point, SweepFile, expand, read_sweep
 from workbench.sweep_state import (
     DIGEST_TAG,
     ERROR_TAG,
+    METRICS_TAG,
     NOTEBOOK_TAG,
     OWNER_TAG,
     SWEEP_TAG,
@@ -200,7 +201,7 @@ class _Sweep:
         shutil.rmtree(self.scratch, ignore_errors=True)
         parent = None if fresh else find_parent(self.client, self.sweep.name)
         finished: dict[str, Any] = {}
-        commit = git_revision(project_root())[0] or "unknown"
+        commit = git_revision()[0] or "unknown"
         with disk_errors():
             if parent is None:
                 tags = {"mlflow.note.content": self.sweep.description, "env.commit": commit}
@@ -271,6 +272,7 @@ class _Sweep:
             NOTEBOOK_TAG: point.notebook.stem,
             "emoe.kind": point.stage.kind,
             "emoe.axes": ",".join(point.axes),
+            METRICS_TAG: ",".join(point.stage.metrics),
             "emoe.index": str(index),
             "mlflow.source.name": point.stage.notebook,
         }

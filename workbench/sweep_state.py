@@ -29,6 +29,7 @@ SWEEP_TAG = "emoe.sweep"
 DIGEST_TAG = "emoe.point"
 NOTEBOOK_TAG = "emoe.notebook"
 ERROR_TAG = "emoe.error"
+METRICS_TAG = "emoe.metrics"
 SUPERSEDED_TAG = "emoe.superseded"
 OWNER_TAG = "emoe.owner"
 PAGE_RUNS = 1000

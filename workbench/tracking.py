@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
 from workbench.environment import Environment, describe_environment
-from workbench.store import disk_errors, encode, experiment_id, open_store, project_root
+from workbench.store import disk_errors, encode, experiment_id, open_store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,7 +170,6 @@ def run(
     """
     given = dict(params or {})
     environment = describe_environment(
-        project_root(),
         seed=seed if seed is not None else given.get("seed"),
         dtype=dtype or given.get("dtype"),
         model_hash=model_hash,

@@ -1,0 +1,197 @@
+"""The runs of one notebook as the report shows them: a table, figures across runs, figures of single runs.
+
+Terms: parameters that differ between runs become *columns*, the others are stated once. Metric columns are grouped into
+memory, quality, time and other, in this order, so that a saving stands beside what it cost. The main table holds the
+metrics that the sweep file names, and all quality metrics whenever a memory metric is among them; a second table holds
+everything. A column has one unit, in its heading.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workbench.figures import REPORT_FIGURES
+from workbench.quantities import column_texts, words_of
+from workbench.results import frame_of
+from workbench.store import decode
+from workbench.sweep_file import short
+from workbench.sweep_state import METRICS_TAG
+from workbench.tracking import FIGURE_FOLDER
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from mlflow.entities import Run as MlflowRun
+    from mlflow.tracking import MlflowClient
+
+MAX_RUNS_WITH_FIGURES = 24
+# In the order of the table's columns; a metric belongs to the first group that names a part of it.
+GROUPS = {
+    "memory": ("peak_bytes", "slot_bytes", "saved", "resident", "dense_bytes", "expert_bytes", "memory"),
+    "quality": ("perplexity", "kl_", "_kl", "agreement", "similarity", "accuracy", "identical"),
+    "time": ("_s", "per_s"),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the page: its title and its address as a data URI."""
+
+    title: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: the metric's or parameter's name, its heading with unit, its group, and a text for each run."""
+
+    name: str
+    heading: str
+    group: str
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a table shows of a run beside its columns."""
+
+    name: str
+    status: str
+    error: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns over the runs of a section."""
+
+    columns: list[Column]
+
+    @property
+    def spans(self) -> list[tuple[str, int]]:
+        """Return the groups of neighbouring columns with their widths."""
+        return [(group, len(list(run))) for group, run in itertools.groupby(item.group for item in self.columns)]
+
+
+@dataclass(frozen=True)
+class Section:
+    """The runs of one notebook in a sweep.
+
+    Attributes
+    ----------
+    main, full : Table
+        The metrics worth a first look, and all of them; `full` is None when that is the same.
+    fixed : list of (name, text)
+        Parameters that all runs share.
+    unjudged : bool
+        Whether runs report memory and none reports quality.
+    """
+
+    notebook: str
+    rows: list[Row]
+    main: Table
+    full: Table | None
+    fixed: list[tuple[str, str]]
+    pictures: list[Picture]
+    unjudged: bool
+    hidden_figures: int
+
+
+def read_section(client: MlflowClient, notebook: str, runs: list[MlflowRun]) -> Section:
+    """Gather the runs of one notebook."""
+    texts = [{name: short(decode(text)) for name, text in item.data.params.items()} for item in runs]
+    names = list(dict.fromkeys(name for row in texts for name in row))
+    axes = list(dict.fromkeys(a for item in runs for a in item.data.tags.get("emoe.axes", "").split(",") if a))
+    varying = axes + [n for n in names if n not in axes and len({row.get(n, "") for row in texts}) > 1]
+    parameters = [Column(n, n.replace("_", " "), "parameter", [row.get(n, "–") for row in texts]) for n in varying]
+    every = sorted({name for item in runs for name in item.data.metrics}, key=lambda name: (_rank(name), name))
+    chosen = main_metrics(runs, every)
+    columns = {name: _metric_column(name, runs) for name in every}
+    rows = [
+        Row(
+            name=item.info.run_name or item.info.run_id,
+            status=item.info.status.lower(),
+            error=item.data.tags.get("emoe.error", ""),
+            pictures=_run_pictures(client, item.info.run_id) if position < MAX_RUNS_WITH_FIGURES else [],
+        )
+        for position, item in enumerate(runs)
+    ]
+    groups = {group_of(name) for name in every}
+    return Section(
+        notebook=notebook,
+        rows=rows,
+        main=Table(parameters + [columns[name] for name in chosen]),
+        full=Table(parameters + list(columns.values())) if len(chosen) < len(every) else None,
+        fixed=[(name, next(row[name] for row in texts if name in row)) for name in names if name not in varying],
+        pictures=_cross_run_pictures(frame_of(runs)),
+        unjudged="memory" in groups and "quality" not in groups,
+        hidden_figures=max(0, len(runs) - MAX_RUNS_WITH_FIGURES),
+    )
+
+
+def main_metrics(runs: Sequence[MlflowRun], every: Sequence[str]) -> list[str]:
+    """Return the metrics of the main table, in the order of `every`.
+
+    These are the ones that the sweep file named (all when it named none), and every quality metric whenever one of
+    them is about memory.
+    """
+    named = {name for item in runs for name in item.data.tags.get(METRICS_TAG, "").split(",") if name}
+    if not named & set(every):
+        return list(every)
+    if any(group_of(name) == "memory" for name in named):
+        named |= {name for name in every if group_of(name) == "quality"}
+    return [name for name in every if name in named]
+
+
+def group_of(metric: str) -> str:
+    """Return the group of columns that a metric belongs to."""
+    for group, parts in GROUPS.items():
+        if any(metric.endswith(part) if part.startswith("_") else part in metric for part in parts):
+            return group
+    return "other"
+
+
+def data_uri(png: bytes) -> str:
+    """Return a PNG image as an address that needs no file."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _rank(metric: str) -> int:
+    return [*GROUPS, "other"].index(group_of(metric))
+
+
+def _metric_column(name: str, runs: list[MlflowRun]) -> Column:
+    unit, texts = column_texts(name, [item.data.metrics.get(name) for item in runs])
+    return Column(name, f"{words_of(name)} ({unit})" if unit else words_of(name), group_of(name), texts)
+
+
+def _run_pictures(client: MlflowClient, run_id: str) -> list[Picture]:
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for item in client.list_artifacts(run_id, FIGURE_FOLDER):
+            if item.path.endswith(".png"):
+                content = Path(client.download_artifacts(run_id, item.path, scratch)).read_bytes()
+                found.append(Picture(Path(item.path).stem.replace("_", " "), data_uri(content)))
+    return found
+
+
+def _cross_run_pictures(frame: pd.DataFrame) -> list[Picture]:
+    finished = frame[frame["status"] == "FINISHED"].reset_index(drop=True)
+    drawn = [(title, draw(finished)) for title, draw in REPORT_FIGURES.items()] if len(finished) else []
+    return [Picture(title, data_uri(_png(figure))) for title, figure in drawn if figure is not None]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    import matplotlib.pyplot as plt
+
+    plt.close(figure)
+    return buffer.getvalue()
