@@ -8,8 +8,7 @@ a layer has) says how far below one token's need a budget goes.
 The smallest exact budget is one slot a layer and the spare. Below top-k slots a layer, every token streams experts
 through its slots: exact, and slow. When all experts fit, nothing is in flight and there is no spare.
 
-Only routed experts are budgeted. `memory_breakdown` states the other terms; workspace is an estimate, and claims are
-measured elsewhere.
+Only routed experts are budgeted. `memory_breakdown` states every term of a model's memory beside the slots.
 """
 
 from __future__ import annotations
@@ -21,6 +20,9 @@ from typing import Literal
 
 from emoe_core.checkpoint import CheckpointIndex, MoeLayer
 from emoe_core.errors import BudgetError
+from emoe_core.footprint import MemoryBreakdown, memory_breakdown
+
+__all__ = ["Budget", "MemoryBreakdown", "SlotPlan", "memory_breakdown", "plan_layers", "plan_slots"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -210,8 +212,7 @@ def plan_layers(layers: tuple[MoeLayer, ...], top_k: int, budget: Budget) -> Slo
         raise BudgetError(
             f"the budget {budget.text} is {limit_bytes:,} bytes; one slot in each of {len(layers)} MoE layers and one "
             f"in flight need {minimum_bytes:,}: {minimum_bytes - limit_bytes:,} bytes short. Pass at least "
-            f'"{math.ceil(minimum_bytes / 10**6)}MB", "{math.ceil(1000 * minimum_bytes / total_bytes) / 10:g}%" or '
-            f'"1 slot".'
+            f'"{_round_number_above(minimum_bytes)}", "{math.ceil(1000 * minimum_bytes / total_bytes) / 10:g}%" or "1 slot".'
         )
     if limit_bytes >= total_bytes:
         slots, spare = experts, 0
@@ -247,6 +248,12 @@ def _even_order(count: int) -> list[int]:
 
 def _number(text: str) -> float:
     return float(text.replace(",", "").replace("_", ""))
+
+
+def _round_number_above(count: int) -> str:
+    """Return a budget a person would type that is at least this many bytes."""
+    unit, size = ("MB", 10**6) if count >= 10 * 10**6 else ("KB", 10**3)
+    return f"{math.ceil(count / size)}{unit}"
 
 
 def _bytes_text(count: int) -> str:

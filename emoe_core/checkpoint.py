@@ -9,29 +9,24 @@ The checkpoint is only read, never changed, and no code from it is run. Quantise
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import _get_dtype
 
 from emoe_core.conversion import ParamSource, match_sources, target_dtype
 from emoe_core.dense import build_dense_model, meta_model
 from emoe_core.errors import CheckpointError, OptionError, UnsupportedFamilyError
+from emoe_core.model_config import expert_count, find_model, read_config, top_k
 from emoe_core.shards import Shard, TensorRef, find_shards, fingerprint
 
 PARAM_ALIGN_BYTES = 64
 RECORD_ALIGN_BYTES = 4096
 _DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -165,13 +160,12 @@ def open_checkpoint(path: str | Path, dtype: str | torch.dtype = "auto") -> Chec
         When the dtype is unknown.
     """
     requested = dtype if isinstance(dtype, torch.dtype) else _parse_dtype(dtype)
-    folder = _resolve(path)
-    config = _read_config(folder)
+    folder = find_model(path)
+    config = read_config(folder)
     shards, metadata = find_shards(folder)
     config, resolved = _get_dtype(
         requested, [str(shard.file) for shard in shards], config, metadata or None, None, True
     )
-    _check_family(config, folder)
     model = meta_model(deepcopy(config), resolved)
     modules = _experts_modules(model, folder)
     expert_params = {
@@ -186,7 +180,7 @@ def open_checkpoint(path: str | Path, dtype: str | torch.dtype = "auto") -> Chec
         model_type=config.model_type,
         dtype=resolved,
         layers=layers,
-        top_k=_top_k(config),
+        top_k=top_k(config),
         source_hash=fingerprint(shards),
         expert_bytes_total=sum(layer.num_experts * layer.record_bytes for layer in layers),
         dense_bytes_total=_dense_bytes(model, set(expert_params), resolved),
@@ -200,69 +194,6 @@ def _parse_dtype(name: str) -> str | torch.dtype:
     if name not in _DTYPE_NAMES:
         raise OptionError(f"unknown dtype {name!r}: choose one of {', '.join(_DTYPE_NAMES)}")
     return name if name == "auto" else getattr(torch, name)
-
-
-def _resolve(path: str | Path) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{folder} is not a model: it has no config.json. Give the directory that save_pretrained() or a hub "
-                f"download wrote."
-            )
-        return folder.resolve()
-    if folder.exists():
-        raise CheckpointError(f"{folder} is a file; give the directory of a Hugging Face checkpoint.")
-    if isinstance(path, str) and _HUB_ID.fullmatch(path):
-        return _download(path)
-    raise CheckpointError(f"{folder} does not exist; give the directory of a Hugging Face checkpoint.")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted)).resolve()
-    except Exception as error:  # the hub client raises many unrelated types when offline or refused
-        raise CheckpointError(
-            f"{hub_id!r} is no directory here, and the hub could not be asked for it ({type(error).__name__}). Check "
-            f"the name and the network, or give a local directory."
-        ) from error
-
-
-def _read_config(folder: Path) -> PreTrainedConfig:
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-        model_type = raw["model_type"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is no model configuration ({error!r}).") from error
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{folder} ({model_type}) is quantised ({method}). emoe serves float32, bfloat16 and float16 experts; use "
-            f"the unquantised weights of this model, or dequantise them with transformers and save them again."
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise UnsupportedFamilyError(
-            f"model type {model_type!r} at {folder} is not part of this transformers, or its configuration is invalid "
-            f"({str(error).splitlines()[0]}). emoe never runs code that comes with a checkpoint."
-        ) from error
-
-
-def _expert_count(config: PreTrainedConfig) -> int:
-    text = config.get_text_config()
-    counts = [getattr(text, name, None) for name in _EXPERT_COUNTS]
-    return max((count for count in counts if isinstance(count, int)), default=0)
-
-
-def _check_family(config: PreTrainedConfig, folder: Path) -> None:
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UnsupportedFamilyError(
-            f"model type {config.model_type!r} at {folder} is not a causal language model of transformers."
-        )
 
 
 def _experts_modules(model: PreTrainedModel, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -281,7 +212,7 @@ def _experts_modules(model: PreTrainedModel, folder: Path) -> dict[str, dict[str
         found[name] = params
     if found:
         return found
-    model_type, experts = model.config.model_type, _expert_count(model.config)
+    model_type, experts = model.config.model_type, expert_count(model.config)
     if experts > 1:
         raise UnsupportedFamilyError(
             f"model type {model_type!r} at {folder} has {experts} experts, but transformers does not route this "
@@ -307,18 +238,6 @@ def _layer(index: int, name: str, params: Mapping[str, torch.Tensor], sources: M
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def _top_k(config: PreTrainedConfig) -> int:
-    text: Any = config.get_text_config()
-    for name in _TOP_K:
-        value = getattr(text, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    raise UnsupportedFamilyError(
-        f"model type {config.model_type!r}: the configuration does not say how many experts a token uses "
-        f"(looked for {', '.join(_TOP_K)})."
-    )
 
 
 def _dense_bytes(model: PreTrainedModel, expert_names: set[str], dtype: torch.dtype) -> int:

@@ -1,0 +1,126 @@
+"""Find a model's directory and read its configuration, refusing what emoe cannot serve before any weight is read.
+
+A model is a local directory that ``save_pretrained()`` or a hub download wrote, or the id of a model on the Hugging
+Face hub. Code that comes with a checkpoint is never run. This module looks at ``config.json`` only; whether the weights
+are there and whole is the matter of `emoe_core.shards`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from emoe_core.errors import CheckpointError, UnsupportedFamilyError
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def find_model(path: str | Path) -> Path:
+    """Return the model's directory; a hub id is downloaded, or taken from the hub's own cache.
+
+    Raises
+    ------
+    CheckpointError
+        When there is no model under this name.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is not a model: it has no config.json. Give the directory that save_pretrained() or a hub "
+                f"download wrote."
+            )
+        return folder.resolve()
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; give the directory of a Hugging Face checkpoint.")
+    if isinstance(path, str) and _HUB_ID.fullmatch(path):
+        return _download(path)
+    raise CheckpointError(f"{folder} does not exist; give the directory of a Hugging Face checkpoint.")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted)).resolve()
+    except Exception as error:  # the hub client raises many unrelated types when offline or refused
+        raise CheckpointError(
+            f"{hub_id!r} is no directory here, and the hub could not be asked for it ({type(error).__name__}). Check "
+            f"the name and the network, or give a local directory."
+        ) from error
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Return the configuration of the causal language model in a directory.
+
+    Raises
+    ------
+    CheckpointError
+        When the configuration cannot be read, or the weights are quantised.
+    UnsupportedFamilyError
+        When transformers has no causal language model for it.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        model_type = raw["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is no model configuration ({error!r}).") from error
+    for quantisation in _values(raw, ("quantization_config",)):
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
+        raise CheckpointError(
+            f"{folder} ({model_type}) is quantised ({method}). emoe serves float32, bfloat16 and float16 experts; use "
+            f"the unquantised weights of this model, or dequantise them with transformers and save them again."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # an unknown family and an invalid value raise several types
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnsupportedFamilyError(
+            f"model type {model_type!r} at {folder} is not part of this transformers, or its configuration is invalid "
+            f"({reason}). emoe never runs code that comes with a checkpoint."
+        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedFamilyError(
+            f"model type {model_type!r} at {folder} is not a causal language model of transformers."
+        )
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    # A family with images or sound keeps its language model in a sub-configuration; transformers does the same.
+    if model_class.config_class == config.sub_configs.get("text_config", None):
+        config = config.get_text_config()
+    return config
+
+
+def expert_count(config: PreTrainedConfig) -> int:
+    """Return the number of experts a configuration speaks of anywhere, 0 for a dense model."""
+    counts = [value for value in _values(config.to_dict(), _EXPERT_COUNTS) if isinstance(value, int)]
+    return max(counts, default=0)
+
+
+def top_k(config: PreTrainedConfig) -> int:
+    """Return how many experts a token is routed to."""
+    text: Any = config.get_text_config()
+    for name in _TOP_K:
+        value = getattr(text, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    raise UnsupportedFamilyError(
+        f"model type {config.model_type!r}: the configuration does not say how many experts a token uses "
+        f"(looked for {', '.join(_TOP_K)})."
+    )
+
+
+def _values(node: Any, keys: tuple[str, ...]) -> Iterator[Any]:
+    """Yield every value that is not empty under one of the keys, at any depth."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in keys and value:
+                yield value
+            yield from _values(value, keys)
