@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from emoe_core.errors import DataError
 from emoe_core.tasks import TASK_TYPES
 from workbench.workloads import load_fixture
-from workbench.workloads.embedded import _READERS, MEMBERS
+from workbench.workloads.embedded import MEMBERS, READERS
 from workbench.workloads.records import MAX_WORDS, TEMPLATES, Record, cut_lines, cut_words, render
 from workbench.workloads.split import SPLITS, choose, item_id, split_of
 
@@ -22,7 +22,7 @@ def make_records(n: int, group_size: int = 1) -> list[tuple[Record, str]]:
 
 
 def test_every_task_type_has_a_template_and_a_source():
-    assert set(TEMPLATES) == set(MEMBERS) == set(_READERS) == set(TASK_TYPES)
+    assert set(TEMPLATES) == set(MEMBERS) == set(READERS) == set(TASK_TYPES)
 
 
 @given(st.text(max_size=400), st.integers(1, 40))
@@ -99,22 +99,22 @@ def test_questions_whose_answer_is_cut_away_are_left_out():
     near, far = "w3 w4", f"w{MAX_WORDS['passage'] + 10}"
     qas = [{"question": f"Where is {a}? ", "answers": [{"text": a}]} for a in (near, far)]
     rows = [{"title": "T", "paragraphs": [{"context": context, "qas": qas}]}]
-    (record,) = _READERS["qa"](rows)
+    (record,) = READERS["qa"](rows)
     assert (record.reference, record.fields["question"], record.group) == (near, f"Where is {near}?", "T")
 
 
 def test_dialogues_make_the_replying_speaker_b():
     said = 'agent_B: "Hi" agent_A: "Hello: "you" there"  agent_B: "Do you ski? "'
-    (record,) = _READERS["conversation"]([{"input": said, "target": '"I do. "', "comment": "c1"}])
+    (record,) = READERS["conversation"]([{"input": said, "target": '"I do. "', "comment": "c1"}])
     assert record.fields["turns"] == 'A: Hi\nB: Hello: "you" there\nA: Do you ski?'
     assert (record.reference, record.group) == ("I do.", "c1")
-    assert list(_READERS["conversation"]([{"input": 'agent_A: "Hi"', "target": '"x"', "comment": "c"}])) == []
+    assert list(READERS["conversation"]([{"input": 'agent_A: "Hi"', "target": '"x"', "comment": "c"}])) == []
 
 
 def test_claims_are_split_from_their_passage_and_cleaned():
     text = "Film -LRB- 2016 -RRB- : It ran in 9.8\ufffdmillion homes , and critics did n't mind it at all ."
     scores = {"True": 0, "False": 1, "Neither": 0}
-    (record,) = _READERS["comparison"](
+    (record,) = READERS["comparison"](
         [{"input": f"{text}\nClaim: The film 's run was short .", "target_scores": scores}]
     )
     assert record.fields["passage"].startswith("Film (2016): It ran in 9.8 million homes, and critics didn't mind")
@@ -129,7 +129,7 @@ def test_sentiment_labels_are_the_highest_score_and_extreme_lengths_are_left_out
             "target_scores": {"ambivalent": 0, "positive": 0, "negative": 1, "neutral": 0},
         }
 
-    (record,) = _READERS["classification"]([row(3), row(60), row(900)])
+    (record,) = READERS["classification"]([row(3), row(60), row(900)])
     assert record.reference == "negative"
     assert "positive, negative, neutral or ambivalent" in render("classification", record)
 

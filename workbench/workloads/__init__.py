@@ -8,7 +8,7 @@ language-model weights are never fitted on them (see ``data/CARD.md``).
 from workbench.workloads.describe import describe, summary_table
 from workbench.workloads.fixture import load_fixture
 from workbench.workloads.split import SPLITS
-from workbench.workloads.store import data_hash, load_task, prepare
+from workbench.workloads.store import data_hash, is_prepared, load_task, prepare
 from workbench.workloads.stream import Prompt, StreamConfig, prompt_stream, task_order
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "StreamConfig",
     "data_hash",
     "describe",
+    "is_prepared",
     "load_fixture",
     "load_task",
     "prepare",

@@ -154,7 +154,7 @@ def read(task: str) -> Iterator[Record]:
     else:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = content["data"] if task == "qa" else content["examples"]
-    return _READERS[task](rows)
+    return READERS[task](rows)
 
 
 def _read_squad(articles: list[dict[str, Any]]) -> Iterator[Record]:
@@ -226,7 +226,7 @@ def _detokenize(text: str) -> str:
     return re.sub(r" +([.,;:!?%)\]]|'s\b|n't\b)", r"\1", text)
 
 
-_READERS = {
+READERS = {
     "qa": _read_squad,
     "summarization": _read_xsum,
     "classification": _read_sentiment,

