@@ -1,0 +1,178 @@
+"""The control loop: who is running, what they used, when to predict, when to swap (paper, sections 3.3 and 3.4).
+
+Requests are numbered as they are admitted. Before every p-th one the predictor is asked for each task's expert
+frequencies; these are cached. A plan (Eq. 2) is made from the cached frequencies
+
+* ``replan="admission"``: whenever requests are admitted, for the requests that then run, or
+* ``replan="interval"``: only together with a prediction, for the task mix of the last p requests; the experts are
+  then kept for the next p prompts (Fig. 10).
+
+Experts are swapped between forward passes only, and only when the plan's sets differ from those of the last plan.
+The predictor learns at the end of a request from what its router *wanted*, not from what it got.
+
+Until the first plan, residents are what came first (a cold start, flagged).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .context import StepContext
+from .loader import ExpertLoader
+from .planner import DEFAULT_OUTPUT_TOKENS, Plan, RunningRequest, expected_tokens, make_plan
+from .predictor import Predictor
+from .tasks import UNKNOWN, Profile
+
+
+@dataclass
+class Request:
+    """One admitted prompt: its number, task, input length, and the experts its tokens wanted [layers, experts]."""
+
+    number: int
+    task: str
+    input_tokens: int
+    counts: np.ndarray
+    anonymous: bool = False
+    used: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class ControlLoop:
+    """Admission, history, prediction and planning of one engine.
+
+    Parameters
+    ----------
+    loader : ExpertLoader
+    predictor : Predictor or None
+        None: experts come on demand only.
+    interval : int
+        p, in admitted requests.
+    replan : str
+        "admission" or "interval".
+    profile : Profile or None
+        Sensitivity and expected output lengths per task.
+    """
+
+    def __init__(
+        self,
+        loader: ExpertLoader,
+        predictor: Predictor | None,
+        interval: int,
+        replan: str,
+        profile: Profile | None,
+    ) -> None:
+        self.loader = loader
+        self.predictor = predictor
+        self.interval = interval
+        self.replan = replan
+        self.profile = profile
+        self.shape = (len(loader.layers), max(layer.num_experts for layer in loader.layers))
+        self.running: dict[int, Request] = {}
+        self.admitted = 0
+        self.finished = 0
+        self.plan: Plan | None = None
+        self.prediction_s = 0.0
+        self._frequencies: dict[str, np.ndarray | None] = {}
+        self._predicted = False
+        self._recent: deque[RunningRequest] = deque(maxlen=interval)
+
+    @property
+    def cold(self) -> bool:
+        """Whether residents are still what came first, for want of history."""
+        return self.predictor is not None and self.plan is None
+
+    def admit(self, tasks: Sequence[str], input_tokens: Sequence[int], *, anonymous: bool = False) -> list[int]:
+        """Number new requests, predict if one is due, plan, and start swapping; return their numbers."""
+        numbers, due = [], False
+        for task, tokens in zip(tasks, input_tokens, strict=True):
+            due |= self.admitted % self.interval == 0
+            self.running[self.admitted] = Request(self.admitted, task, tokens, np.zeros(self.shape), anonymous)
+            self._recent.append(RunningRequest(task, tokens))
+            numbers.append(self.admitted)
+            self.admitted += 1
+        if due:
+            self._frequencies.clear()
+            self._predicted = True
+            self.loader.counters.predictions += self.predictor is not None
+        if self._predicted and (due or self.replan == "admission"):
+            self._make_plan()
+        return numbers
+
+    def observe(self, layer: int, chosen: torch.Tensor, step: StepContext | None) -> None:
+        """Add one layer's desired experts, int64 [real tokens, k], to the histories of the pass's requests."""
+        if step is None:
+            return
+        experts = self.shape[1]
+        if step.batch == 1:
+            request = self.running.get(step.requests[0])
+            if request is not None:
+                request.counts[layer] += torch.bincount(chosen.flatten(), minlength=experts).cpu().numpy()
+            return
+        rows = step.row_of_token()
+        if step.real is not None:
+            rows = rows[step.real]
+        flat = (rows.unsqueeze(-1).to(chosen.device) * experts + chosen).flatten()
+        table = torch.bincount(flat, minlength=step.batch * experts).view(step.batch, experts).cpu().numpy()
+        for row, number in enumerate(step.requests):
+            request = self.running.get(number)
+            if request is not None:
+                request.counts[layer] += table[row]
+
+    def finish(self, numbers: Sequence[int]) -> None:
+        """End requests: their history goes to the predictor. Unknown numbers are ignored."""
+        for number in numbers:
+            request = self.running.pop(number, None)
+            if request is None:
+                continue
+            self.finished += 1
+            if self.predictor is not None:
+                self.predictor.observe(request.task, request.counts)
+
+    def tolerance(self, task: str, layer: int, tolerance: float) -> float:
+        """Return the miss tolerance of a (task, layer): 1 where the profile calls it insensitive."""
+        if self.profile is not None and not self.profile.sensitive(task, layer):
+            return 1.0
+        return tolerance
+
+    def _make_plan(self) -> None:
+        if self.predictor is None:
+            return
+        started = time.perf_counter()
+        requests = (
+            list(self._recent)
+            if self.replan == "interval"
+            else [RunningRequest(request.task, request.input_tokens) for request in self.running.values()]
+        )
+        for task in sorted({request.task for request in requests}):
+            if task not in self._frequencies:
+                self._frequencies[task] = self.predictor.predict(task)
+        known = {task: shares for task, shares in self._frequencies.items() if shares is not None}
+        profile = self.profile
+        demand = expected_tokens(
+            requests,
+            known,
+            lambda task, layer: profile is None or profile.sensitive(task, layer),
+            lambda task: (
+                DEFAULT_OUTPUT_TOKENS
+                if profile is None
+                else profile.expected_output_tokens(task, DEFAULT_OUTPUT_TOKENS)
+            ),
+        )
+        plan = make_plan(demand, self.loader.table.capacity)
+        self.prediction_s += time.perf_counter() - started
+        if plan.is_empty:
+            return
+        before = None if self.plan is None else [set(experts) for experts in self.plan.experts]
+        self.plan = plan
+        if before != [set(experts) for experts in plan.experts]:
+            self.loader.swap(plan.experts)
+
+
+def task_or_unknown(task: str | None) -> str:
+    """Return the task type, or "unknown" when nobody said."""
+    return task or UNKNOWN

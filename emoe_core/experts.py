@@ -1,0 +1,239 @@
+"""The "emoe" experts function: transformers asks it to compute a layer's experts, it computes them from slots.
+
+transformers dispatches every decorated experts module through ``ALL_EXPERTS_FUNCTIONS``. We register one function
+under the name "emoe". It finds the layer's `LayerHandle` on the module itself (state hangs on modules, never on
+globals) and runs the family's *own* eager code over an object that answers ``gate_up_proj[expert]`` and its siblings
+with slot tensors. Same code, same shapes, same order of accumulation: bit-identical to stock
+``experts_implementation="eager"`` as long as nobody is rerouted.
+
+What happens on a miss is decided here, per token, by the miss tolerance of its (task, layer): see `rerouting.py`.
+Padding rows are computed where their experts are there anyway, but never cause a load, a count or a history entry.
+Their values may therefore differ from stock's, and with them the number of rows per matrix in later layers: a padded
+batch agrees with stock within rounding on its real rows, an unpadded one bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .context import StepContext
+from .errors import IntegrationError, UnsupportedFamilyError
+from .loader import ExpertLoader, Lease
+from .rerouting import Choice, Rerouted, RoutingRule, find_rule, replaceable, substitute
+from .routing import TraceRecorder
+
+IMPLEMENTATION = "emoe"
+_ATTRIBUTE = "_emoe_layer"
+
+
+class Session(Protocol):
+    """What a layer needs of its engine."""
+
+    step: StepContext | None
+    recorder: TraceRecorder | None
+
+    def tolerance_of(self, task: str, layer: int) -> float:
+        """Miss tolerance of a (task, layer) in [0, 1]."""
+
+    def observe(self, layer: int, chosen: torch.Tensor, step: StepContext | None) -> None:
+        """Take the desired experts int64 [tokens, k] of one layer for the requests' history."""
+
+
+class LayerHandle:
+    """One MoE layer of one engine: its number, its router's rule, and the router logits of the call in progress."""
+
+    def __init__(
+        self,
+        layer: int,
+        module: torch.nn.Module,
+        loader: ExpertLoader,
+        session: Session,
+    ) -> None:
+        self.layer = layer
+        self.loader = loader
+        self.session = session
+        self.num_experts = loader.layers[layer].num_experts
+        self.params = frozenset(param.name for param in loader.layers[layer].params)
+        self.rule: RoutingRule | None = None
+        self.router: torch.nn.Module | None = None
+        self.router_logits: torch.Tensor | None = None
+        self._eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+
+    def attach_router(self, router: torch.nn.Module, logits_index: int, hidden_size: int) -> None:
+        """Keep the router's logits for this layer from now on, if a routing rule explains its choices."""
+
+        def choice_of(output: Any) -> Choice:
+            logits = output[logits_index]
+            others = [part for part in output if part is not logits]
+            index = next(part for part in others if not part.is_floating_point())
+            weights = next(part for part in others if part.is_floating_point() and part.shape == index.shape)
+            return Choice(logits, weights, index)
+
+        self.rule = find_rule(router, hidden_size, choice_of)
+        if self.rule is None:
+            return
+        self.router = router
+
+        def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+            self.router_logits = output[logits_index]
+
+        router.register_forward_hook(keep)
+
+    def forward(
+        self, module: torch.nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
+        if hidden.requires_grad and torch.is_grad_enabled():
+            raise IntegrationError(
+                "emoe serves inference only: expert slots are overwritten, so gradients would be wrong. Run under "
+                "torch.no_grad(), or fine-tune the stock model."
+            )
+        step = self.session.step
+        if step is not None and step.tokens != index.shape[0]:
+            step = None
+        logits, self.router_logits = self.router_logits, None
+        real = None if step is None else step.real
+        wanted = index if real is None else index[real.to(index.device)]
+        demand = torch.bincount(wanted.flatten(), minlength=self.num_experts).tolist()
+        active = [expert for expert, tokens in enumerate(demand) if tokens]
+        resident = self.loader.table.resident(self.layer)
+        absent = [expert for expert in active if expert not in resident]
+        rerouted = None
+        if absent:
+            rerouted = self._reroute(logits, index, weights, absent, demand, resident, step)
+        self.session.observe(self.layer, wanted, step)
+        served_index, served_weights = (index, weights) if rerouted is None else (rerouted.index, rerouted.weights)
+        if rerouted is not None:
+            kept = served_index if real is None else served_index[real.to(index.device)]
+            computed = sorted(set(kept.flatten().tolist()))
+        else:
+            computed = active
+        self._count(wanted, demand, active, absent, rerouted, real)
+        if self.session.recorder is not None:
+            self.session.recorder.layer(self.layer, index, weights, served_index)
+        with self.loader.lease(self.layer, computed or [int(index.flatten()[0])]) as lease:
+            return self._eager(_ExpertsView(module, self.params, lease), hidden, served_index, served_weights)
+
+    def _reroute(
+        self,
+        logits: torch.Tensor | None,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        absent: list[int],
+        demand: list[int],
+        resident: set[int],
+        step: StepContext | None,
+    ) -> Rerouted | None:
+        if step is None:
+            tolerance = torch.full((index.shape[0],), self.session.tolerance_of("unknown", self.layer))
+        else:
+            per_row = torch.tensor([self.session.tolerance_of(task, self.layer) for task in step.tasks])
+            tolerance = per_row.repeat_interleave(step.length)
+        if not bool((tolerance > 0).any()):
+            return None
+        if self.rule is None or self.router is None or logits is None:
+            raise UnsupportedFamilyError(
+                f"MoE layer {self.layer} of this family has a router that no known routing rule explains, so tokens "
+                f"cannot be rerouted: load with tolerance=0 (exact)."
+            )
+        # While a layer still has empty slots, filling them is better than replacing: load the most wanted first.
+        room = self.loader.table.room(self.layer)
+        filling = sorted(absent, key=lambda expert: -demand[expert])[:room]
+        present = torch.zeros(self.num_experts, dtype=torch.bool, device=index.device)
+        present[sorted(resident) + filling] = True
+        missing = ~present[index]
+        if step is not None and step.real is not None:
+            missing &= step.real.to(index.device).unsqueeze(-1)
+        replace, lost = replaceable(weights, missing, tolerance.to(index.device))
+        if not bool(replace.any()):
+            return None
+        loaded = index[missing & ~replace]
+        present[loaded] = True
+        choice = Choice(logits.reshape(index.shape[0], -1), weights, index)
+        return substitute(choice, replace, lost, present, self.rule, self.router)
+
+    def _count(
+        self,
+        wanted: torch.Tensor,
+        demand: list[int],
+        active: list[int],
+        absent: list[int],
+        rerouted: Rerouted | None,
+        real: torch.Tensor | None,
+    ) -> None:
+        counters = self.loader.counters
+        counters.requests += len(active)
+        counters.hits += len(active) - len(absent)
+        counters.token_requests += wanted.numel()
+        missed_tokens = sum(demand[expert] for expert in absent)
+        counters.token_hits += wanted.numel() - missed_tokens
+        replaced_tokens, replaced = 0, dict[int, int]()
+        if rerouted is not None:
+            marks = rerouted.replaced if real is None else rerouted.replaced[real.to(rerouted.replaced.device)]
+            replaced_tokens = int(marks.sum())
+            lost = torch.bincount(wanted[marks], minlength=self.num_experts).tolist()
+            replaced = {expert: lost[expert] for expert in absent}
+        counters.token_reroutes += replaced_tokens
+        counters.token_loads += missed_tokens - replaced_tokens
+        reroutes = sum(1 for expert in absent if replaced.get(expert, 0) == demand[expert])
+        counters.reroutes += reroutes
+        counters.loads += len(absent) - reroutes
+
+
+class _ExpertsView:
+    """Stands in for the experts module inside its eager code: weights come from slots, all else from the module."""
+
+    def __init__(self, module: torch.nn.Module, params: frozenset[str], lease: Lease) -> None:
+        self._module = module
+        self._params = params
+        self._lease = lease
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._params:
+            return _ParamView(self._lease, name)
+        return getattr(self._module, name)
+
+
+class _ParamView:
+    """``weights[expert]`` answered from a slot."""
+
+    def __init__(self, lease: Lease, name: str) -> None:
+        self._lease = lease
+        self._name = name
+
+    def __getitem__(self, expert: Any) -> torch.Tensor:
+        tensors: Mapping[str, torch.Tensor] = self._lease[int(expert)]
+        return tensors[self._name]
+
+
+def emoe_experts_forward(
+    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Serve one call of an experts module; the function that is registered with transformers."""
+    handle: LayerHandle | None = module.__dict__.get(_ATTRIBUTE)
+    if handle is None:
+        raise IntegrationError(
+            f"a {type(module).__name__} was asked to run as 'emoe' but belongs to no engine: load the model with "
+            f"emoe_core.load(), or choose another experts_implementation for this model."
+        )
+    return handle.forward(module, hidden_states, top_k_index, top_k_weights)
+
+
+def attach(module: torch.nn.Module, handle: LayerHandle) -> None:
+    """Tie an experts module to its engine's layer."""
+    module.__dict__[_ATTRIBUTE] = handle
+
+
+def detach(module: torch.nn.Module) -> None:
+    """Untie an experts module; a later call then raises IntegrationError instead of reading freed slots."""
+    module.__dict__.pop(_ATTRIBUTE, None)
+
+
+def register() -> None:
+    """Make "emoe" known to transformers. Idempotent; the only global state of this package."""
+    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, emoe_experts_forward)

@@ -1,0 +1,244 @@
+"""Running prompts through an engine: greedy generation with timing, and teacher-forced scoring.
+
+Decoding itself is transformers' own ``generate``; this module admits and ends requests around it, measures time to
+the first token (TTFT, from admission, swapping included) and per output token (TPOT), and streams text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from .errors import OptionError
+from .tasks import UNKNOWN, classify
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+OnToken = Callable[[int, str], None]
+Sequence_ = tuple[Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answer to one prompt.
+
+    ``token_ids`` excludes the prompt and includes a closing end-of-sequence token. ``ttft_s`` and ``tpot_s`` are wall
+    seconds of the batch the prompt ran in; ``tpot_s`` is None for a single token.
+    """
+
+    request: int
+    task: str
+    text: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    ttft_s: float
+    tpot_s: float | None
+    total_s: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Input length in tokens."""
+        return len(self.prompt_ids)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Teacher-forced scores of one continuation of n tokens.
+
+    Attributes
+    ----------
+    request : int
+    logprobs : torch.Tensor
+        Float32 [n]: natural log-probability of each given token.
+    logits : torch.Tensor
+        Float32 [n, vocabulary] on the CPU: the distribution each was scored under, before softmax.
+    total_s : float
+        Wall seconds.
+    """
+
+    request: int
+    logprobs: torch.Tensor
+    logits: torch.Tensor
+    total_s: float
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = True) -> list[int]:
+    """Return a prompt's token ids, as a user's turn of the chat template where there is one."""
+    if chat and tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def generate(
+    engine: Engine,
+    prompts: Sequence[str],
+    tasks: Sequence[str | None] | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 1,
+    chat: bool = True,
+    on_token: OnToken | None = None,
+) -> list[Generation]:
+    """Answer prompts greedily, in order, ``batch_size`` at a time (left-padded).
+
+    Parameters
+    ----------
+    engine : Engine
+    prompts : sequence of str
+        User messages.
+    tasks : sequence of str or None, optional
+        Task type of each prompt; None is classified by keywords.
+    max_new_tokens : int
+        Output tokens at most, per prompt.
+    batch_size : int
+        Prompts per batch. Batches of 1 are bit-identical to stock at tolerance 0.
+    chat : bool
+        Apply the chat template.
+    on_token : callable, optional
+        Called with (place of the prompt, new text) as text arrives.
+
+    Raises
+    ------
+    OptionError
+        No tokenizer, or counts below one.
+    """
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise OptionError(f"{engine.index.path} has no tokenizer: call engine.model.generate with token ids instead")
+    if max_new_tokens < 1 or batch_size < 1:
+        raise OptionError("max_new_tokens and batch_size must be 1 or more")
+    if tasks is not None and len(tasks) != len(prompts):
+        raise OptionError(f"{len(prompts)} prompts came with {len(tasks)} task types: give one each, or none")
+    named = [task or classify(prompt) for prompt, task in zip(prompts, tasks or [None] * len(prompts), strict=True)]
+    done: list[Generation] = []
+    for start in range(0, len(prompts), batch_size):
+        ids = [encode(tokenizer, prompt, chat) for prompt in prompts[start : start + batch_size]]
+        relay = None if on_token is None else (lambda row, text, first=start: on_token(first + row, text))
+        done += _generate_batch(engine, tokenizer, ids, named[start : start + batch_size], max_new_tokens, relay)
+    return done
+
+
+def score(engine: Engine, sequences: Sequence[Sequence_], tasks: Sequence[str | None] | None = None) -> list[Scored]:
+    """Return the log-probabilities of given continuations, one forward pass per sequence.
+
+    Parameters
+    ----------
+    engine : Engine
+    sequences : sequence of (prompt ids, continuation ids)
+        Both non-empty.
+    tasks : sequence of str or None, optional
+        Task type of each sequence; None is "unknown".
+    """
+    accepts = inspect.signature(type(engine.model).forward).parameters
+    scored = []
+    for place, (prompt, continuation) in enumerate(sequences):
+        if not len(prompt) or not len(continuation):
+            raise OptionError(f"sequence {place} needs at least one prompt token and one continuation token")
+        task = (tasks[place] if tasks is not None else None) or UNKNOWN
+        started = time.perf_counter()
+        numbers = engine.admit([task], [len(prompt) + len(continuation)])
+        ids = torch.tensor([[*prompt, *continuation]], device=engine.device)
+        extra: dict[str, Any] = {"logits_to_keep": len(continuation) + 1} if "logits_to_keep" in accepts else {}
+        try:
+            with torch.no_grad():
+                output = engine.model(input_ids=ids, use_cache=False, **extra)
+        finally:
+            engine.finish(numbers)
+        logits = output.logits[0, -len(continuation) - 1 : -1].float().cpu()
+        targets = torch.tensor(continuation, dtype=torch.long).unsqueeze(-1)
+        logprobs = logits.log_softmax(dim=-1).gather(1, targets).squeeze(-1)
+        scored.append(Scored(numbers[0], logprobs, logits, time.perf_counter() - started))
+    return scored
+
+
+def _generate_batch(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    tasks: list[str],
+    max_new_tokens: int,
+    on_token: OnToken | None,
+) -> list[Generation]:
+    started = time.perf_counter()
+    numbers = engine.admit(tasks, [len(row) for row in ids])
+    width = max(len(row) for row in ids)
+    ends = _end_tokens(engine, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    inputs = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=engine.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=engine.device)
+    watch = _Watch(tokenizer, width, ends, on_token)
+    model: Any = engine.model
+    try:
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=inputs,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=sorted(ends) or None,
+                stopping_criteria=StoppingCriteriaList([watch]),
+            )
+    finally:
+        engine.finish(numbers)
+    total_s = time.perf_counter() - started
+    times = [moment - started for moment in watch.times]
+    results = []
+    for row, number in enumerate(numbers):
+        tokens = _until_end(output[row, width:].tolist(), ends)
+        text = str(tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True))
+        last = times[len(tokens) - 1]
+        tpot_s = (last - times[0]) / (len(tokens) - 1) if len(tokens) > 1 else None
+        results.append(Generation(number, tasks[row], text, tuple(ids[row]), tuple(tokens), times[0], tpot_s, total_s))
+    return results
+
+
+class _Watch(StoppingCriteria):
+    """Never stops anything: notes when each token came, and passes text on."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, width: int, ends: set[int], on_token: OnToken | None
+    ) -> None:
+        self.times: list[float] = []
+        self._tokenizer = tokenizer
+        self._width = width
+        self._ends = ends
+        self._on_token = on_token
+        self._emitted: dict[int, int] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        if self._on_token is not None:
+            for row, tokens in enumerate(input_ids[:, self._width :].tolist()):
+                shown = [token for token in _until_end(tokens, self._ends) if token not in self._ends]
+                text = str(self._tokenizer.decode(shown, skip_special_tokens=True))
+                before = self._emitted.get(row, 0)
+                # A token may end inside a character: wait for the rest.
+                if len(text) > before and not text.endswith("\ufffd"):
+                    self._on_token(row, text[before:])
+                    self._emitted[row] = len(text)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: place + 1]
+    return tokens
+
+
+def _end_tokens(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    config = engine.model.generation_config
+    declared = getattr(config, "eos_token_id", None) if config is not None else None
+    if declared is None:
+        declared = tokenizer.eos_token_id
+    return set() if declared is None else {declared} if isinstance(declared, int) else set(declared)

@@ -1,0 +1,208 @@
+"""Serving a token without one of its experts: who replaces it, and with what weight.
+
+The experts of a layer get the router's choice only, so a hook keeps the router's logits for the layer's call. A
+*routing rule* turns logits into the order in which experts are chosen and into the scores their weights come from;
+`find_rule` picks the rule that reproduces the router's own choice on random inputs, so new families with a known
+rule work at once, and a family without one is served exactly only.
+
+Loss of a token = weights of its absent chosen experts / weights of all its chosen experts. The smallest absent
+weights are replaced first, while the loss stays within the tolerance; the rest is loaded. The new weights are the
+scores of the experts used, scaled to the token's original total (the paper's section 3.4 leaves re-weighting open).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MINUS_INFINITY = float("-inf")
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """How a family's router goes from logits [T, E] to its choice.
+
+    ``order`` gives the values whose k largest are chosen; ``scores`` the positive values that weights are
+    proportional to. Both take (router module, logits float32 [T, E]) and return float32 [T, E].
+    """
+
+    name: str
+    order: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+    scores: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+
+
+def _softmax(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    return logits.softmax(dim=-1)
+
+
+def _sigmoid(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    return logits.sigmoid()
+
+
+def _biased_sigmoid(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    bias = getattr(router, "e_score_correction_bias", None)
+    return logits.sigmoid() if bias is None else logits.sigmoid() + bias.float()
+
+
+RULES = (
+    # softmax -> top-k and top-k -> softmax order and weigh alike: weights are proportional to the softmax.
+    RoutingRule("softmax", _softmax, _softmax),
+    RoutingRule("sigmoid+bias", _biased_sigmoid, _sigmoid),
+)
+
+
+def group_limit(router: torch.nn.Module, order: torch.Tensor) -> torch.Tensor:
+    """Return a bool mask [T, E] of the experts in each token's best groups; all True for a router without groups.
+
+    DeepSeek-V3 restricts a token to ``topk_group`` of ``num_group`` groups, ranked by the sum of their two best.
+    """
+    groups, kept = getattr(router, "num_group", None), getattr(router, "topk_group", None)
+    if not groups or not kept or groups <= 1 or kept >= groups:
+        return torch.ones_like(order, dtype=torch.bool)
+    tokens, experts = order.shape
+    grouped = order.view(tokens, groups, experts // groups)
+    best = grouped.topk(min(2, experts // groups), dim=-1).values.sum(dim=-1).topk(kept, dim=-1).indices
+    mask = torch.zeros(tokens, groups, dtype=torch.bool, device=order.device).scatter_(1, best, True)
+    return mask.unsqueeze(-1).expand_as(grouped).reshape(tokens, experts)
+
+
+def find_rule(router: torch.nn.Module, hidden_size: int, output: Callable[[Any], Choice]) -> RoutingRule | None:
+    """Return the rule that reproduces a router's choice and weights on 64 random tokens, or None.
+
+    Parameters
+    ----------
+    router : torch.nn.Module
+        The loaded router.
+    hidden_size : int
+        Width of its input.
+    output : callable
+        Takes what the router returns and gives its `Choice`.
+    """
+    parameter = next(router.parameters())
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, hidden_size, generator=generator).to(parameter.device, parameter.dtype)
+    try:
+        with torch.no_grad():
+            choice = output(router(hidden))
+    except (TypeError, RuntimeError, IndexError, ValueError, AttributeError, StopIteration):
+        return None
+    logits = choice.logits.float()
+    for rule in RULES:
+        order = rule.order(router, logits).masked_fill(~group_limit(router, rule.order(router, logits)), MINUS_INFINITY)
+        chosen = order.topk(choice.index.shape[-1], dim=-1).indices
+        # Ties between logits of low precision may be broken either way: compare what was chosen by its order value.
+        same_choice = torch.allclose(
+            order.gather(1, chosen).sort(-1).values, order.gather(1, choice.index).sort(-1).values, atol=1e-6
+        )
+        scores = rule.scores(router, logits).gather(1, choice.index)
+        weights = choice.weights.float()
+        if same_choice and torch.allclose(
+            scores / scores.sum(-1, keepdim=True), weights / weights.sum(-1, keepdim=True), atol=2e-2
+        ):
+            return rule
+    return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A router's decision for T tokens: logits [T, E], weights [T, k], expert index int64 [T, k]."""
+
+    logits: torch.Tensor
+    weights: torch.Tensor
+    index: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rerouted:
+    """What is served instead: index and weights [T, k], ``replaced`` bool [T, k], ``lost`` float32 [T] in [0, 1]."""
+
+    index: torch.Tensor
+    weights: torch.Tensor
+    replaced: torch.Tensor
+    lost: torch.Tensor
+
+
+def replaceable(
+    weights: torch.Tensor, absent: torch.Tensor, tolerance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decide which absent choices may be replaced: smallest weights first while the loss is within tolerance.
+
+    Parameters
+    ----------
+    weights : torch.Tensor
+        Router weights [T, k].
+    absent : torch.Tensor
+        Bool [T, k], True where the chosen expert is not resident.
+    tolerance : torch.Tensor
+        Float [T] in [0, 1]. A token with tolerance 0 is never replaced, not even at weight 0.
+
+    Returns
+    -------
+    replace : torch.Tensor
+        Bool [T, k].
+    lost : torch.Tensor
+        Float32 [T], the loss of what is replaced.
+    """
+    weights = weights.float()
+    total = weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    share = torch.where(absent, weights / total, torch.full_like(weights, float("inf")))
+    ranked, order = share.sort(dim=-1)
+    loss = torch.where(ranked.isinf(), torch.zeros_like(ranked), ranked).cumsum(dim=-1)
+    limit = tolerance.unsqueeze(-1)
+    within = ((loss <= limit) | (limit >= 1.0)) & ~ranked.isinf() & (limit > 0.0)
+    replace = torch.zeros_like(absent).scatter(1, order, within)
+    lost = torch.where(replace, weights / total, torch.zeros_like(weights)).sum(dim=-1)
+    return replace, lost
+
+
+def substitute(
+    choice: Choice,
+    replace: torch.Tensor,
+    lost: torch.Tensor,
+    available: torch.Tensor,
+    rule: RoutingRule,
+    router: torch.nn.Module,
+) -> Rerouted:
+    """Replace the marked choices by each token's next-best available experts and renormalise.
+
+    Parameters
+    ----------
+    choice : Choice
+        The router's decision.
+    replace, lost : torch.Tensor
+        From `replaceable`.
+    available : torch.Tensor
+        Bool [E]: experts that are, or are about to be, in slots; at least one.
+    rule, router
+        How logits become order and scores.
+
+    A token with fewer available experts than choices uses all of them; its left-over places get weight 0. The group
+    limit of grouped routers holds while its groups have an available expert left, and is lifted otherwise.
+    """
+    rows = replace.any(dim=-1)
+    logits, chosen, marks = choice.logits[rows].float(), choice.index[rows], replace[rows]
+    order = rule.order(router, logits)
+    kept = torch.zeros_like(order, dtype=torch.bool)
+    kept.scatter_(1, chosen, ~marks)
+    candidates = available & ~kept
+    inside = candidates & group_limit(router, order)
+    # An expert outside the groups ranks behind every one inside; sigmoid and softmax orders are far below 1e3.
+    ranked = torch.where(candidates, order - 1e3 * (~inside).float(), torch.full_like(order, MINUS_INFINITY))
+    width = min(chosen.shape[-1], ranked.shape[-1])
+    values, best = ranked.topk(width, dim=-1)
+    rank = (marks.long().cumsum(dim=-1) - 1).clamp_min(0)
+    substitutes = best.gather(1, rank)
+    found = values.gather(1, rank) > MINUS_INFINITY
+    fallback = int(available.nonzero()[0, 0])
+    new_index = torch.where(marks, torch.where(found, substitutes, torch.full_like(substitutes, fallback)), chosen)
+    scores = rule.scores(router, logits).gather(1, new_index)
+    scores = torch.where(marks & ~found, torch.zeros_like(scores), scores)
+    total = choice.weights[rows].float().sum(dim=-1, keepdim=True)
+    new_weights = scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20) * total
+    index, weights = choice.index.clone(), choice.weights.clone()
+    index[rows] = new_index
+    weights[rows] = new_weights.to(weights.dtype)
+    return Rerouted(index, weights, replace, lost)

@@ -1,0 +1,172 @@
+"""Routing traces: which experts each token chose, with what weight, and which served it.
+
+A trace is a set of equally long columns, one row per (request, token); experts and weights are arrays over
+(row, MoE layer, choice). It rests on disk as one compressed npz file with a format version. Recording is off unless
+asked for: it keeps tokens * layers * k * 4 bytes in host memory.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .context import StepContext
+from .errors import DataError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """Routing of n tokens through L MoE layers with k choices of E experts.
+
+    Attributes
+    ----------
+    request : int32 [n]
+        Request id.
+    position : int32 [n]
+        Position in the request's sequence, padding excluded.
+    prefill : bool [n]
+        Whether the token was part of a prompt.
+    chosen, served : uint16 [n, L, k]
+        Experts the router wanted, and those that computed.
+    weight : float16 [n, L, k]
+        Router weights of the chosen experts.
+    tasks : dict
+        Task type of each request id.
+    experts : int
+        E.
+    """
+
+    request: np.ndarray
+    position: np.ndarray
+    prefill: np.ndarray
+    chosen: np.ndarray
+    served: np.ndarray
+    weight: np.ndarray
+    tasks: dict[int, str]
+    experts: int
+
+    def __len__(self) -> int:
+        return len(self.request)
+
+    def counts(self, request: int) -> np.ndarray:
+        """Return how many tokens of a request chose each expert, float64 [L, E]."""
+        chosen = self.chosen[self.request == request]
+        layers = chosen.shape[1]
+        return np.stack(
+            [np.bincount(chosen[:, layer].ravel(), minlength=self.experts) for layer in range(layers)]
+        ).astype(float)
+
+    def shares(self) -> dict[int, np.ndarray]:
+        """Return per request the share of its (token, choice) pairs per expert, float64 [L, E], rows summing to 1."""
+        result = {}
+        for request in np.unique(self.request):
+            counts = self.counts(int(request))
+            result[int(request)] = counts / counts.sum(axis=1, keepdims=True)
+        return result
+
+    def mass_of_best(self, kept: int) -> dict[int, float]:
+        """Return per request the share of choices that its own best ``kept`` experts cover, mean over layers."""
+        return {
+            request: float(np.sort(shares, axis=1)[:, ::-1][:, :kept].sum(axis=1).mean())
+            for request, shares in self.shares().items()
+        }
+
+    def save(self, path: Path) -> Path:
+        """Write the trace as compressed npz."""
+        names = np.array([f"{key}\t{task}" for key, task in self.tasks.items()], dtype=np.str_)
+        with Path(path).open("wb") as stream:
+            np.savez_compressed(
+                stream,
+                format=np.array(FORMAT),
+                request=self.request,
+                position=self.position,
+                prefill=self.prefill,
+                chosen=self.chosen,
+                served=self.served,
+                weight=self.weight,
+                tasks=names,
+                experts=np.array(self.experts),
+            )
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: Path) -> RoutingTrace:
+        """Read a trace; DataError when the file is not a whole trace of this format."""
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                if int(data["format"]) != FORMAT:
+                    raise DataError(f"{path} is a trace of format {int(data['format'])}, this version reads {FORMAT}")
+                tasks = {int(key): task for key, task in (str(item).split("\t", 1) for item in data["tasks"])}
+                columns = {
+                    name: data[name] for name in ("request", "position", "prefill", "chosen", "served", "weight")
+                }
+                trace = cls(**columns, tasks=tasks, experts=int(data["experts"]))
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} is not a readable routing trace ({error}): record it again") from error
+        lengths = {
+            len(getattr(trace, name)) for name in ("request", "position", "prefill", "chosen", "served", "weight")
+        }
+        if len(lengths) != 1 or trace.chosen.shape != trace.weight.shape or trace.chosen.ndim != 3:
+            raise DataError(f"{path} is damaged: its columns disagree in length. Record it again.")
+        if len(trace) and int(trace.chosen.max()) >= trace.experts:
+            raise DataError(f"{path} is damaged: it names an expert beyond its {trace.experts}. Record it again.")
+        return trace
+
+
+class TraceRecorder:
+    """Collects what the layers of one engine report, pass by pass."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.layers = layers
+        self.experts = experts
+        self._pending: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._parts: list[dict[str, np.ndarray]] = []
+        self._tasks: dict[int, str] = {}
+        self._next_position: dict[int, int] = {}
+
+    def layer(self, layer: int, chosen: torch.Tensor, weight: torch.Tensor, served: torch.Tensor) -> None:
+        """Take one layer's choice of the current pass: tensors [tokens, k]."""
+        self._pending[layer] = (
+            chosen.cpu().numpy().astype(np.uint16),
+            weight.detach().float().cpu().numpy().astype(np.float16),
+            served.cpu().numpy().astype(np.uint16),
+        )
+
+    def end_of_pass(self, step: StepContext) -> None:
+        """Keep the pass if every layer reported it with the pass's number of tokens; forget it otherwise."""
+        pending, self._pending = self._pending, {}
+        if len(pending) != self.layers or any(len(part[0]) != step.tokens for part in pending.values()):
+            return
+        real = np.ones(step.tokens, dtype=bool) if step.real is None else step.real.numpy()
+        rows = step.row_of_token().numpy()
+        position = np.zeros(step.tokens, dtype=np.int32)
+        for row, request in enumerate(step.requests):
+            here = (rows == row) & real
+            first = self._next_position.get(request, 0)
+            position[here] = first + np.arange(int(here.sum()))
+            self._next_position[request] = first + int(here.sum())
+            self._tasks[request] = step.tasks[row]
+        stacked = [np.stack([pending[layer][part] for layer in range(self.layers)], axis=1)[real] for part in range(3)]
+        self._parts.append(
+            {
+                "request": np.asarray(step.requests, dtype=np.int32)[rows][real],
+                "position": position[real],
+                "prefill": np.full(int(real.sum()), step.is_prefill),
+                "chosen": stacked[0],
+                "weight": stacked[1],
+                "served": stacked[2],
+            }
+        )
+
+    def trace(self) -> RoutingTrace:
+        """Return everything recorded so far; DataError when nothing was."""
+        if not self._parts:
+            raise DataError("no routing was recorded: run a prompt first")
+        columns = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        return RoutingTrace(**columns, tasks=dict(self._tasks), experts=self.experts)

@@ -1,0 +1,192 @@
+"""Device memory for experts: fixed slots, who is in them, who may be evicted.
+
+A *slot* is a page-aligned piece of one buffer, as long as the longest expert record. Each MoE layer may hold as many
+experts as its *capacity*; ``spare`` slots belong to no layer and carry experts that are streamed through when every
+resident of a layer is pinned. Slots are not bound to layers: capacities are counts, so an incoming expert is written
+to a free slot and the table alone decides whose it is.
+
+States of an entry: *loading* (bytes on their way), *ready*. A *pinned* entry is in use by a forward pass and is never
+evicted. An entry remembers whether it ever served a request, so that waste can be counted.
+
+This module moves no bytes and starts no threads; `loader.py` does. It is not thread-safe: only the thread that runs
+the model changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .errors import OptionError
+
+
+@dataclass
+class Entry:
+    """One resident expert. Clock values are ticks of the table, one per touch; ``forward`` numbers forward passes."""
+
+    layer: int
+    expert: int
+    slot: int
+    ready: bool = False
+    pins: int = 0
+    arrived: int = 0
+    touched: int = 0
+    uses: int = 0
+    forward: int = -1
+
+    @property
+    def served(self) -> bool:
+        """Whether the expert has served a request since it was loaded."""
+        return self.uses > 0
+
+
+Policy = Callable[[Sequence[Entry], int], Entry | None]
+
+
+def lru(candidates: Sequence[Entry], forward: int) -> Entry | None:
+    """Evict the least recently touched expert."""
+    return min(candidates, key=lambda entry: entry.touched, default=None)
+
+
+def lfu(candidates: Sequence[Entry], forward: int) -> Entry | None:
+    """Evict the expert that served the fewest requests since it was loaded; ties go to the least recent."""
+    return min(candidates, key=lambda entry: (entry.uses, entry.touched), default=None)
+
+
+def least_stale(candidates: Sequence[Entry], forward: int) -> Entry | None:
+    """Evict stale experts (untouched in this forward pass) first, oldest first; of the fresh ones, the newest.
+
+    Our reading of the Least-Stale policy (arXiv 2602.03921) for per-layer partitions: what this pass has already
+    used is kept for the next pass, and a long streamed prefill replaces its own last arrival, not the whole layer.
+    """
+    stale = [entry for entry in candidates if entry.forward != forward]
+    return lru(stale, forward) if stale else max(candidates, key=lambda entry: entry.touched, default=None)
+
+
+def static(candidates: Sequence[Entry], forward: int) -> Entry | None:
+    """Never evict on demand: only a plan changes the residents."""
+    return None
+
+
+POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "least_stale": least_stale, "static": static}
+
+
+def policy_by_name(name: str) -> Policy:
+    """Return an eviction policy; OptionError names the known ones."""
+    if name not in POLICIES:
+        raise OptionError(f"unknown eviction policy {name!r}: choose one of {', '.join(sorted(POLICIES))}")
+    return POLICIES[name]
+
+
+class SlotTable:
+    """The residency table: at most ``capacity[layer]`` experts a layer, plus ``spare`` streamed ones in all.
+
+    Parameters
+    ----------
+    capacity : sequence of int
+        Slots of each MoE layer, >= 1 each.
+    spare : int
+        Slots beyond the capacities, shared by all layers, used only while a forward pass has a layer pinned full.
+    policy : str
+        Name of the eviction policy.
+    """
+
+    def __init__(self, capacity: Sequence[int], spare: int, policy: str = "lru") -> None:
+        self.capacity = tuple(capacity)
+        self.spare = spare
+        self.policy = policy_by_name(policy)
+        self.forward = 0
+        self._clock = 0
+        self._free = list(range(sum(self.capacity) + spare))[::-1]
+        self._layers: list[dict[int, Entry]] = [{} for _ in self.capacity]
+
+    @property
+    def slots(self) -> int:
+        """All slots, spare ones included."""
+        return sum(self.capacity) + self.spare
+
+    def resident(self, layer: int) -> set[int]:
+        """Experts of a layer that are in a slot or on their way into one."""
+        return set(self._layers[layer])
+
+    def entries(self) -> Iterable[Entry]:
+        """All entries, layer by layer."""
+        for layer in self._layers:
+            yield from layer.values()
+
+    def get(self, layer: int, expert: int) -> Entry | None:
+        """Return the expert's entry, or None when it is absent."""
+        return self._layers[layer].get(expert)
+
+    def room(self, layer: int) -> int:
+        """Slots of the layer's own capacity that hold nothing."""
+        return max(0, self.capacity[layer] - len(self._layers[layer]))
+
+    def touch(self, entry: Entry) -> None:
+        """Mark an expert as used now by the current forward pass."""
+        self._clock += 1
+        entry.touched = self._clock
+        entry.uses += 1
+        entry.forward = self.forward
+
+    def victim(self, layer: int) -> Entry | None:
+        """Return the entry to evict from a layer next, among ready and unpinned ones, or None.
+
+        The policy chooses. Where it refuses and the layer holds a borrowed spare slot, the latest arrival goes.
+        """
+        candidates = [entry for entry in self._layers[layer].values() if entry.ready and not entry.pins]
+        if not candidates:
+            return None
+        chosen = self.policy(candidates, self.forward)
+        if chosen is None and len(self._layers[layer]) > self.capacity[layer]:
+            chosen = max(candidates, key=lambda entry: entry.arrived)
+        return chosen
+
+    def admit(self, layer: int, expert: int, *, may_use_spare: bool = True) -> tuple[Entry, Entry | None] | None:
+        """Give an absent expert a slot, pinned and *loading*; evict by the policy when the layer is full.
+
+        Returns
+        -------
+        (entry, evicted) or None
+            None when nothing can be evicted and no spare slot is free: the caller must release something first.
+        """
+        assert expert not in self._layers[layer], (layer, expert)
+        evicted = None
+        if not self.room(layer):
+            evicted = self.victim(layer)
+            if evicted is not None:
+                self.evict(evicted)
+            elif not may_use_spare or not self._free or self._lent() >= self.spare:
+                return None
+        self._clock += 1
+        now = self._clock
+        entry = Entry(layer, expert, self._free.pop(), pins=1, arrived=now, touched=now, forward=self.forward)
+        self._layers[layer][expert] = entry
+        return entry, evicted
+
+    def evict(self, entry: Entry) -> None:
+        """Remove an unpinned, ready expert and free its slot."""
+        assert entry.ready, f"evicting an expert whose bytes are still arriving: {entry}"
+        assert entry.pins == 0, f"evicting a pinned expert: {entry}"
+        del self._layers[entry.layer][entry.expert]
+        self._free.append(entry.slot)
+
+    def discard(self, entry: Entry) -> None:
+        """Remove an expert whose load failed, whatever its state, so that nobody can read the slot."""
+        if self._layers[entry.layer].get(entry.expert) is entry:
+            del self._layers[entry.layer][entry.expert]
+            self._free.append(entry.slot)
+
+    def overdrawn(self, layer: int) -> Entry | None:
+        """Return the next entry that a layer must give back to return a spare slot it borrowed, or None."""
+        return self.victim(layer) if len(self._layers[layer]) > self.capacity[layer] else None
+
+    def check(self) -> None:
+        """Raise AssertionError when the table contradicts itself."""
+        used = [entry.slot for entry in self.entries()]
+        assert len(used) == len(set(used)), "two experts in one slot"
+        assert len(used) + len(self._free) == self.slots, "a slot was lost"
+        assert self._lent() <= self.spare, "more experts than slots"
+
+    def _lent(self) -> int:
+        return sum(max(0, len(layer) - self.capacity[index]) for index, layer in enumerate(self._layers))

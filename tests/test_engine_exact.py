@@ -1,0 +1,140 @@
+"""Integration: at tolerance 0 the engine is bit-identical to stock transformers' eager experts, family by family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import emoe_core
+from workbench.reference_model.tiny import tiny_moe
+
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+DTYPES = (torch.float32, torch.bfloat16)
+BUDGETS = ("1 slots", "30%", "60%", "100%")
+
+
+def stock(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager")
+    return model.eval()
+
+
+def prompt_ids(vocabulary: int, tokens: int = 17, batch: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(5, vocabulary, (batch, tokens), generator=generator)
+
+
+def prefill_and_decode(model: PreTrainedModel, ids: torch.Tensor, steps: int = 4) -> list[torch.Tensor]:
+    logits = []
+    with torch.no_grad():
+        output = model(input_ids=ids, use_cache=True)
+        logits.append(output.logits)
+        for _ in range(steps):
+            chosen = output.logits[:, -1:].argmax(dim=-1)
+            output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
+            logits.append(output.logits)
+    return logits
+
+
+@pytest.fixture(scope="module", params=[(family, dtype) for family in FAMILIES for dtype in DTYPES], ids=str)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    family, dtype = request.param
+    path = tiny_moe(tmp_path_factory.mktemp(family), family=family, seed=3, dtype=dtype)
+    reference = stock(path, dtype)
+    ids = prompt_ids(reference.config.vocab_size)
+    return path, dtype, ids, prefill_and_decode(reference, ids)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_zero_tolerance_is_bit_identical_to_eager(case, budget: str, tmp_path: Path) -> None:
+    path, _, ids, expected = case
+    options = {"verify": "always", "pack_dir": tmp_path, "predictor": None}
+    with emoe_core.load(path, budget=budget, **options) as engine:
+        first = prefill_and_decode(engine.model, ids)
+        again = prefill_and_decode(engine.model, ids)
+        engine.loader.settle()
+        engine.loader.table.check()
+        stats = engine.stats()
+    for run in (first, again):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(run, expected, strict=True))
+    assert stats.counters.reroutes == 0
+    assert stats.counters.requests > 0
+    assert stats.slot_bytes <= max(engine.plan.budget_bytes, engine.index.expert_bytes_total)
+    if budget != "100%":
+        assert stats.counters.evictions > 0
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "least_stale", "static"])
+def test_every_policy_is_exact(policy: str, tmp_path: Path) -> None:
+    path = tiny_moe(tmp_path / "model", family="mixtral", seed=3, dtype=torch.float32)
+    ids = prompt_ids(stock(path, torch.float32).config.vocab_size)
+    expected = prefill_and_decode(stock(path, torch.float32), ids)
+    with emoe_core.load(
+        path, budget="3 slots", policy=policy, predictor="random", interval=1, pack_dir=tmp_path, verify="always"
+    ) as engine:
+        for _ in range(3):
+            mine = prefill_and_decode(engine.model, ids)
+            assert all(torch.equal(got, want) for got, want in zip(mine, expected, strict=True))
+        assert engine.stats().counters.predictions >= 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_batch_agrees_with_stock_on_real_rows_and_counts_only_them(family: str, tmp_path: Path) -> None:
+    path = tiny_moe(tmp_path / "model", family=family, seed=3, dtype=torch.float32)
+    reference = stock(path, torch.float32)
+    ids = prompt_ids(reference.config.vocab_size, tokens=9, batch=3)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    mask[1, :2] = 0
+    with torch.no_grad():
+        expected = reference(input_ids=ids, attention_mask=mask).logits
+        with emoe_core.load(path, budget="2 slots", predictor=None, pack_dir=tmp_path) as engine:
+            mine = engine.model(input_ids=ids, attention_mask=mask).logits
+            counted = engine.stats().counters.token_requests
+            per_token = sum(engine.index.top_k for _ in engine.index.layers)
+    torch.testing.assert_close(mine[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
+    assert counted == int(mask.sum()) * per_token
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpadded_batch_is_bit_identical(family: str, tmp_path: Path) -> None:
+    path = tiny_moe(tmp_path / "model", family=family, seed=3, dtype=torch.bfloat16)
+    reference = stock(path, torch.bfloat16)
+    ids = prompt_ids(reference.config.vocab_size, tokens=9, batch=3)
+    with emoe_core.load(path, budget="2 slots", predictor=None, pack_dir=tmp_path) as engine:
+        mine = prefill_and_decode(engine.model, ids)
+    expected = prefill_and_decode(reference, ids)
+    assert all(torch.equal(got, want) for got, want in zip(mine, expected, strict=True))
+
+
+def test_two_engines_and_a_stock_model_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tiny_moe(tmp_path / "model", family="qwen3_moe", seed=3, dtype=torch.float32)
+    reference = stock(path, torch.float32)
+    ids = prompt_ids(reference.config.vocab_size)
+    expected = prefill_and_decode(reference, ids)
+    with (
+        emoe_core.load(path, budget="2 slots", predictor=None, pack_dir=tmp_path) as small,
+        emoe_core.load(path, budget="60%", tolerance=1.0, pack_dir=tmp_path) as lossy,
+    ):
+        for _ in range(2):
+            lossy_logits = prefill_and_decode(lossy.model, ids)
+            mine = prefill_and_decode(small.model, ids)
+            theirs = prefill_and_decode(reference, ids)
+            assert all(torch.equal(got, want) for got, want in zip(mine, expected, strict=True))
+            assert all(torch.equal(got, want) for got, want in zip(theirs, expected, strict=True))
+        assert not torch.equal(lossy_logits[0], expected[0])
+        assert lossy.stats().counters.reroutes > 0
+        assert small.stats().counters.reroutes == 0
+
+
+def test_direct_generate_equals_stock_tokens(tmp_path: Path) -> None:
+    path = tiny_moe(tmp_path / "model", family="olmoe", seed=5, dtype=torch.float32)
+    reference = stock(path, torch.float32)
+    ids = prompt_ids(reference.config.vocab_size, batch=2)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with emoe_core.load(path, budget="50%", pack_dir=tmp_path) as engine:
+        mine = engine.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    theirs = reference.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assert torch.equal(mine, theirs)
