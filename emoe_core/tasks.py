@@ -29,114 +29,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from emoe_core.errors import EmoeError
+from emoe_core.task_keywords import KEYWORDS
 
 TaskType = Literal["qa", "summarization", "classification", "comparison", "conversation", "code"]
 TASK_TYPES: tuple[str, ...] = get_args(TaskType)
 UNKNOWN = "unknown"
 DEFAULT_SIMILARITY_THRESHOLD = 0.85
 PROFILE_FORMAT = 1
-
-# Stems stand for their inflections ("summar" matches "summarise" and "summary"); a trailing "$" asks for the whole
-# word. Tuned on the train split of the prepared workloads only.
-KEYWORDS: Mapping[str, tuple[str, ...]] = {
-    "qa": (
-        "answer the question",
-        "question:",
-        "passage:",
-        "read the passage",
-        "short phrase",
-        "based on the text",
-        "according to the",
-        "who is",
-        "who was",
-        "what is",
-        "what was",
-        "what year",
-        "when did",
-        "when was",
-        "where is",
-        "where did",
-        "how many",
-        "how much",
-        "why did",
-    ),
-    "summarization": (
-        "summar",
-        "in one sentence",
-        "in a few sentences",
-        "main point",
-        "key point",
-        "headline",
-        "tl;dr",
-        "condense",
-        "shorten",
-        "news article",
-        "article:",
-        "gist$",
-    ),
-    "classification": (
-        "classif",
-        "sentiment",
-        "categor",
-        "label",
-        "positive",
-        "negative",
-        "neutral",
-        "ambivalent",
-        "bullish",
-        "bearish",
-        "spam$",
-        "one word",
-        "which topic",
-    ),
-    "comparison": (
-        "compar",
-        "claim",
-        "similar",
-        "difference",
-        "support the",
-        "contradict",
-        "same meaning",
-        "mean the same",
-        "true, false or neither",
-        "versus",
-        "evidence",
-    ),
-    "conversation": (
-        "conversation",
-        "chat$",
-        "dialogue",
-        "next message",
-        "continue this",
-        "reply to",
-        "hello",
-        "hi$",
-        "hey$",
-        "how are you",
-        "do you",
-        "did you",
-        "have you",
-        "let's talk",
-        "lol$",
-    ),
-    "code": (
-        "python",
-        "javascript",
-        "def ",
-        "return$",
-        "function",
-        "import ",
-        "code$",
-        "program$",
-        ">>>",
-        "```",
-        "algorithm",
-        "bug$",
-        "implement",
-        "sql$",
-        "regex",
-    ),
-}
 
 
 class ProfileError(EmoeError):
