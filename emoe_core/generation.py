@@ -59,6 +59,8 @@ class Scored:
         Float32 [n]: natural log-probability of each given token.
     logits : torch.Tensor
         Float32 [n, vocabulary] on the CPU: the distribution each was scored under, before softmax.
+    hidden : torch.Tensor
+        What entered the output embedding, [n, hidden] on the CPU in the model's dtype; far smaller than the logits.
     total_s : float
         Wall seconds.
     """
@@ -66,6 +68,7 @@ class Scored:
     request: int
     logprobs: torch.Tensor
     logits: torch.Tensor
+    hidden: torch.Tensor
     total_s: float
 
 
@@ -148,15 +151,22 @@ def score(engine: Engine, sequences: Sequence[Sequence_], tasks: Sequence[str | 
         numbers = engine.admit([task], [len(prompt) + len(continuation)])
         ids = torch.tensor([[*prompt, *continuation]], device=engine.device)
         extra: dict[str, Any] = {"logits_to_keep": len(continuation) + 1} if "logits_to_keep" in accepts else {}
+        seen: list[torch.Tensor] = []
+        watch = engine.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0])
+        )
         try:
             with torch.no_grad():
                 output = engine.model(input_ids=ids, use_cache=False, **extra)
         finally:
+            watch.remove()
             engine.finish(numbers)
-        logits = output.logits[0, -len(continuation) - 1 : -1].float().cpu()
+        scored_rows = slice(-len(continuation) - 1, -1)
+        logits = output.logits[0, scored_rows].float().cpu()
+        hidden = seen[-1][0, scored_rows].cpu()
         targets = torch.tensor(continuation, dtype=torch.long).unsqueeze(-1)
         logprobs = logits.log_softmax(dim=-1).gather(1, targets).squeeze(-1)
-        scored.append(Scored(numbers[0], logprobs, logits, time.perf_counter() - started))
+        scored.append(Scored(numbers[0], logprobs, logits, hidden, time.perf_counter() - started))
     return scored
 
 
