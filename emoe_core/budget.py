@@ -209,15 +209,17 @@ def plan_layers(layers: tuple[MoeLayer, ...], top_k: int, budget: Budget) -> Slo
     else:
         limit_bytes = int(budget.value)
     if limit_bytes < minimum_bytes:
+        minimum_percent = math.ceil(1000 * minimum_bytes / total_bytes) / 10
         raise BudgetError(
             f"the budget {budget.text} is {limit_bytes:,} bytes; one slot in each of {len(layers)} MoE layers and one "
             f"in flight need {minimum_bytes:,}: {minimum_bytes - limit_bytes:,} bytes short. Pass at least "
-            f'"{_round_number_above(minimum_bytes)}", "{math.ceil(1000 * minimum_bytes / total_bytes) / 10:g}%" or "1 slot".'
+            f'"{_round_number_above(minimum_bytes)}", "{minimum_percent:g}%" or "1 slot".'
         )
-    if limit_bytes >= total_bytes:
+    if budget.kind == "slots":
+        # Taken literally, even where the spare's bytes would make the last expert resident.
+        slots, spare = tuple(wanted), int(tuple(wanted) != experts)
+    elif limit_bytes >= total_bytes:
         slots, spare = experts, 0
-    elif budget.kind == "slots":
-        slots, spare = tuple(wanted), 1
     else:
         slots, spare = _spread(experts, sizes, limit_bytes - max(sizes)), 1
     return SlotPlan(budget, limit_bytes, slots, spare, sizes, experts, top_k)

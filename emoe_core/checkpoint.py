@@ -166,7 +166,10 @@ def open_checkpoint(path: str | Path, dtype: str | torch.dtype = "auto") -> Chec
     config, resolved = _get_dtype(
         requested, [str(shard.file) for shard in shards], config, metadata or None, None, True
     )
-    model = meta_model(deepcopy(config), resolved)
+    try:
+        model = meta_model(deepcopy(config), resolved)
+    except Exception as error:  # every family checks its configuration in its own way
+        raise CheckpointError(f"{folder}: no model can be made from its configuration ({error}).") from error
     modules = _experts_modules(model, folder)
     expert_params = {
         f"{name}.{key}": parameter for name, params in modules.items() for key, parameter in params.items()

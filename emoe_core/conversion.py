@@ -63,27 +63,39 @@ class ParamSource:
 
     def read_expert(self, expert: int) -> torch.Tensor:
         """Return ``parameter[expert]`` (contiguous, in the model's dtype), reading only this expert's bytes."""
-        collected: dict[str, Any] = {}
-        for pattern, refs in self.sources.items():
-            tensor = refs[0].read_row(expert) if self.fused else refs[expert].read()
+        collected = {
             # Cast before the operations, as the stock loader does.
-            collected[pattern] = [tensor.to(self.dtype)]
-        if self.converter is None:
-            tensor = next(iter(collected.values()))[0]
-        else:
-            # Operations may keep state and empty their input; a copy keeps reads independent across threads.
-            for operation in self.converter.operations:
-                collected = operation.convert(
-                    collected,
-                    source_patterns=self.converter.source_patterns,
-                    target_patterns=self.converter.target_patterns,
-                    full_layer_name=self.name,
-                    model=_OneExpertShapes(self.shape),
-                    config=self.config,
-                    missing_keys=None,
-                )
-            (made,) = collected.values()
-            tensor = made[0] if isinstance(made, list) else made
+            pattern: (refs[0].read_row(expert) if self.fused else refs[expert].read()).to(self.dtype)
+            for pattern, refs in self.sources.items()
+        }
+        return self._convert(collected, expert)
+
+    def check_shapes(self) -> None:
+        """Raise CheckpointError unless every expert's tensors convert to the parameter's shape; reads nothing."""
+        for refs in self.sources.values():
+            for expert, ref in enumerate(refs):
+                if ref.shape != refs[0].shape:
+                    raise CheckpointError(f"{ref.name} of expert {expert} has shape {ref.shape}, not {refs[0].shape}.")
+        rows = {pattern: refs[0].shape for pattern, refs in self.sources.items()}
+        shapes = {pattern: (1, *shape[1:]) if self.fused else shape for pattern, shape in rows.items()}
+        self._convert({pattern: torch.empty(shape, device="meta") for pattern, shape in shapes.items()}, 0)
+
+    def _convert(self, tensors: dict[str, torch.Tensor], expert: int) -> torch.Tensor:
+        collected: dict[str, Any] = {pattern: [tensor] for pattern, tensor in tensors.items()}
+        converter = self.converter
+        for operation in [] if converter is None else converter.operations:
+            assert converter is not None
+            collected = operation.convert(
+                collected,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=self.name,
+                model=_OneExpertShapes(self.shape),
+                config=self.config,
+                missing_keys=None,
+            )
+        (made,) = collected.values()
+        tensor: torch.Tensor = made[0] if isinstance(made, list) else made
         if tuple(tensor.shape) != (1, *self.shape[1:]):
             raise CheckpointError(
                 f"{self.name}[{expert}] converts to shape {tuple(tensor.shape[1:])}, the model expects "
@@ -183,7 +195,7 @@ def _param_source(
                 f"{name} needs one tensor with {num_experts} experts, the checkpoint has "
                 f"{[(ref.name, ref.shape) for ref in refs[:2]]}."
             )
-    return ParamSource(
+    source = ParamSource(
         name=name,
         shape=shape,
         dtype=target_dtype(model, name, parameter, dtype),
@@ -192,6 +204,8 @@ def _param_source(
         fused=not merges,
         config=model.config,
     )
+    source.check_shapes()
+    return source
 
 
 def _keeps_experts_apart(operation: ConversionOps) -> bool:

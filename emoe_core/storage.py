@@ -10,7 +10,6 @@ Storage knows nothing of slots, residency or policies.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import threading
@@ -147,7 +146,7 @@ class PackedFile(_Checked):
         if direct:
             self._open_direct()
         if self._fd < 0:
-            self._fd = self._open(0)
+            self._fd = self._open()
 
     @property
     def description(self) -> str:
@@ -177,12 +176,10 @@ class PackedFile(_Checked):
             os.close(self._fd)
             self._fd = -1
 
-    def _open(self, extra_flags: int) -> int:
+    def _open(self) -> int:
         try:
-            return os.open(self.pack.path, os.O_RDONLY | os.O_CLOEXEC | extra_flags)
+            return os.open(self.pack.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            if extra_flags and error.errno == errno.EINVAL:
-                raise
             raise PackError(f"cannot open the pack {self.pack.path}: {error.strerror}") from error
 
     def _open_direct(self) -> None:
@@ -190,7 +187,7 @@ class PackedFile(_Checked):
             self.fallback_reason = "this operating system has no O_DIRECT"
             return
         try:
-            self._fd = self._open(os.O_DIRECT)
+            self._fd = os.open(self.pack.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
             # Some file systems accept the flag and refuse the read.
             os.preadv(self._fd, [byte_view(aligned_buffer(PAGE_BYTES))], 0)
             self.direct = True

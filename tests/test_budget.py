@@ -1,0 +1,208 @@
+"""A plan never exceeds its budget, grows with it, and refusals name what is missing; every term of memory is stated."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from emoe_core.budget import Budget, memory_breakdown, plan_layers, plan_slots
+from emoe_core.checkpoint import MoeLayer, open_checkpoint
+from emoe_core.errors import BudgetError, OptionError
+from workbench.reference_model.tiny import FAMILIES, tiny_moe
+
+PAGE = 4096
+
+
+def layers_of(*shapes: tuple[int, int]) -> tuple[MoeLayer, ...]:
+    """Make layers from (experts, record pages) pairs."""
+    return tuple(MoeLayer(f"layer.{n}", n, experts, (), pages * PAGE) for n, (experts, pages) in enumerate(shapes))
+
+
+layer_shapes = st.lists(st.tuples(st.integers(1, 16), st.integers(1, 8)), min_size=1, max_size=12)
+even_shapes = st.tuples(st.integers(1, 40), st.integers(2, 16)).map(lambda pair: [(pair[1], 3)] * pair[0])
+
+
+def total_bytes(layers: tuple[MoeLayer, ...]) -> int:
+    return sum(layer.num_experts * layer.record_bytes for layer in layers)
+
+
+def minimum_bytes(layers: tuple[MoeLayer, ...]) -> int:
+    sizes = [layer.record_bytes for layer in layers]
+    return min(sum(sizes) + max(sizes), total_bytes(layers))
+
+
+@pytest.mark.parametrize(
+    ("written", "kind", "value"),
+    [
+        ("300MB", "bytes", 300_000_000),
+        (" 1.5 GiB ", "bytes", 3 * 2**29),
+        ("512kb", "bytes", 512_000),
+        ("2048", "bytes", 2048),
+        ("1,000,000 B", "bytes", 1_000_000),
+        (4096, "bytes", 4096),
+        ("40%", "share", 0.4),
+        ("12.5 %", "share", 0.125),
+        (0.25, "share", 0.25),
+        (1.0, "share", 1.0),
+        ("100%", "share", 1.0),
+        ("3 slots", "slots", 3),
+        ("1 slot", "slots", 1),
+        ("4 slots per layer", "slots", 4),
+    ],
+)
+def test_budgets_are_understood(written: str | int | float, kind: str, value: float) -> None:
+    parsed = Budget.parse(written)
+    assert (parsed.kind, parsed.value) == (kind, pytest.approx(value))
+    assert Budget.parse(parsed) is parsed
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("", "much", "-3MB", "3 MBit", "0", "0%", "101%", "1.5 slots", "0 slots", "40 %%", "NaN%"),
+        *(0, -1, 0.0, 1.01, math.nan, math.inf, True, None, []),
+    ],
+)
+def test_other_budgets_are_refused_with_examples(written: object) -> None:
+    with pytest.raises(BudgetError, match=r"300MB|above zero|at most 100%"):
+        Budget.parse(written)  # type: ignore[arg-type]
+
+
+@given(layer_shapes, st.integers(1, 4 * 16 * 12 * 8 * PAGE))
+def test_a_plan_never_exceeds_its_budget_and_every_layer_has_a_slot(shapes: list, given_bytes: int) -> None:
+    layers = layers_of(*shapes)
+    if given_bytes < minimum_bytes(layers):
+        with pytest.raises(BudgetError):
+            plan_layers(layers, 2, Budget.parse(given_bytes))
+        return
+    plan = plan_layers(layers, 2, Budget.parse(given_bytes))
+    assert plan.slot_bytes <= plan.budget_bytes == given_bytes
+    slots = list(zip(plan.slots_per_layer, layers, strict=True))
+    assert plan.slot_bytes == sum(count * layer.record_bytes for count, layer in slots) + plan.spare_bytes
+    assert all(1 <= count <= layer.num_experts for count, layer in slots)
+    assert plan.spare_slots == (0 if plan.all_resident else 1)
+    assert plan.spare_bytes == plan.spare_slots * max(layer.record_bytes for layer in layers)
+    assert 0 < plan.resident_share <= 1
+
+
+@given(layer_shapes, st.integers(0, 10**6), st.integers(0, 10**6))
+def test_a_larger_budget_never_takes_a_slot_from_a_layer(shapes: list, first: int, second: int) -> None:
+    layers = layers_of(*shapes)
+    small, large = (minimum_bytes(layers) + extra for extra in sorted((first, second)))
+    before = plan_layers(layers, 2, Budget.parse(small)).slots_per_layer
+    after = plan_layers(layers, 2, Budget.parse(large)).slots_per_layer
+    assert all(less <= more for less, more in zip(before, after, strict=True))
+
+
+@given(even_shapes, st.floats(0.01, 1.0))
+def test_equal_layers_get_equal_slots_up_to_one_and_no_slot_is_wasted(shapes: list, share: float) -> None:
+    layers = layers_of(*shapes)
+    budget = Budget.parse(share)
+    if math.floor(share * total_bytes(layers)) < minimum_bytes(layers):
+        return
+    plan = plan_layers(layers, 2, budget)
+    assert max(plan.slots_per_layer) - min(plan.slots_per_layer) <= 1
+    if not plan.all_resident and sum(plan.slots_per_layer) < sum(plan.num_experts):
+        assert plan.budget_bytes - plan.slot_bytes < layers[0].record_bytes
+
+
+@given(layer_shapes)
+def test_the_minimum_is_enough_and_one_byte_less_is_refused_by_its_shortfall(shapes: list) -> None:
+    layers = layers_of(*shapes)
+    least = minimum_bytes(layers)
+    plan = plan_layers(layers, 2, Budget.parse(least))
+    assert plan.slot_bytes == least
+    with pytest.raises(BudgetError, match=re.escape("1 bytes short")):
+        plan_layers(layers, 2, Budget.parse(least - 1))
+
+
+@given(layer_shapes)
+def test_every_budget_that_a_refusal_suggests_is_accepted(shapes: list) -> None:
+    layers = layers_of(*shapes)
+    with pytest.raises(BudgetError) as refusal:
+        plan_layers(layers, 2, Budget.parse(1))
+    suggestions = re.findall(r'"([^"]+)"', str(refusal.value))
+    assert len(suggestions) == 3
+    for suggestion in suggestions:
+        plan_layers(layers, 2, Budget.parse(suggestion))
+
+
+@given(layer_shapes, st.integers(1, 20))
+def test_slots_per_layer_are_taken_literally_and_capped_at_the_experts(shapes: list, count: int) -> None:
+    layers = layers_of(*shapes)
+    plan = plan_layers(layers, 2, Budget.parse(f"{count} slots"))
+    assert plan.slots_per_layer == tuple(min(count, layer.num_experts) for layer in layers)
+    assert plan.slot_bytes == plan.budget_bytes
+
+
+@given(layer_shapes)
+def test_one_hundred_percent_keeps_every_expert_without_a_spare(shapes: list) -> None:
+    layers = layers_of(*shapes)
+    for written in ("100%", 1.0, total_bytes(layers), 10 * total_bytes(layers)):
+        plan = plan_layers(layers, 2, Budget.parse(written))
+        assert plan.all_resident
+        assert plan.spare_slots == 0
+        assert plan.slot_bytes == total_bytes(layers)
+
+
+def test_the_remainder_is_spread_over_the_depth() -> None:
+    layers = layers_of(*[(8, 1)] * 30)
+    plan = plan_layers(layers, 2, Budget.parse("60%"))
+    # 144 records less the spare: 4 a layer and 23 more.
+    assert sum(plan.slots_per_layer) == 143
+    quarters = [sum(plan.slots_per_layer[start : start + 10]) for start in (0, 10, 20)]
+    assert max(quarters) - min(quarters) <= 2
+
+
+def test_fewer_slots_than_one_token_needs_is_a_warning() -> None:
+    layers = layers_of((8, 1), (8, 1))
+    tight = plan_layers(layers, 4, Budget.parse("3 slots"))
+    assert tight.streams
+    assert tight.warning is not None
+    assert "every token loads experts" in tight.warning
+    roomy = plan_layers(layers, 4, Budget.parse("4 slots"))
+    assert not roomy.streams
+    assert roomy.warning is None
+    assert roomy.top_k_share == 0.5
+    assert "k/E = 50.0%" in str(roomy)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_moe(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 7), (2, 50)])
+def test_the_stated_cache_is_what_a_forward_pass_keeps(checkpoint: Path, batch: int, tokens: int) -> None:
+    index = open_checkpoint(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        cache = model(torch.zeros(batch, tokens, dtype=torch.long), use_cache=True).past_key_values
+    kept_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert memory_breakdown(index, plan_slots(index, "50%"), tokens, batch).kv_bytes == kept_bytes
+
+
+def test_the_terms_add_up_and_are_printed(checkpoint: Path) -> None:
+    index = open_checkpoint(checkpoint)
+    plan = plan_slots(index, "50%")
+    terms = memory_breakdown(index, plan, 100, logit_tokens=100)
+    assert terms.dense_bytes == index.dense_bytes_total
+    assert terms.slot_bytes == plan.slot_bytes
+    assert terms.logits_bytes == 100 * index.config.vocab_size * 8
+    assert terms.total_bytes == sum(value for name, value in terms.to_dict().items() if name != "total_bytes")
+    assert f"{terms.total_bytes / 1e6:,.1f} MB" in str(terms)
+    longer = memory_breakdown(index, plan, 200)
+    assert longer.workspace_bytes > terms.workspace_bytes
+
+
+def test_sizes_below_one_are_refused(checkpoint: Path) -> None:
+    index = open_checkpoint(checkpoint)
+    with pytest.raises(OptionError, match="max_tokens"):
+        memory_breakdown(index, plan_slots(index, "50%"), 0)
