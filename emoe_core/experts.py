@@ -233,6 +233,12 @@ def detach(module: torch.nn.Module) -> None:
     module.__dict__.pop(_ATTRIBUTE, None)
 
 
+def router_of(module: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the router of an attached experts module, or None when no routing rule explains it."""
+    handle: LayerHandle | None = module.__dict__.get(_ATTRIBUTE)
+    return None if handle is None else handle.router
+
+
 def register() -> None:
     """Make "emoe" known to transformers. Idempotent; the only global state of this package."""
     if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:

@@ -1,0 +1,337 @@
+"""One run of the bench: a frozen configuration in, tables and metrics out.
+
+The run plays a prompt stream through an engine under a budget and holds the result against the all-resident model
+(`reference_outputs.py`):
+
+1. Every prompt, with the all-resident model's own continuation, is scored by teacher forcing (one admission each), so
+   quality is measured on the same tokens for every configuration.
+2. The first ``answers`` prompts are also answered freely, for text similarity and for people to read.
+3. On request, memory and times are measured in fresh processes (`memory.py`).
+
+A *strategy* says who decides which experts are resident: ``frequency`` (predict, plan, swap), ``random`` (a random
+subset per plan), ``lru`` (on demand, least recently used; what most systems do).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import emoe_core
+from emoe_core.engine import EngineConfig
+from emoe_core.errors import OptionError
+from emoe_core.routing import RoutingTrace
+from emoe_core.tasks import TASK_TYPES, Profile
+from workbench.memory import MemoryMeasurement, as_metrics, measure
+from workbench.models import resolve_model
+from workbench.quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio
+from workbench.reference_outputs import Reference, reference_outputs
+from workbench.workloads import Prompt, StreamConfig, prompt_stream
+
+STRATEGIES = ("frequency", "random", "lru")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run depends on, but the machine. See `emoe_core.EngineConfig` and `StreamConfig` for the fields.
+
+    ``warm_prompts`` prompts of the profile split teach the predictor before the run; 0 is a cold start.
+    ``skipping`` uses the model's task profile: insensitive (task, layer) pairs take whatever is resident.
+    """
+
+    model: str = "reference"
+    budget: str = "60%"
+    tolerance: float = 1.0
+    strategy: str = "frequency"
+    policy: str = "lru"
+    interval: int = 40
+    replan: str = "admission"
+    skipping: bool = False
+    n_prompts: int = 24
+    tasks: tuple[str, ...] = TASK_TYPES
+    mix: str = "uniform"
+    session_length: float = 8.0
+    source: str = "embedded"
+    split: str = "test"
+    warm_prompts: int = 24
+    max_new_tokens: int = 32
+    answers: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise OptionError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+        if self.warm_prompts < 0 or self.answers < 0 or self.max_new_tokens < 1:
+            raise OptionError("warm_prompts and answers must be 0 or more, max_new_tokens 1 or more")
+        self.stream()
+        EngineConfig(**self.engine_options())
+
+    def stream(self, split: str | None = None, n_prompts: int | None = None) -> StreamConfig:
+        """Return the prompt stream of this run, or one like it on another split."""
+        return StreamConfig(
+            self.tasks,
+            n_prompts or self.n_prompts,
+            self.mix,  # type: ignore[arg-type]
+            self.session_length,
+            self.seed,
+            split or self.split,
+            self.source,  # type: ignore[arg-type]
+        )
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return the options of `emoe_core.load`, without the profile."""
+        return {
+            "budget": self.budget,
+            "tolerance": self.tolerance,
+            "predictor": None if self.strategy == "lru" else self.strategy,
+            "interval": self.interval,
+            "replan": self.replan,
+            "policy": self.policy,
+            "device": self.device,
+            "dtype": self.dtype,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found.
+
+    Attributes
+    ----------
+    metrics : dict
+        Numbers of the run, units in their names.
+    requests : DataFrame
+        One row a prompt: task, tokens, quality, routing counters, seconds.
+    answers : DataFrame
+        Prompt, all-resident text, this run's text, similarity; empty when none were asked for.
+    stats : dict
+        The engine's own account (`RunStats.to_dict`).
+    identity : dict
+        Model hash, data hash, dtype, seed.
+    memory, stock : MemoryMeasurement or None
+        This configuration, and stock transformers with everything resident, in fresh processes.
+    """
+
+    config: ExperimentConfig
+    metrics: dict[str, float]
+    requests: pd.DataFrame
+    answers: pd.DataFrame
+    stats: dict[str, Any]
+    identity: dict[str, Any]
+    memory: MemoryMeasurement | None = None
+    stock: MemoryMeasurement | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    *,
+    profile: Profile | None = None,
+    measure_memory: bool = False,
+    timing_prompts: int = 3,
+    timing_dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Result:
+    """Run one configuration.
+
+    Parameters
+    ----------
+    config : ExperimentConfig
+    profile : Profile, optional
+        Task profile for ``skipping``; the model's own is used when missing.
+    measure_memory : bool
+        Also measure memory and times, of this configuration and of stock transformers, in fresh processes.
+    timing_prompts : int
+        Prompts timed there, after one warm-up.
+    timing_dtype : str
+        Dtype there; "auto" is the checkpoint's own.
+    progress : callable, optional
+        Called with (stage, done, total).
+    """
+    checkpoint = resolve_model(config.model)
+    prompts = prompt_stream(config.stream())
+    reference = _reference(config, checkpoint, prompts, "reference", progress)
+    warm = _warm_trace(config, checkpoint, progress)
+    options = config.engine_options()
+    if config.skipping:
+        options["profile"] = profile or _stored_profile(checkpoint)
+    with emoe_core.load(checkpoint, **options) as engine:
+        if warm is not None:
+            engine.warm_start(warm[0])
+        rows = _score_all(engine, prompts, reference, progress)
+        answers = _answer(engine, prompts[: config.answers], reference, config.max_new_tokens)
+        stats = engine.stats().to_dict()
+        found = {"model_hash": engine.index.source_hash, "dtype": str(engine.index.dtype).removeprefix("torch.")}
+    requests = pd.DataFrame(rows)
+    identity: dict[str, Any] = found | {"data_hash": data_hash(prompts), "seed": config.seed}
+    memory = stock = None
+    if measure_memory:
+        if progress is not None:
+            progress("memory", 0, 1)
+        common: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
+        texts, tasks = [p.text for p in prompts[: timing_prompts + 1]], [p.task for p in prompts[: timing_prompts + 1]]
+        own = {name: value for name, value in options.items() if name != "profile"} | {"dtype": timing_dtype}
+        memory = measure(checkpoint, texts, tasks, options=own, warm_trace=warm[1] if warm else None, **common)
+        stock_options = {"implementation": "stock", "dtype": timing_dtype, "device": config.device}
+        stock = measure(checkpoint, texts, tasks, options=stock_options, **common)
+    metrics = _metrics(requests, answers, stats, memory, stock)
+    return Result(config, metrics, requests, answers, stats, identity, memory, stock)
+
+
+def data_hash(prompts: list[Prompt]) -> str:
+    """Return a SHA-256 over the texts of a stream, in order."""
+    return hashlib.sha256(json.dumps([[p.task, p.text] for p in prompts]).encode()).hexdigest()
+
+
+def _reference(
+    config: ExperimentConfig, checkpoint: str | Path, prompts: list[Prompt], stage: str, progress: Progress | None
+) -> Reference:
+    return reference_outputs(
+        checkpoint,
+        [prompt.text for prompt in prompts],
+        [prompt.task for prompt in prompts],
+        max_new_tokens=config.max_new_tokens,
+        dtype=config.dtype,
+        device="cuda" if config.device == "cuda" else "cpu",
+        progress=None if progress is None else (lambda done, total: progress(stage, done, total)),
+    )
+
+
+def _warm_trace(
+    config: ExperimentConfig, checkpoint: str | Path, progress: Progress | None
+) -> tuple[RoutingTrace, Path] | None:
+    if config.warm_prompts == 0 or config.strategy != "frequency":
+        return None
+    # One session per task in turn would teach the last task best: the warm-up is always a uniform mix.
+    stream = StreamConfig(
+        config.tasks, config.warm_prompts, "uniform", 8.0, config.seed, "profile", config.stream().source
+    )
+    warm = _reference(config, checkpoint, prompt_stream(stream), "warm-up", progress)
+    return warm.trace, warm.folder / "trace.npz"
+
+
+def _stored_profile(checkpoint: str | Path) -> Profile:
+    from workbench.profiling import stored_profile
+
+    return stored_profile(checkpoint)
+
+
+def _score_all(
+    engine: emoe_core.Engine, prompts: list[Prompt], reference: Reference, progress: Progress | None
+) -> list[dict[str, Any]]:
+    head = engine.model.get_output_embeddings()
+    rows = []
+    for place, (prompt, expected) in enumerate(zip(prompts, reference.outputs, strict=True)):
+        before = engine.stats().counters
+        started = time.perf_counter()
+        scored = engine.score([(expected.prompt_ids, expected.token_ids)], [prompt.task])[0]
+        elapsed_s = time.perf_counter() - started
+        counters = engine.stats().counters.since(before)
+        with torch.no_grad():
+            both = [head(states.to(engine.device)).float().cpu() for states in (expected.hidden, scored.hidden)]
+        quality = compare(both[0], both[1], torch.tensor(expected.token_ids))
+        rows.append(_row(prompt, expected.prompt_ids, quality, counters, elapsed_s))
+        if progress is not None:
+            progress("score", place + 1, len(prompts))
+    return rows
+
+
+def _row(
+    prompt: Prompt, prompt_ids: tuple[int, ...], quality: TokenQuality, counters: emoe_core.Counters, elapsed_s: float
+) -> dict[str, Any]:
+    return {
+        "request": prompt.request_id,
+        "task": prompt.task,
+        "prompt_tokens": len(prompt_ids),
+        "output_tokens": len(quality),
+        "kl_nats": float(quality.kl_nats.mean()),
+        "log_ratio_nats": float(quality.log_ratio_nats.mean()),
+        "top1_agreement": float(quality.agree.mean()),
+        "hit_rate": counters.hit_rate,
+        "token_hit_rate": counters.token_hit_rate,
+        "loads": counters.loads,
+        "reroutes": counters.reroutes,
+        "prefetches": counters.prefetches,
+        "bytes_loaded": counters.bytes_loaded,
+        "stall_s": counters.stall_s,
+        "score_s": elapsed_s,
+    }
+
+
+def _answer(engine: emoe_core.Engine, prompts: list[Prompt], reference: Reference, max_new_tokens: int) -> pd.DataFrame:
+    if not prompts:
+        return pd.DataFrame(columns=["task", "prompt", "all_resident", "answer", "similarity"])
+    from workbench.similarity import similarity
+
+    texts = [prompt.text for prompt in prompts]
+    answers = engine.generate(texts, [prompt.task for prompt in prompts], max_new_tokens=max_new_tokens)
+    expected = [output.text for output in reference.outputs[: len(prompts)]]
+    given = [answer.text for answer in answers]
+    return pd.DataFrame(
+        {
+            "task": [prompt.task for prompt in prompts],
+            "prompt": texts,
+            "all_resident": expected,
+            "answer": given,
+            "similarity": similarity(expected, given),
+            "ttft_s": [answer.ttft_s for answer in answers],
+            "tpot_s": [answer.tpot_s for answer in answers],
+        }
+    )
+
+
+def _metrics(
+    requests: pd.DataFrame,
+    answers: pd.DataFrame,
+    stats: dict[str, Any],
+    memory: MemoryMeasurement | None,
+    stock: MemoryMeasurement | None,
+) -> dict[str, float]:
+    tokens = requests["output_tokens"].to_numpy()
+    loss = requests["log_ratio_nats"].to_numpy()
+    low, high = bootstrap_interval(loss, tokens)
+    metrics = {
+        "perplexity_ratio": perplexity_ratio(np.repeat(loss, tokens)),
+        "perplexity_ratio_low": float(np.exp(low)),
+        "perplexity_ratio_high": float(np.exp(high)),
+        "kl_nats": float(np.average(requests["kl_nats"], weights=tokens)),
+        "top1_agreement": float(np.average(requests["top1_agreement"], weights=tokens)),
+        "scored_tokens": float(tokens.sum()),
+        "prompts": float(len(requests)),
+    }
+    for name in ("hit_rate", "token_hit_rate", "slot_share", "slot_bytes", "expert_bytes", "dense_bytes"):
+        metrics[name] = float(stats[name])
+    for name in ("requests", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "evictions"):
+        metrics[name] = float(stats[name])
+    for name in ("stall_s", "swap_s", "prediction_s", "predictions", "swaps"):
+        metrics[name] = float(stats[name])
+    if len(answers):
+        metrics["similarity"] = float(answers["similarity"].mean())
+        metrics["similarity_prompts"] = float(len(answers))
+    if memory is not None and stock is not None:
+        metrics |= {f"fresh_{name}": value for name, value in as_metrics(memory).items()}
+        metrics |= {f"stock_{name}": value for name, value in as_metrics(stock).items()}
+        metrics["memory_ratio"] = memory.model_bytes / stock.model_bytes
+        metrics["tpot_ratio"] = memory.tpot_s / stock.tpot_s
+        metrics["ttft_ratio"] = memory.ttft_s / stock.ttft_s
+    return metrics
+
+
+def as_params(config: ExperimentConfig) -> dict[str, Any]:
+    """Return the configuration as flat parameters for a tracker."""
+    return {name: ",".join(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
