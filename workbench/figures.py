@@ -2,22 +2,31 @@
 
 A figure that compares runs is a function of the table that `results.runs_frame` returns (one row per run) and returns a
 matplotlib figure, or None when the table does not hold what it shows. `REPORT_FIGURES` lists, by title, those that the
-report draws for every sweep.
+report draws for every sweep. Figures of a single run are functions of its tables. Nothing here measures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
+import pandas as pd
 import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
-REPORT_FIGURES: dict[str, Callable[[pd.DataFrame], Figure | None]] = {}
+MEGABYTE = 1e6
+EXACT, LOSSY = "exact (tolerance 0)", "lossy (tolerance > 0)"
+STRATEGY_NAMES = {
+    "frequency": "eMoE: predicted by frequency",
+    "random": "random subset",
+    "lru": "on demand, LRU",
+}
 
 
 def set_style() -> None:
@@ -26,3 +35,241 @@ def set_style() -> None:
     mpl.rcParams.update(
         {"figure.figsize": (7.0, 4.2), "figure.dpi": 96, "axes.spines.top": False, "axes.spines.right": False}
     )
+
+
+def memory_quality_time(runs: pd.DataFrame) -> Figure | None:
+    """Draw what memory costs: perplexity ratio and time per token over measured memory, exact and lossy apart."""
+    if not _has(runs, "fresh_model_bytes", "stock_model_bytes", "perplexity_ratio", "tpot_ratio", "strategy"):
+        return None
+    table = runs.dropna(subset=["fresh_model_bytes"]).sort_values("fresh_model_bytes")
+    if table.empty:
+        return None
+    figure, axes = _subplots(1, 2, figsize=(11, 4.4))
+    for (strategy, lossy), group in _by_strategy(table):
+        style = _style(strategy, lossy)
+        memory = group["fresh_model_bytes"] / MEGABYTE
+        ratio = group["perplexity_ratio"]
+        spread = [ratio - group["perplexity_ratio_low"], group["perplexity_ratio_high"] - ratio]
+        axes[0].errorbar(memory, ratio, yerr=np.maximum(spread, 0), capsize=3, **style)
+        axes[1].plot(memory, group["tpot_ratio"], **style)
+        for x, y, budget in zip(memory, group["tpot_ratio"], group["budget"], strict=True):
+            axes[1].annotate(str(budget), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    stock = table["stock_model_bytes"].median() / MEGABYTE
+    for axis, text in zip(
+        axes, ("perplexity ratio to all-resident", "time per output token, ratio to stock"), strict=True
+    ):
+        axis.axvline(stock, color="0.4", linestyle=":", linewidth=1.2)
+        axis.axhline(1.0, color="0.4", linestyle=":", linewidth=1.2)
+        axis.set_xlabel("measured memory of the model (MB, peak minus control)")
+        axis.set_ylabel(text)
+    axes[0].annotate(
+        "stock, all resident",
+        (stock, axes[0].get_ylim()[1]),
+        rotation=90,
+        va="top",
+        ha="right",
+        fontsize=8,
+        color="0.3",
+    )
+    axes[0].set_title("Quality (95% interval over prompts)", fontsize=11)
+    axes[1].set_title("Speed (label: expert budget)", fontsize=11)
+    _legend_below(figure, axes[1])
+    return figure
+
+
+def served_shares(runs: pd.DataFrame) -> Figure | None:
+    """Draw how each run served its expert requests: hit, loaded on demand, rerouted."""
+    if not _has(runs, "hits", "loads", "reroutes", "requests", "strategy", "budget"):
+        return None
+    table = runs.dropna(subset=["requests"])
+    table = table[table["requests"] > 0]
+    if table.empty:
+        return None
+    names = _run_names(table)
+    figure, axes = _subplots(1, 1, figsize=(8.5, 0.36 * len(table) + 1.6))
+    _stacked(axes[0], names, [table[part] / table["requests"] for part in ("hits", "loads", "reroutes")])
+    axes[0].set_xlabel("share of expert requests (one per forward pass, layer and expert)")
+    return figure
+
+
+def interval_and_skipping(runs: pd.DataFrame) -> Figure | None:
+    """Draw what the prediction interval costs: quality and bytes moved, with task skipping off and on (Fig. 10)."""
+    if not _has(runs, "interval", "skipping", "perplexity_ratio", "bytes_loaded", "prompts"):
+        return None
+    table = runs.dropna(subset=["perplexity_ratio"])
+    if table["interval"].nunique() < 2:
+        return None
+    table = table[table["notebook"].astype(str).str.contains("interval")].sort_values("interval")
+    if table["interval"].nunique() < 2:
+        return None
+    figure, axes = _subplots(1, 2, figsize=(11, 4.2))
+    palette = sns.color_palette("colorblind")
+    for skipping, group in table.groupby("skipping"):
+        label = f"task skipping {'on' if skipping else 'off'}"
+        look: dict[str, Any] = {
+            "label": label,
+            "color": palette[int(bool(skipping))],
+            "marker": "s" if skipping else "o",
+        }
+        ratio = group["perplexity_ratio"]
+        spread = [ratio - group["perplexity_ratio_low"], group["perplexity_ratio_high"] - ratio]
+        axes[0].errorbar(group["interval"], ratio, yerr=np.maximum(spread, 0), capsize=3, **look)
+        axes[1].plot(group["interval"], group["bytes_loaded"] / group["prompts"] / MEGABYTE, **look)
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        ticks = sorted(table["interval"].unique())
+        axis.set_xticks(ticks, [str(int(tick)) for tick in ticks])
+        axis.set_xlabel("prediction interval p (prompts)")
+    axes[0].set_ylabel("perplexity ratio to all-resident")
+    axes[1].set_ylabel("expert bytes loaded per prompt (MB)")
+    axes[1].set_ylim(bottom=0)
+    _legend_below(figure, axes[1])
+    return figure
+
+
+def request_timeline(requests: pd.DataFrame) -> Figure:
+    """Draw a run prompt by prompt: how its expert requests were served, and its KL divergence."""
+    figure, axes = _subplots(2, 1, figsize=(9, 5.2), sharex=True)
+    place = np.arange(len(requests))
+    axes[0].plot(place, requests["token_hit_rate"], marker="o", markersize=4, color=sns.color_palette("colorblind")[0])
+    axes[0].set_ylabel("hit rate (token-weighted)")
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes[0].set_ylim(0, 1.04)
+    sns.scatterplot(x=place, y=requests["kl_nats"].to_numpy(), hue=requests["task"].to_numpy(), ax=axes[1], s=45)
+    axes[1].set_ylabel("KL to all-resident (nats/token)")
+    axes[1].set_xlabel("prompt in the stream")
+    axes[1].set_ylim(bottom=min(0.0, float(requests["kl_nats"].min())))
+    sns.move_legend(axes[1], "upper left", bbox_to_anchor=(1.01, 1.0), title="task", frameon=False)
+    return figure
+
+
+def task_quality(requests: pd.DataFrame) -> Figure:
+    """Draw the KL divergence of each task's prompts: every prompt, and the mean."""
+    figure, axes = _subplots(1, 1, figsize=(8, 4))
+    order = sorted(requests["task"].unique())
+    sns.stripplot(data=requests, y="task", x="kl_nats", order=order, ax=axes[0], alpha=0.55, size=5)
+    means = requests.groupby("task")["kl_nats"].mean().reindex(order)
+    axes[0].scatter(means, range(len(order)), marker="D", color="black", zorder=5, s=36, label="mean")
+    axes[0].set_xlabel("KL to all-resident (nats per token)")
+    axes[0].set_ylabel("")
+    axes[0].legend(frameon=False, loc="lower right")
+    return figure
+
+
+def memory_terms(terms: pd.DataFrame) -> Figure:
+    """Draw stacked memory terms per configuration with the measured peak as a mark.
+
+    Parameters
+    ----------
+    terms : DataFrame
+        Columns ``name, dense_bytes, slot_bytes, measured_bytes``.
+    """
+    figure, axes = _subplots(1, 1, figsize=(8.5, 0.7 * len(terms) + 1.8))
+    palette = sns.color_palette("colorblind")
+    place = np.arange(len(terms))
+    dense, slots = terms["dense_bytes"] / MEGABYTE, terms["slot_bytes"] / MEGABYTE
+    axes[0].barh(place, dense, color=palette[7], label="dense weights (computed)")
+    axes[0].barh(place, slots, left=dense, color=palette[0], label="expert slots (computed)")
+    axes[0].scatter(
+        terms["measured_bytes"] / MEGABYTE,
+        place,
+        color="black",
+        marker="|",
+        s=500,
+        zorder=5,
+        label="measured: process peak minus control",
+    )
+    axes[0].set_yticks(place, list(terms["name"]))
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("memory (MB)")
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def residency_heatmap(frequencies: np.ndarray, resident: np.ndarray) -> Figure:
+    """Draw how often experts were wanted and, framed, which ones are resident.
+
+    Parameters
+    ----------
+    frequencies : np.ndarray
+        Share of routed (token, choice) pairs per expert, [layers, experts].
+    resident : np.ndarray
+        Bool [layers, experts].
+    """
+    layers, experts = frequencies.shape
+    figure, axes = _subplots(1, 1, figsize=(0.32 * layers + 2.2, 0.36 * experts + 1.6))
+    sns.heatmap(
+        frequencies.T,
+        ax=axes[0],
+        cmap="cividis",
+        cbar_kws={"label": "share of routed tokens"},
+        vmin=0,
+        xticklabels=range(layers),
+        yticklabels=range(experts),
+    )
+    for layer, expert in zip(*np.nonzero(resident), strict=True):
+        axes[0].add_patch(
+            mpl.patches.Rectangle((layer + 0.06, expert + 0.06), 0.88, 0.88, fill=False, ec="white", lw=1.4)
+        )
+    axes[0].set_xlabel("MoE layer")
+    axes[0].set_ylabel("expert (framed: resident)")
+    axes[0].tick_params(axis="both", labelsize=8, rotation=0)
+    return figure
+
+
+def _stacked(axis: Axes, names: list[str], shares: list[pd.Series]) -> None:
+    palette = sns.color_palette("colorblind")
+    looks = (("hit", palette[2], ""), ("loaded on demand", palette[1], "//"), ("rerouted", palette[4], ".."))
+    left = np.zeros(len(names))
+    for (label, color, hatch), share in zip(looks, shares, strict=True):
+        axis.barh(names, share, left=left, color=color, hatch=hatch, edgecolor="white", linewidth=0.5, label=label)
+        left += share.to_numpy()
+    axis.invert_yaxis()
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.set_xlim(0, 1)
+    axis.tick_params(axis="y", labelsize=9)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+
+
+def _run_names(table: pd.DataFrame) -> list[str]:
+    names = []
+    for number, (_, row) in enumerate(table.iterrows(), start=1):
+        lossy = f"t={row['tolerance']:g}" if "tolerance" in row else ""
+        interval = f", p={row['interval']:g}" if pd.notna(row.get("interval")) else ""
+        skipping = ", skipping" if row.get("skipping") is True else ""
+        names.append(f"{number}. {row['budget']}, {row['strategy']}, {lossy}{interval}{skipping}")
+    return names
+
+
+def _by_strategy(table: pd.DataFrame) -> list[tuple[tuple[str, bool], pd.DataFrame]]:
+    keys = [table["strategy"], table["tolerance"].astype(float) > 0]
+    return [((str(key[0]), bool(key[1])), group) for key, group in table.groupby(keys)]
+
+
+def _style(strategy: str, lossy: bool) -> dict[str, Any]:
+    palette = sns.color_palette("colorblind")
+    color = palette[list(STRATEGY_NAMES).index(strategy)] if strategy in STRATEGY_NAMES else palette[7]
+    label = f"{STRATEGY_NAMES.get(strategy, strategy)}, {LOSSY if lossy else EXACT}"
+    return {"label": label, "color": color, "marker": "o" if lossy else "s", "linestyle": "-" if lossy else "--"}
+
+
+def _subplots(rows: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:
+    figure = Figure(layout="constrained", dpi=96, figsize=options.pop("figsize"))
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.ravel())
+
+
+def _legend_below(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
+
+
+def _has(runs: pd.DataFrame, *columns: str) -> bool:
+    return not runs.empty and all(column in runs.columns for column in columns)
+
+
+REPORT_FIGURES: dict[str, Callable[[pd.DataFrame], Figure | None]] = {
+    "Memory against quality and speed": memory_quality_time,
+    "Prediction interval and task skipping": interval_and_skipping,
+    "How expert requests were served": served_shares,
+}
