@@ -160,6 +160,9 @@ def _write(
         stream.write(header)
         stream.flush()
         os.fsync(stream.fileno())
+        if hasattr(os, "posix_fadvise"):
+            # Records are read past the page cache: a copy of the pack there would only be charged to this process.
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return read_header(partial)
 
 
