@@ -19,7 +19,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 ifneq ($(NOTEBOOKS),)
 	$(BIN)/emoe model build
 	$(BIN)/python -m pytest -p no:xdist -p no:cacheprovider --nbval-lax --nbval-cell-timeout=60 $(NOTEBOOKS)
@@ -29,7 +29,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab notebooks
 
 ui: $(READY)
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db
 
 clean:
 	rm -rf .venv build dist reports .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -59,8 +59,11 @@ def store_uri() -> str:
 
 
 def ui_command() -> str:
-    """Return the shell command that opens the MLflow user interface on this store."""
-    return f"mlflow ui --backend-store-uri {store_uri()}"
+    """Return the shell command that opens the MLflow user interface on this store.
+
+    Job execution is off: it starts a dozen idle worker processes that a local store has no use for.
+    """
+    return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri {store_uri()}"
 
 
 @contextlib.contextmanager
@@ -118,7 +121,7 @@ def disk_errors() -> Iterator[None]:
 def disk_reason(text: str) -> str | None:
     """Return what is wrong with the disk if an error text speaks of it, else None."""
     for sign in ("No space left on device", "database or disk is full", "Disk quota exceeded", "Read-only file system"):
-        if sign in text:
+        if sign.lower() in text.lower():
             return sign[0].lower() + sign[1:]
     return None
 
@@ -129,7 +132,9 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     if known is None:
         place = store_dir() / "artifacts"
         place.mkdir(exist_ok=True)
-        return str(client.create_experiment(name, artifact_location=(place / slug(name)).as_uri()))
+        # The kind has the interface show a table of runs with metrics instead of its pages for chat traces.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(name, artifact_location=(place / slug(name)).as_uri(), tags=kind))
     if known.lifecycle_stage != "active":
         raise ExperimentError(
             f"the MLflow experiment {name!r} was deleted. Restore it in the MLflow UI, or remove it for good with "

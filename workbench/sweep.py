@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 POLL_S = 0.1
+KILL_WAIT_S = 5.0
 MAX_JOBS = 4  # more sqlite writers than this want an MLflow server
 SHOWN_METRICS = 4
 
@@ -204,7 +205,7 @@ class _Sweep:
         commit = git_revision()[0] or "unknown"
         with disk_errors():
             if parent is None:
-                tags = {"mlflow.note.content": self.sweep.description, "env.commit": commit}
+                tags = {"mlflow.note.content": self.sweep.description, "mlflow.source.name": self.sweep.name}
                 run_id = start_parent(self.client, self.sweep.name, tags)
             else:
                 run_id = parent.info.run_id
@@ -350,11 +351,15 @@ class _Sweep:
     def _stop_active(self) -> None:
         """Kill what still runs, kernels included, and record it as KILLED."""
         for item in self.active:
+            victims: list[psutil.Process] = []
             with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(item.process.pid).children(recursive=True):
-                    child.kill()
+                victims = psutil.Process(item.process.pid).children(recursive=True)
             item.process.kill()
             item.process.wait()
+            for victim in victims:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
+            psutil.wait_procs(victims, timeout=KILL_WAIT_S)
             with contextlib.suppress(ExperimentError), disk_errors():
                 self.client.set_terminated(item.run_id, "KILLED")
         self.active.clear()

@@ -26,6 +26,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from emoe_core.errors import ExperimentError
 from workbench.store import project_root
 
 MODEL_HASH_VARIABLE = "EMOE_MODEL_HASH"
+CHECKED_TYPES = {"bool", "int", "float", "str", "list", "None"}
 Scalar = bool | int | float | str | None
 
 
@@ -117,6 +119,25 @@ class Point:
         return f"{self.notebook.stem} {varying}".strip()
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as a notebook's cell states it: annotation and default, as source text."""
+
+    annotation: str
+    default: str
+
+    def type_names(self) -> set[str]:
+        """Return the names of types that values may have; empty when anything goes or nothing is known."""
+        if self.annotation:
+            names = {re.split(r"\[", part.strip())[0] for part in self.annotation.split("|")}
+            return names if names <= CHECKED_TYPES else set()
+        try:
+            default = ast.literal_eval(self.default)
+        except ValueError:
+            return set()
+        return set() if default is None else {type(default).__name__}
+
+
 def short(value: Any) -> str:
     """Return a value as shown in names of runs."""
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
@@ -192,45 +213,57 @@ def find_notebook(name: str, beside: Path | None = None) -> Path:
     raise ExperimentError(f"no notebook {name!r} under {' or '.join(str(place) for place in places)}.")
 
 
-def notebook_parameters(notebook: Path) -> dict[str, dict[str, str]]:
-    """Return the parameters of a notebook's ``parameters`` cell as papermill infers them: type, default, help."""
-    import papermill
+def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
+    """Return the parameters that a notebook's cell tagged ``parameters`` assigns, by name.
 
-    try:
-        known = papermill.inspect_notebook(str(notebook))
-    except Exception as error:
-        raise ExperimentError(f"{notebook} is not a readable notebook: {error}") from None
-    if not known:
+    The cell is parsed, not run; papermill's own inspection misses annotations such as ``str | None``.
+    """
+    cells = [cell for cell in read_cells(notebook) if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    if not cells:
         raise ExperimentError(f"{notebook} has no cell tagged 'parameters', so a sweep cannot set anything in it.")
-    return dict(known)
+    try:
+        statements = ast.parse("".join(cells[0]["source"])).body
+    except SyntaxError as error:
+        raise ExperimentError(f"{notebook}: the cell tagged 'parameters' is not Python: {error}") from None
+    known = {}
+    for statement in statements:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            annotation = ast.unparse(statement.annotation)
+            known[statement.target.id] = Parameter(annotation, ast.unparse(statement.value))
+        elif isinstance(statement, ast.Assign):
+            for target in statement.targets:
+                if isinstance(target, ast.Name):
+                    known[target.id] = Parameter("", ast.unparse(statement.value))
+    return known
 
 
-def check_parameter(notebook: Path, known: dict[str, dict[str, str]], name: str, value: Any) -> None:
-    """Refuse a parameter that the notebook does not have, or a value of another type than its default."""
+def check_parameter(notebook: Path, known: dict[str, Parameter], name: str, value: Any) -> None:
+    """Refuse a parameter that the notebook does not have, or a value of another type than annotated or defaulted."""
     if name not in known:
         listing = ", ".join(sorted(known))
         raise ExperimentError(f"{notebook.name} has no parameter {name!r}. Known parameters: {listing}.")
-    try:
-        default = ast.literal_eval(known[name]["default"])
-    except (ValueError, SyntaxError):
+    allowed = known[name].type_names()
+    if not allowed:
         return
-    annotation = known[name].get("inferred_type_name") or ""
-    if default is None or "Any" in annotation or (value is None and "None" in annotation):
-        return
-    fits = type(value) is type(default) or (type(value) is int and type(default) is float)
-    if not fits and "|" in annotation:
-        fits = type(value).__name__ in {part.strip() for part in annotation.split("|")}
-    if not fits:
+    given = "None" if value is None else type(value).__name__
+    if given not in allowed and not (given == "int" and "float" in allowed):
         raise ExperimentError(
-            f"{notebook.name}: parameter {name!r} is {type(value).__name__} {value!r}, but the notebook's default is "
-            f"{type(default).__name__} {default!r}."
+            f"{notebook.name}: parameter {name!r} is {value!r} ({given}), but takes {' or '.join(sorted(allowed))} "
+            f"(default {known[name].default})."
         )
+
+
+def read_cells(notebook: Path) -> list[dict[str, Any]]:
+    """Return a notebook's cells as its file holds them."""
+    try:
+        return list(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExperimentError(f"{notebook} is not a readable notebook: {error}") from None
 
 
 def source_hash(notebook: Path) -> str:
     """Return a hash of a notebook's cells; outputs and metadata do not count."""
-    cells = json.loads(notebook.read_text())["cells"]
-    source = [(cell["cell_type"], "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    source = ["".join(cell["source"]) for cell in read_cells(notebook) if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
 

@@ -26,6 +26,9 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 def execute(job: dict[str, Any]) -> dict[str, Any]:
     """Run the job's notebook and return its outcome."""
+    # jsonschema uses this optional checker of web addresses only if it is there, and building its grammar takes
+    # longer than everything else that papermill imports.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
     from papermill.exceptions import PapermillExecutionError
 

@@ -47,7 +47,7 @@ def report(
     console.print(f"Report:      [bold]{path}[/]")
     if hints:
         console.print("Notebooks:   [bold]make lab[/]  (.venv/bin/jupyter lab notebooks)")
-        console.print(f"MLflow runs: [bold]make ui[/]   (.venv/bin/{ui_command()})")
+        console.print(f"MLflow runs: [bold]make ui[/]   ({ui_command()})")
 
 
 def _summary(result: SweepResult) -> str:

@@ -1,0 +1,40 @@
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from sweep_bench import Bench
+
+from workbench.store import HOME_VARIABLE, open_store
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a project root whose store has its schema; writing one takes seconds."""
+    root = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HOME_VARIABLE, str(root))
+        open_store()
+    return root
+
+
+@pytest.fixture
+def bench(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Return a project of its own for sweeps."""
+    shutil.copytree(empty_store / "mlruns", tmp_path / "mlruns")
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    return Bench(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def swept(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Return a project in which one sweep ran: of its three runs one finished, one raised, one crashed."""
+    root = tmp_path_factory.mktemp("swept")
+    shutil.copytree(empty_store / "mlruns", root / "mlruns")
+    bench = Bench(root)
+    path = bench.write(grid={"outcome": ["raise", "ok", "crash"]}, fixed={"budget": "60%"}, metrics=["peak_bytes"])
+    bench.answer = bench.emoe("sweep", str(path), "--jobs", "3")
+    return bench

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sweep_bench import NOTEBOOK
+
+from emoe_core.errors import ExperimentError
+from workbench.store import HOME_VARIABLE
+from workbench.sweep_file import MODEL_HASH_VARIABLE, Point, expand, find_notebook, read_sweep, source_hash
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(MODEL_HASH_VARIABLE, raising=False)
+    return tmp_path
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def points(folder: Path, **stage: Any) -> list[Point]:
+    content = {"name": "s", "notebook": str(NOTEBOOK), "kind": "quality"} | stage
+    return expand(read_sweep(write(folder, content)))
+
+
+def notebook(path: Path, *cells: str, tags: list[str] | None = None) -> Path:
+    wanted = ["parameters"] if tags is None else tags
+    listed = [
+        {"cell_type": "code", "metadata": {"tags": wanted if index == 0 else []}, "source": text, "outputs": []}
+        for index, text in enumerate(cells)
+    ]
+    path.write_text(json.dumps({"cells": listed, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+
+def test_points_are_the_grid_in_the_order_of_the_file(project: Path) -> None:
+    found = points(project, fixed={"prompts": 3}, grid={"budget": ["20%", "60%"], "tolerance": [0.0, 1.0]})
+    assert [point.label for point in found] == [
+        "dummy budget=20% tolerance=0",
+        "dummy budget=20% tolerance=1",
+        "dummy budget=60% tolerance=0",
+        "dummy budget=60% tolerance=1",
+    ]
+    assert found[0].parameters == {"prompts": 3, "budget": "20%", "tolerance": 0.0}
+
+
+def test_excluded_points_are_left_out_and_only_those(project: Path) -> None:
+    grid = {"budget": ["20%", "60%"], "tolerance": [0.0, 1.0]}
+    found = points(project, grid=grid, exclude=[{"budget": "20%", "tolerance": 0.0}, {"budget": "60%"}])
+    assert [point.axes for point in found] == [{"budget": "20%", "tolerance": 1.0}]
+    with pytest.raises(ExperimentError, match="excludes every point"):
+        points(project, grid={"tolerance": [0.0]}, exclude=[{"tolerance": 0.0}])
+
+
+def test_a_stage_without_a_grid_is_one_run(project: Path) -> None:
+    assert [point.label for point in points(project)] == ["dummy"]
+
+
+def test_several_stages_follow_one_another(project: Path) -> None:
+    stage = {"notebook": str(NOTEBOOK), "kind": "timing"}
+    content = {"name": "s", "stages": [stage | {"grid": {"seed": [1]}}, stage | {"grid": {"seed": [0]}}]}
+    assert [point.parameters["seed"] for point in expand(read_sweep(write(project, content)))] == [1, 0]
+
+
+def test_the_same_run_twice_is_refused(project: Path) -> None:
+    stage = {"notebook": str(NOTEBOOK), "kind": "timing", "grid": {"seed": [1]}}
+    with pytest.raises(ExperimentError, match="same run twice"):
+        expand(read_sweep(write(project, {"name": "s", "stages": [stage, stage]})))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"grids": {}}, "stages.0.grids: unknown key"),
+        ({"kind": "speed"}, "'timing' or 'quality'"),
+        ({"grid": {"seed": []}}, "'seed' has no values"),
+        ({"grid": {"seed": [1, 1]}}, "names a value twice"),
+        ({"grid": {"seed": 1}}, "grid.seed"),
+        ({"grid": {"seed": [1]}, "fixed": {"seed": 2}}, "both fixed and on the grid: seed"),
+        ({"exclude": [{"seed": 1}]}, "does not set: seed"),
+        ({"name": "a b"}, "name"),
+        ({"notebook": None}, "notebook"),
+    ],
+)
+def test_a_sweep_file_says_what_is_wrong_with_it(project: Path, change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ExperimentError, match="not a usable sweep file") as error:
+        points(project, **change)
+    assert complaint in str(error.value)
+
+
+def test_broken_or_missing_files_are_named(project: Path) -> None:
+    with pytest.raises(ExperimentError, match="is not YAML"):
+        read_sweep(write(project, "a: [1"))
+    with pytest.raises(ExperimentError, match="not a usable sweep file"):
+        read_sweep(write(project, "just words"))
+    with pytest.raises(ExperimentError, match="no sweep file at"):
+        read_sweep(project / "absent.yaml")
+    with pytest.raises(ExperimentError, match="no notebook 'absent.ipynb'"):
+        points(project, notebook="absent.ipynb")
+
+
+def test_an_unknown_parameter_is_refused_with_the_known_ones(project: Path) -> None:
+    with pytest.raises(ExperimentError, match="no parameter 'bugdet'") as error:
+        points(project, grid={"bugdet": ["20%"]})
+    assert "Known parameters: budget, gate, outcome, prompts, seed, tolerance." in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given", [{"prompts": "4"}, {"prompts": 4.5}, {"budget": 40}, {"tolerance": True}, {"seed": None}, {"gate": 3}]
+)
+def test_a_value_of_another_type_is_refused(project: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(ExperimentError, match=f"parameter {next(iter(given))!r} is"):
+        points(project, fixed=given)
+
+
+@pytest.mark.parametrize("given", [{"tolerance": 1}, {"gate": None}, {"gate": "x"}, {"prompts": 0}])
+def test_values_of_the_annotated_type_are_taken(project: Path, given: dict[str, Any]) -> None:
+    assert points(project, fixed=given)[0].parameters == given
+
+
+def test_parameters_without_annotation_follow_their_default(project: Path) -> None:
+    path = notebook(project / "n.ipynb", "count = 3\nanything = None\nmade = make()\n")
+    assert points(project, notebook=str(path), fixed={"count": 4, "anything": "x", "made": 2.5})
+    with pytest.raises(ExperimentError, match="takes int"):
+        points(project, notebook=str(path), fixed={"count": "4"})
+
+
+def test_notebooks_that_cannot_be_parametrised_are_refused(project: Path) -> None:
+    with pytest.raises(ExperimentError, match="no cell tagged 'parameters'"):
+        points(project, notebook=str(notebook(project / "n.ipynb", "a = 1", tags=[])))
+    with pytest.raises(ExperimentError, match="is not Python"):
+        points(project, notebook=str(notebook(project / "n.ipynb", "a = = 1")))
+    (project / "n.ipynb").write_text("{}")
+    with pytest.raises(ExperimentError, match="not a readable notebook"):
+        points(project, notebook="n.ipynb")
+
+
+def test_notebooks_are_found_from_the_root_then_beside_the_file(project: Path) -> None:
+    beside = project / "sweeps"
+    beside.mkdir()
+    inner = notebook(beside / "n.ipynb", "a = 1")
+    assert find_notebook("n.ipynb", beside) == inner.resolve()
+    outer = notebook(project / "n.ipynb", "a = 1")
+    assert find_notebook("n.ipynb", beside) == outer.resolve()
+
+
+def test_the_identity_of_a_run_is_source_parameters_and_model(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = notebook(project / "n.ipynb", "a = 1", "print(a)")
+
+    def digest(**fixed: Any) -> str:
+        return points(project, notebook=str(path), fixed=fixed)[0].digest
+
+    before = digest(a=1)
+    assert digest(a=1) == before != digest(a=2)
+    content = json.loads(path.read_text())
+    content["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "1"}]
+    path.write_text(json.dumps(content))
+    assert digest(a=1) == before
+    old_source = source_hash(path)
+    monkeypatch.setenv(MODEL_HASH_VARIABLE, "another")
+    assert digest(a=1) != before
+    monkeypatch.delenv(MODEL_HASH_VARIABLE)
+    notebook(path, "a = 1", "print(a + 1)")
+    assert source_hash(path) != old_source and digest(a=1) != before
