@@ -10,13 +10,12 @@ from sweep_bench import NOTEBOOK
 
 from emoe_core.errors import ExperimentError
 from workbench.store import HOME_VARIABLE
-from workbench.sweep_file import MODEL_HASH_VARIABLE, Point, expand, find_notebook, read_sweep, source_hash
+from workbench.sweep_file import Point, expand, find_notebook, read_sweep, source_hash
 
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
-    monkeypatch.delenv(MODEL_HASH_VARIABLE, raising=False)
     return tmp_path
 
 
@@ -103,7 +102,7 @@ def test_broken_or_missing_files_are_named(project: Path) -> None:
         read_sweep(write(project, "just words"))
     with pytest.raises(ExperimentError, match="no sweep file at"):
         read_sweep(project / "absent.yaml")
-    with pytest.raises(ExperimentError, match="no notebook 'absent.ipynb'"):
+    with pytest.raises(ExperimentError, match=r"no notebook 'absent\.ipynb'"):
         points(project, notebook="absent.ipynb")
 
 
@@ -152,8 +151,11 @@ def test_notebooks_are_found_from_the_root_then_beside_the_file(project: Path) -
     assert find_notebook("n.ipynb", beside) == outer.resolve()
 
 
-def test_the_identity_of_a_run_is_source_parameters_and_model(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = notebook(project / "n.ipynb", "a = 1", "print(a)")
+def test_the_identity_of_a_run_is_source_parameters_and_model(project: Path) -> None:
+    model = project / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    path = notebook(project / "n.ipynb", f"a = 1\nmodel = {str(model)!r}", "print(a)")
 
     def digest(**fixed: Any) -> str:
         return points(project, notebook=str(path), fixed=fixed)[0].digest
@@ -164,9 +166,11 @@ def test_the_identity_of_a_run_is_source_parameters_and_model(project: Path, mon
     content["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "1"}]
     path.write_text(json.dumps(content))
     assert digest(a=1) == before
+    (model / "model.safetensors").write_text("weights")
+    with_weights = digest(a=1)
+    assert with_weights != before
+    (model / "model.safetensors").write_text("other weights")
+    assert digest(a=1) != with_weights
     old_source = source_hash(path)
-    monkeypatch.setenv(MODEL_HASH_VARIABLE, "another")
-    assert digest(a=1) != before
-    monkeypatch.delenv(MODEL_HASH_VARIABLE)
     notebook(path, "a = 1", "print(a + 1)")
     assert source_hash(path) != old_source and digest(a=1) != before

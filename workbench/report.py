@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
     from mlflow.tracking import MlflowClient
 
-PAGE_CACHE = {
-    "direct": "Experts were read past the page cache (O_DIRECT): loads are the disk's.",
-    "cached": "Experts were read through the page cache: loads may be the memory's speed, not the disk's.",
-    "unknown": "The runs do not say whether experts were read through the page cache.",
-}
+
+PAGE_CACHE_TAG = "emoe.page_cache"
 
 
 @dataclass(frozen=True)
@@ -142,11 +139,11 @@ def provenance(environments: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def page_cache_statement(runs: list[MlflowRun]) -> str:
-    """Return what the runs' tag ``emoe.storage`` says about the page cache."""
-    said = {item.data.tags.get("emoe.storage", "") for item in runs} - {""}
+    """Return how timed runs read experts: through the page cache, a load is the memory's speed and not the disk's."""
+    said = sorted({item.data.tags.get(PAGE_CACHE_TAG, "") for item in runs} - {""})
     if not said:
-        return PAGE_CACHE["unknown"]
-    return PAGE_CACHE["direct" if all("direct" in text.lower() for text in said) else "cached"]
+        return "No run of this sweep says how experts were read; take no load time from it."
+    return f"Page cache in timed runs: {' / '.join(said)}."
 
 
 def _named(client: MlflowClient, name: str) -> MlflowRun:

@@ -2,7 +2,7 @@
 
 Terms: parameters that differ between runs become *columns*, the others are stated once. Metric columns are grouped into
 memory, quality, time and other, in this order, so that a saving stands beside what it cost. The main table holds the
-metrics that the sweep file names, and all quality metrics whenever a memory metric is among them; a second table holds
+metrics that the sweep file names, and quality metrics whenever a memory metric is among them; a second table holds
 everything. A column has one unit, in its heading.
 """
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 MAX_RUNS_WITH_FIGURES = 24
 # In the order of the table's columns; a metric belongs to the first group that names a part of it.
 GROUPS = {
-    "memory": ("peak_bytes", "slot_bytes", "saved", "resident", "dense_bytes", "expert_bytes", "memory"),
-    "quality": ("perplexity", "kl_", "_kl", "agreement", "similarity", "accuracy", "identical"),
-    "time": ("_s", "per_s"),
+    "memory": ("model_bytes", "peak_bytes", "slot_bytes", "slot_share", "dense_bytes", "expert_bytes", "memory"),
+    "quality": ("perplexity", "kl_", "agreement", "similarity", "accuracy", "identical"),
+    "time": ("ttft", "tpot", "stall", "_s", "per_s"),
 }
 
 
@@ -111,8 +111,12 @@ def read_section(client: MlflowClient, notebook: str, runs: list[MlflowRun]) -> 
     axes = list(dict.fromkeys(a for item in runs for a in item.data.tags.get("emoe.axes", "").split(",") if a))
     varying = axes + [n for n in names if n not in axes and len({row.get(n, "") for row in texts}) > 1]
     parameters = [Column(n, n.replace("_", " "), "parameter", [row.get(n, "–") for row in texts]) for n in varying]
-    every = sorted({name for item in runs for name in item.data.metrics}, key=lambda name: (_rank(name), name))
-    chosen = main_metrics(runs, every)
+    tags = [item.data.tags.get(METRICS_TAG, "") for item in runs]
+    named = list(dict.fromkeys(name for text in tags for name in text.split(",") if name))
+    every = sorted({name for item in runs for name in item.data.metrics})
+    # Within a group, what the sweep file names comes first and in its order.
+    every.sort(key=lambda name: (_rank(name), named.index(name) if name in named else len(named)))
+    chosen = main_metrics(named, every)
     columns = {name: _metric_column(name, runs) for name in every}
     rows = [
         Row(
@@ -136,18 +140,19 @@ def read_section(client: MlflowClient, notebook: str, runs: list[MlflowRun]) -> 
     )
 
 
-def main_metrics(runs: Sequence[MlflowRun], every: Sequence[str]) -> list[str]:
+def main_metrics(named: Sequence[str], every: Sequence[str]) -> list[str]:
     """Return the metrics of the main table, in the order of `every`.
 
-    These are the ones that the sweep file named (all when it named none), and every quality metric whenever one of
-    them is about memory.
+    These are the ones that the sweep file named (all when it named none), and every quality metric when one of them is
+    about memory and none about quality.
     """
-    named = {name for item in runs for name in item.data.tags.get(METRICS_TAG, "").split(",") if name}
-    if not named & set(every):
+    chosen = set(named) & set(every)
+    if not chosen:
         return list(every)
-    if any(group_of(name) == "memory" for name in named):
-        named |= {name for name in every if group_of(name) == "quality"}
-    return [name for name in every if name in named]
+    groups = {group_of(name) for name in chosen}
+    if "memory" in groups and "quality" not in groups:
+        chosen |= {name for name in every if group_of(name) == "quality"}
+    return [name for name in every if name in chosen]
 
 
 def group_of(metric: str) -> str:

@@ -25,7 +25,6 @@ import ast
 import hashlib
 import itertools
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +34,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from emoe_core.errors import ExperimentError
+from workbench.models import REFERENCE
 from workbench.store import project_root
 
-MODEL_HASH_VARIABLE = "EMOE_MODEL_HASH"
 CHECKED_TYPES = {"bool", "int", "float", "str", "list", "None"}
+MODEL_PARAMETER = "model"
+RECIPES = Path(__file__).parent / "reference_model" / "recipes"
 Scalar = bool | int | float | str | None
 
 
@@ -131,11 +132,15 @@ class Parameter:
         if self.annotation:
             names = {re.split(r"\[", part.strip())[0] for part in self.annotation.split("|")}
             return names if names <= CHECKED_TYPES else set()
-        try:
-            default = ast.literal_eval(self.default)
-        except ValueError:
-            return set()
+        default = self.literal()
         return set() if default is None else {type(default).__name__}
+
+    def literal(self) -> Any:
+        """Return the default's value, None when it is not a literal."""
+        try:
+            return ast.literal_eval(self.default)
+        except ValueError:
+            return None
 
 
 def short(value: Any) -> str:
@@ -188,12 +193,14 @@ def expand(sweep: SweepFile, beside: Path | None = None) -> list[Point]:
         for name, value in settings:
             check_parameter(notebook, known, name, value)
         source = source_hash(notebook)
+        model_default = known[MODEL_PARAMETER].literal() if MODEL_PARAMETER in known else None
         for values in itertools.product(*stage.grid.values()):
             axes = dict(zip(stage.grid, values, strict=True))
             parameters = {**stage.fixed, **axes}
             if any(all(parameters[n] == v for n, v in entry.items()) for entry in stage.exclude):
                 continue
-            points.append(Point(stage, notebook, parameters, axes, point_digest(source, parameters)))
+            model = parameters.get(MODEL_PARAMETER, model_default)
+            points.append(Point(stage, notebook, parameters, axes, point_digest(source, parameters, model)))
     seen: set[str] = set()
     for point in points:
         if point.digest in seen:
@@ -267,7 +274,22 @@ def source_hash(notebook: Path) -> str:
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
 
-def point_digest(source: str, parameters: dict[str, Any]) -> str:
-    """Return the identity of a run from the notebook's source, its parameters and ``$EMOE_MODEL_HASH``."""
-    parts = [source, dict(sorted(parameters.items())), os.environ.get(MODEL_HASH_VARIABLE, "")]
+def point_digest(source: str, parameters: dict[str, Any], model: Any = None) -> str:
+    """Return the identity of a run from the notebook's source, its parameters and the state of its model."""
+    parts = [source, dict(sorted(parameters.items())), model_state(model)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def model_state(model: Any) -> str:
+    """Return what tells one state of a model from another, cheaply: weights are not read.
+
+    The embedded model is its recipe, a checkpoint folder its configuration and the sizes and times of its weights.
+    """
+    if model == REFERENCE:
+        description = RECIPES / "upcycled" / "recipe.json"
+        return hashlib.sha256(description.read_bytes()).hexdigest() if description.exists() else ""
+    folder = Path(str(model)).expanduser()
+    if model is None or not (folder / "config.json").is_file():
+        return ""
+    files = [(item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256((folder / "config.json").read_bytes() + json.dumps(files).encode()).hexdigest()

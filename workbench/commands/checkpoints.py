@@ -12,29 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from emoe_core.errors import CheckpointError, OptionError
+from emoe_core.errors import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-REFERENCE = "reference"
-MODEL_HELP = "Folder of a Hugging Face checkpoint, or 'reference' for the embedded model."
+MODEL_HELP = "Folder of a Hugging Face checkpoint, or 'reference' for the embedded model (built on first use)."
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
-
-
-def locate(model: str) -> Path:
-    """Return the folder of a checkpoint; the word ``reference`` builds the embedded model on first use."""
-    if model == REFERENCE:
-        from workbench import reference_model
-
-        return Path(reference_model.build())
-    path = Path(model).expanduser()
-    if not path.exists():
-        raise CheckpointError(
-            f"no checkpoint at {path}. Give the folder of a Hugging Face checkpoint (config.json and safetensors), or "
-            f"the word '{REFERENCE}' for the embedded model."
-        )
-    return path
 
 
 def run(
@@ -50,11 +34,18 @@ def run(
     """Answer a prompt under a memory budget, and say what the budget did."""
     if max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens {max_new_tokens}: give at least 1.")
-    checkpoint = locate(model)
     import emoe_core
+    from workbench.models import resolve_model
 
+    checkpoint = resolve_model(model)
     console = Console(highlight=False)
-    with emoe_core.load(checkpoint, budget=budget, tolerance=tolerance, device=device, dtype=dtype) as engine:
+    with progress_bar("writing experts to a pack, once") as progress:
+        engine = emoe_core.load(
+            checkpoint, progress=progress, budget=budget, tolerance=tolerance, device=device, dtype=dtype
+        )
+    with engine:
+        if engine.plan.warning:
+            console.print(f"[yellow]{engine.plan.warning}[/]")
 
         def write(request: int, text: str) -> None:
             console.out(text, end="", highlight=False)
@@ -84,10 +75,11 @@ def pack(
     """Write a checkpoint's experts into one file that they are read from quickly."""
     from emoe_core.checkpoint import open_checkpoint
     from emoe_core.pack import Pack, ensure_pack, write_pack
+    from workbench.models import resolve_model
     from workbench.quantities import show_bytes
 
-    index = open_checkpoint(locate(model), dtype)
-    with _progress("writing experts") as progress:
+    index = open_checkpoint(resolve_model(model), dtype)
+    with progress_bar("writing experts") as progress:
         if out is not None:
             if force or not out.exists():
                 write_pack(index, out, progress)
@@ -97,7 +89,7 @@ def pack(
             if force:
                 made = Pack.open(write_pack(index, made.path, progress), index)
     if verify:
-        with _progress("verifying experts") as progress:
+        with progress_bar("verifying experts") as progress:
             made.verify(progress)
     checked = ", every checksum verified" if verify else ""
     Console().print(f"Pack: [bold]{made.path}[/] ({show_bytes(made.file_bytes)}{checked})", soft_wrap=True)
@@ -106,17 +98,26 @@ def pack(
 def estimate(
     model: ModelArgument,
     budget: Annotated[str, typer.Option(help="Memory for experts: '40%', '300MB' or '3 slots'.")] = "40%",
+    max_tokens: Annotated[int, typer.Option(help="Longest sequence, prompt and answer together.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
 ) -> None:
     """Say what a budget buys and what memory the model needs, without loading it."""
     from emoe_core.budget import plan_slots
     from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.footprint import memory_breakdown
+    from workbench.models import resolve_model
+    from workbench.quantities import show_bytes
 
-    index = open_checkpoint(locate(model), dtype)
+    index = open_checkpoint(resolve_model(model), dtype)
     plan = plan_slots(index, budget)
+    least = plan_slots(index, "1 slot")
     console = Console()
     table = Table(title=f"{index.model_type}, {str(index.dtype).removeprefix('torch.')}", show_header=False)
-    for term, value in plan.rows():
+    for term, value in [*plan.rows(), ("smallest exact budget", show_bytes(least.slot_bytes))]:
+        table.add_row(term, value)
+    table.add_section()
+    for term, value in memory_breakdown(index, plan, max_tokens, batch).rows():
         table.add_row(term, value)
     console.print(table)
     if plan.warning:
@@ -164,7 +165,7 @@ def pack_dir() -> Path:
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar while something counts up; yields the function to call with (done, all)."""
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 model_app = typer.Typer(help="The embedded reference model.", no_args_is_help=True)
 data_app = typer.Typer(help="Prompts of six task types.", no_args_is_help=True)
@@ -24,29 +25,37 @@ def build_model(
 
 @model_app.command("train")
 def train_model(
-    out: Annotated[Path | None, typer.Option(help="Folder for the recipe.")] = None,
+    out: Annotated[Path, typer.Argument(help="Folder for the recipe.")],
     seed: Annotated[int, typer.Option(help="Seed of the recipe.")] = 0,
 ) -> None:
-    """Compute the recipe anew: adapters and routers (hours; resumes where it stopped)."""
+    """Compute the recipe anew: adapters and routers (up to two and a half hours; goes on where it stopped)."""
     from workbench import reference_model
 
     Console().print(f"Recipe: [bold]{reference_model.train(out, seed=seed)}[/]", soft_wrap=True)
 
 
 @model_app.command("verify")
-def verify_model() -> None:
+def verify_model(
+    path: Annotated[Path | None, typer.Argument(help="Folder of the built model; the cache's when not given.")] = None,
+) -> None:
     """Check the built model's files against their checksums."""
     from workbench import reference_model
 
-    Console().print(f"Intact: [bold]{reference_model.verify()}[/]", soft_wrap=True)
+    Console().print(f"Intact: {', '.join(reference_model.verify(path))}.")
 
 
 @model_app.command("evaluate")
-def evaluate_model() -> None:
+def evaluate_model(
+    path: Annotated[Path | None, typer.Argument(help="Folder of the built model; the cache's when not given.")] = None,
+) -> None:
     """Measure perplexity by domain beside the dense model, and how the routers choose."""
     from workbench import reference_model
 
-    Console().print(reference_model.evaluate())
+    table = Table(title="Reference model", show_header=False)
+    for name, value in reference_model.evaluate(path).items():
+        if isinstance(value, bool | int | float | str):
+            table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
 
 
 @data_app.command("prepare")
@@ -76,12 +85,27 @@ def describe_data(
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or 'reference'.")],
-    prompts: Annotated[int, typer.Option(help="Prompts a task.")] = 30,
-    out: Annotated[Path | None, typer.Option(help="File to write.")] = None,
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or 'reference'.")] = "reference",
+    prompts: Annotated[int, typer.Option(help="Prompts of each task.")] = 30,
+    depths: Annotated[int, typer.Option(help="Numbers of disturbed layers to try.")] = 4,
+    threshold: Annotated[float | None, typer.Option(help="Similarity below which a layer is sensitive.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 32,
+    source: Annotated[str, typer.Option(help="Prompts: 'embedded' or 'hub'.")] = "embedded",
+    out: Annotated[Path | None, typer.Option(help="File to write; the cache when not given.")] = None,
 ) -> None:
     """Find the layers whose routing a task does not depend on."""
-    from workbench.commands.checkpoints import locate
-    from workbench.task_profile import profile_model
+    from emoe_core.tasks import DEFAULT_SIMILARITY_THRESHOLD
+    from workbench.commands.checkpoints import progress_bar
+    from workbench.profiling import measure_profile, profile_path
 
-    Console().print(f"Profile: [bold]{profile_model(locate(model), prompts=prompts, out=out)}[/]", soft_wrap=True)
+    with progress_bar("answering with disturbed routing") as progress:
+        found = measure_profile(
+            model,
+            prompts_per_task=prompts,
+            depths=depths,
+            threshold=DEFAULT_SIMILARITY_THRESHOLD if threshold is None else threshold,
+            max_new_tokens=max_new_tokens,
+            source=source,
+            progress=progress,
+        )
+    Console().print(f"Profile: [bold]{found.save(out or profile_path(found.model_hash))}[/]", soft_wrap=True)
