@@ -72,6 +72,8 @@ class ControlLoop:
         self.replan = replan
         self.profile = profile
         self.shape = (len(loader.layers), max(layer.num_experts for layer in loader.layers))
+        # A predictor that knows no model may give shares to experts that a smaller layer does not have.
+        self._exists = np.arange(self.shape[1]) < np.array([[layer.num_experts] for layer in loader.layers])
         self.running: dict[int, Request] = {}
         self.admitted = 0
         self.finished = 0
@@ -163,7 +165,7 @@ class ControlLoop:
                 else profile.expected_output_tokens(task, DEFAULT_OUTPUT_TOKENS)
             ),
         )
-        plan = make_plan(demand, self.loader.table.capacity)
+        plan = make_plan(demand * self._exists if demand.size else demand, self.loader.table.capacity)
         self.prediction_s += time.perf_counter() - started
         if plan.is_empty:
             return

@@ -12,6 +12,7 @@ replaced by resident experts (tolerance > 0). The engine runs one forward pass a
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from .control import ControlLoop
 from .errors import IntegrationError, OptionError, UnsupportedFamilyError
 from .footprint import MemoryBreakdown, memory_breakdown
 from .loader import ExpertLoader
-from .metrics import Counters, RunStats
+from .metrics import RunStats
 from .pack import Progress, ensure_pack
 from .predictor import make_predictor
 from .routing import RoutingTrace, TraceRecorder
@@ -98,12 +99,14 @@ class EngineConfig:
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.tolerance <= 1.0:
+        if not isinstance(self.tolerance, int | float) or not 0.0 <= self.tolerance <= 1.0:
             raise OptionError(f"tolerance is {self.tolerance}: it must lie in [0, 1], 0 being exact")
         if self.interval < 1:
             raise OptionError(f"interval is {self.interval}: predict every 1 or more requests")
         if self.replan not in ("admission", "interval"):
             raise OptionError(f"replan is {self.replan!r}: choose 'admission' or 'interval'")
+        if self.verify not in ("first", "always", "never"):
+            raise OptionError(f"verify is {self.verify!r}: choose 'first', 'always' or 'never'")
         if self.tier not in ("disk", "host"):
             raise OptionError(f"tier is {self.tier!r}: choose 'disk' or 'host'")
         if self.threads < 1:
@@ -170,25 +173,37 @@ class Engine:
         num_experts = max(layer.num_experts for layer in layers)
         predictor = make_predictor(config.predictor, len(layers), num_experts, config.seed)
         pack = ensure_pack(index, config.pack_dir or cache_dir() / "packs", progress)
+        table = SlotTable(self.plan.slots_per_layer, self.plan.spare_slots, config.policy)
         storage: PackedFile | HostMemory
         if config.tier == "disk":
             storage = PackedFile(pack, config.direct, config.verify)  # type: ignore[arg-type]
         else:
             storage = HostMemory(pack, self.device.type == "cuda", config.verify)  # type: ignore[arg-type]
-        table = SlotTable(self.plan.slots_per_layer, self.plan.spare_slots, config.policy)
-        self.loader = ExpertLoader(layers, storage, table, self.device, config.threads)
+        try:
+            self.loader = ExpertLoader(layers, storage, table, self.device, config.threads)
+        except BaseException:
+            storage.close()
+            raise
         self.control = ControlLoop(self.loader, predictor, config.interval, config.replan, config.profile)
         self.step: StepContext | None = None
         self.recorder = TraceRecorder(len(layers), num_experts) if config.record else None
         self._forward = 0
         self._assigned: list[int] | None = None
         self._open: list[int] = []
+        self._runner: threading.Thread | None = None
+        self._runner_lock = threading.Lock()
         self._closed = False
-        experts.register()
-        self.model: PreTrainedModel = index.build_model(self.device, config.attn_implementation, experts.IMPLEMENTATION)
-        self.tokenizer: PreTrainedTokenizerBase | None = _tokenizer(index.path)
-        self.model.requires_grad_(False)
-        self._attach()
+        self.model: PreTrainedModel
+        self.tokenizer: PreTrainedTokenizerBase | None
+        try:
+            experts.register()
+            self.model = index.build_model(self.device, config.attn_implementation, experts.IMPLEMENTATION)
+            self.tokenizer = _tokenizer(index.path)
+            self.model.requires_grad_(False)
+            self._attach()
+        except BaseException:
+            self.loader.close()
+            raise
 
     def generate(
         self,
@@ -253,7 +268,7 @@ class Engine:
 
     def reset_counters(self) -> None:
         """Start counting anew; residents and history stay."""
-        self.loader.counters = Counters()
+        self.loader.reset_counters()
         self.control.prediction_s = 0.0
 
     def close(self) -> None:
@@ -288,7 +303,16 @@ class Engine:
         self.control.observe(layer, chosen, step)
 
     def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
-        """Admit requests whose rows the next prefill will hold, in order; return their numbers."""
+        """Admit requests whose rows the next prefill will hold, in order; return their numbers.
+
+        Raises
+        ------
+        IntegrationError
+            When the engine is closed, or other admitted requests are not finished.
+        """
+        self._require_open()
+        if self._assigned is not None:
+            raise IntegrationError("this engine answers one batch at a time: finish it, or load a second engine")
         self._end_anonymous()
         self._assigned = self.control.admit(tasks, input_tokens)
         return self._assigned
@@ -312,10 +336,12 @@ class Engine:
             if handle.rule is None:
                 unexplained.append(layer.name)
             experts.attach(module, handle)
-        if unexplained and self.tolerance > 0:
+        profile = self.config.profile
+        skips = profile is not None and not all(all(task.sensitive) for task in profile.tasks.values())
+        if unexplained and (skips or self.tolerance > 0):
             raise UnsupportedFamilyError(
                 f"{self.index.model_type} is served exactly only: no known routing rule explains the router of "
-                f"{unexplained[0]}. Load with tolerance=0."
+                f"{unexplained[0]}. Load with tolerance=0 and no profile."
             )
         model.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
         model.register_forward_hook(self._end_pass, always_call=True)
@@ -323,10 +349,8 @@ class Engine:
             setattr(model, name, _refuse(f"{name}: {reason}"))
 
     def _begin_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._closed:
-            raise IntegrationError("the engine of this model is closed: load it again")
-        if self.step is not None:
-            raise IntegrationError("this engine runs one forward pass at a time: wait, or load a second engine")
+        self._require_open()
+        self._start_running()
         inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
@@ -357,9 +381,28 @@ class Engine:
         self.loader.counters.forwards += 1
 
     def _end_pass(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        step, self.step = self.step, None
+        if self._runner is not threading.current_thread():
+            # A pass that was refused ends here too; the one in progress is another thread's.
+            return
+        step, self.step, self._runner = self.step, None, None
         if step is not None and self.recorder is not None:
             self.recorder.end_of_pass(step)
+
+    def _start_running(self) -> None:
+        thread = threading.current_thread()
+        with self._runner_lock:
+            before = self._runner
+            if before is not None and before is not thread and before.is_alive():
+                raise IntegrationError("this engine runs one forward pass at a time: wait, or load a second engine")
+            self._runner = thread
+        if before is not None:
+            # torch skips its hooks on an interrupt from the keyboard, so that pass never said that it ended.
+            self.step = None
+            self.loader.recover()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise IntegrationError("the engine of this model is closed: load it again")
 
     def _end_anonymous(self) -> None:
         self.control.finish(self._open)
@@ -370,6 +413,7 @@ _REFUSED = {
     "save_pretrained": "the routed experts rest outside this model; copy the original checkpoint instead",
     "state_dict": "the routed experts rest outside this model; read the original checkpoint instead",
     "to": "an emoe model cannot be moved or converted; load it with device=... and dtype=...",
+    "_apply": "an emoe model cannot be moved or converted; load it with device=... and dtype=...",
 }
 
 

@@ -148,13 +148,14 @@ class LayerHandle:
         missing = ~present[index]
         if step is not None and step.real is not None:
             missing &= step.real.to(index.device).unsqueeze(-1)
-        replace, lost = replaceable(weights, missing, tolerance.to(index.device))
+        replace = replaceable(weights, missing, tolerance.to(index.device))
+        present[index[missing & ~replace]] = True
+        # What is loaded for one token serves every other that chose it.
+        replace &= ~present[index]
         if not bool(replace.any()):
             return None
-        loaded = index[missing & ~replace]
-        present[loaded] = True
         choice = Choice(logits.reshape(index.shape[0], -1), weights, index)
-        return substitute(choice, replace, lost, present, self.rule, self.router)
+        return substitute(choice, replace, present, self.rule, self.router)
 
     def _count(
         self,
@@ -165,9 +166,8 @@ class LayerHandle:
         rerouted: Rerouted | None,
         real: torch.Tensor | None,
     ) -> None:
+        """Count the layer's hits and reroutes, and its tokens; the lease counts each load where it starts."""
         counters = self.loader.counters
-        counters.requests += len(active)
-        counters.hits += len(active) - len(absent)
         counters.token_requests += wanted.numel()
         missed_tokens = sum(demand[expert] for expert in absent)
         counters.token_hits += wanted.numel() - missed_tokens
@@ -180,8 +180,10 @@ class LayerHandle:
         counters.token_reroutes += replaced_tokens
         counters.token_loads += missed_tokens - replaced_tokens
         reroutes = sum(1 for expert in absent if replaced.get(expert, 0) == demand[expert])
+        hits = len(active) - len(absent)
+        counters.hits += hits
         counters.reroutes += reroutes
-        counters.loads += len(absent) - reroutes
+        counters.requests += hits + reroutes
 
 
 class _ExpertsView:

@@ -119,6 +119,8 @@ def generate(
         raise OptionError(f"{engine.index.path} has no tokenizer: call engine.model.generate with token ids instead")
     if max_new_tokens < 1 or batch_size < 1:
         raise OptionError("max_new_tokens and batch_size must be 1 or more")
+    if isinstance(prompts, str):
+        raise OptionError("prompts is one text: pass a list of prompts, even for one")
     if tasks is not None and len(tasks) != len(prompts):
         raise OptionError(f"{len(prompts)} prompts came with {len(tasks)} task types: give one each, or none")
     named = [task or classify(prompt) for prompt, task in zip(prompts, tasks or [None] * len(prompts), strict=True)]
@@ -141,6 +143,8 @@ def score(engine: Engine, sequences: Sequence[Sequence_], tasks: Sequence[str | 
     tasks : sequence of str or None, optional
         Task type of each sequence; None is "unknown".
     """
+    if tasks is not None and len(tasks) != len(sequences):
+        raise OptionError(f"{len(sequences)} sequences came with {len(tasks)} task types: give one each, or none")
     accepts = inspect.signature(type(engine.model).forward).parameters
     scored = []
     for place, (prompt, continuation) in enumerate(sequences):
@@ -148,9 +152,9 @@ def score(engine: Engine, sequences: Sequence[Sequence_], tasks: Sequence[str | 
             raise OptionError(f"sequence {place} needs at least one prompt token and one continuation token")
         task = (tasks[place] if tasks is not None else None) or UNKNOWN
         started = time.perf_counter()
-        numbers = engine.admit([task], [len(prompt) + len(continuation)])
         ids = torch.tensor([[*prompt, *continuation]], device=engine.device)
         extra: dict[str, Any] = {"logits_to_keep": len(continuation) + 1} if "logits_to_keep" in accepts else {}
+        numbers = engine.admit([task], [ids.shape[1]])
         seen: list[torch.Tensor] = []
         watch = engine.model.get_output_embeddings().register_forward_pre_hook(
             lambda _, args, seen=seen: seen.append(args[0])
@@ -179,7 +183,6 @@ def _generate_batch(
     on_token: OnToken | None,
 ) -> list[Generation]:
     started = time.perf_counter()
-    numbers = engine.admit(tasks, [len(row) for row in ids])
     width = max(len(row) for row in ids)
     ends = _end_tokens(engine, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
@@ -187,6 +190,7 @@ def _generate_batch(
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=engine.device)
     watch = _Watch(tokenizer, width, ends, on_token)
     model: Any = engine.model
+    numbers = engine.admit(tasks, [len(row) for row in ids])
     try:
         with torch.no_grad():
             output = model.generate(
@@ -206,6 +210,7 @@ def _generate_batch(
     for row, number in enumerate(numbers):
         tokens = _until_end(output[row, width:].tolist(), ends)
         text = str(tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True))
+        watch.finish(row, text)
         last = times[len(tokens) - 1]
         tpot_s = (last - times[0]) / (len(tokens) - 1) if len(tokens) > 1 else None
         results.append(Generation(number, tasks[row], text, tuple(ids[row]), tuple(tokens), times[0], tpot_s, total_s))
@@ -231,12 +236,20 @@ class _Watch(StoppingCriteria):
             for row, tokens in enumerate(input_ids[:, self._width :].tolist()):
                 shown = [token for token in _until_end(tokens, self._ends) if token not in self._ends]
                 text = str(self._tokenizer.decode(shown, skip_special_tokens=True))
-                before = self._emitted.get(row, 0)
                 # A token may end inside a character: wait for the rest.
-                if len(text) > before and not text.endswith("\ufffd"):
-                    self._on_token(row, text[before:])
-                    self._emitted[row] = len(text)
+                if not text.endswith("\ufffd"):
+                    self._emit(row, text)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def finish(self, row: int, text: str) -> None:
+        """Pass on what is left of a row's whole text."""
+        self._emit(row, text)
+
+    def _emit(self, row: int, text: str) -> None:
+        before = self._emitted.get(row, 0)
+        if self._on_token is not None and len(text) > before:
+            self._emitted[row] = len(text)
+            self._on_token(row, text[before:])
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:

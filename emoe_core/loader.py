@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from types import TracebackType
 
 import torch
@@ -30,7 +31,7 @@ import torch
 from .checkpoint import MoeLayer
 from .metrics import Counters
 from .slots import Entry, SlotTable
-from .storage import Storage, aligned_buffer
+from .storage import Storage, aligned_buffer, unpin
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,11 @@ class ExpertLoader:
         Where the slots live.
     threads : int
         Reading threads.
+
+    Attributes
+    ----------
+    slot_bytes : int
+        Bytes of device memory that the slots take, padding included; freed by `close`.
     """
 
     def __init__(
@@ -66,23 +72,24 @@ class ExpertLoader:
         self.device = device
         self.counters = Counters()
         self.stride_bytes = max(layer.record_bytes for layer in layers)
+        self.slot_bytes = table.slots * self.stride_bytes
         self._memory = (
-            aligned_buffer(table.slots * self.stride_bytes)
+            aligned_buffer(self.slot_bytes)
             if device.type == "cpu"
-            else torch.empty(table.slots * self.stride_bytes, dtype=torch.uint8, device=device)
+            else torch.empty(self.slot_bytes, dtype=torch.uint8, device=device)
         )
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="emoe-load")
         self._loading: dict[tuple[int, int], Future[None]] = {}
+        # Layers of one layout share the views of a slot, so that there are no more views than slots in most models.
+        layouts = [layer.params for layer in self.layers]
+        self._layout = [layouts.index(params) for params in layouts]
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         self._staging = threading.local()
+        self._pinned: list[torch.Tensor] = []
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._released: dict[int, torch.cuda.Event] = {}
+        self._counted_from = 0
         self._closed = False
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of device memory that the slots take, padding included."""
-        return self._memory.numel()
 
     def lease(self, layer: int, experts: Sequence[int]) -> Lease:
         """Borrow experts (ascending, distinct) of one layer for one forward pass; use as a context manager."""
@@ -90,7 +97,7 @@ class ExpertLoader:
 
     def tensors(self, entry: Entry) -> Mapping[str, torch.Tensor]:
         """Return the parameters of a resident expert as views of its slot, by name."""
-        key = (entry.layer, entry.slot)
+        key = (self._layout[entry.layer], entry.slot)
         views = self._views.get(key)
         if views is None:
             views = self._views[key] = self.layers[entry.layer].views(self._slot(entry))
@@ -101,7 +108,10 @@ class ExpertLoader:
         return self._slot(entry)
 
     def fetch(self, layer: int, expert: int, *, may_use_spare: bool = True) -> Entry | None:
-        """Start loading an absent expert; the entry comes back pinned. None when no slot can be had now."""
+        """Start loading an absent expert; the entry comes back pinned. None when no slot can be had now.
+
+        The caller counts it as a load or a prefetch.
+        """
         self.reap()
         admitted = self.table.admit(layer, expert, may_use_spare=may_use_spare)
         if admitted is None:
@@ -118,16 +128,16 @@ class ExpertLoader:
         future = self._loading.get((entry.layer, entry.expert))
         if future is None:
             return
-        started = time.perf_counter()
-        try:
-            future.result()
-        except BaseException:
-            self.table.discard(entry)
-            raise
-        finally:
-            self.counters.stall_s += time.perf_counter() - started
-            self._loading.pop((entry.layer, entry.expert), None)
-        entry.ready = True
+        if not future.done():
+            started = time.perf_counter()
+            try:
+                # An interrupt leaves from here with the entry still loading: a thread is writing to its slot.
+                wait_for([future])
+            finally:
+                self.counters.stall_s += time.perf_counter() - started
+        error = self._arrived(entry, future)
+        if error is not None:
+            raise error
 
     def release(self, entry: Entry) -> None:
         """Unpin an expert once; on CUDA, note the point of the compute stream after which it may be overwritten."""
@@ -150,55 +160,74 @@ class ExpertLoader:
         outside the target leave only when their slot is needed, oldest first.
         """
         started = time.perf_counter()
+        self.reap()
         loads = 0
         for layer, target in enumerate(targets):
             wanted = set(target[: self.table.capacity[layer]])
             for expert in target[: self.table.capacity[layer]]:
                 if self.table.get(layer, expert) is not None:
                     continue
-                if not self.table.room(layer):
+                while not self.table.room(layer):
                     self._make_room(layer, wanted)
                 entry = self.fetch(layer, expert, may_use_spare=False)
                 assert entry is not None, "a plan never asks for more than the capacity"
                 entry.pins -= 1
+                self.counters.prefetches += 1
                 loads += 1
-        self.counters.prefetches += loads
         self.counters.swaps += 1
         self.counters.swap_s += time.perf_counter() - started
         return loads
 
     def settle(self) -> None:
-        """Wait until nothing is on its way, without counting a stall."""
-        for entry in list(self.table.entries()):
-            before = self.counters.stall_s
-            self.wait(entry)
-            self.counters.stall_s = before
+        """Wait until nothing is on its way, without counting a stall; prefetches that failed are dropped."""
+        wait_for(list(self._loading.values()))
+        self.reap()
 
     def reap(self) -> None:
         """Mark arrived experts as ready. A prefetch that failed is dropped: the request that needs it will report."""
         for key, future in list(self._loading.items()):
-            if not future.done():
-                continue
             entry = self.table.get(*key)
             assert entry is not None
-            error = future.exception()
-            if error is None:
-                entry.ready = True
-                del self._loading[key]
-            elif not entry.pins:
-                logger.warning("prefetch of expert %d of MoE layer %d failed: %s", key[1], key[0], error)
-                self.table.discard(entry)
-                del self._loading[key]
+            # A pinned entry is somebody's to wait for, who must hear of a failure.
+            if not future.done() or (entry.pins and future.exception() is not None):
+                continue
+            error = self._arrived(entry, future)
+            if error is not None:
+                logger.warning("reading ahead expert %d of MoE layer %d failed: %s", key[1], key[0], error)
+
+    def recover(self) -> None:
+        """Put the table in order after a forward pass that was interrupted anywhere: no pins, no spare slot lent."""
+        if self._copy_stream is not None:
+            torch.cuda.synchronize(self.device)
+        for entry in self.table.entries():
+            entry.pins = 0
+        self.settle()
+        for layer in range(len(self.layers)):
+            self.return_spare(layer)
+
+    def return_spare(self, layer: int) -> None:
+        """Give back what a layer holds beyond its capacity."""
+        while (extra := self.table.overdrawn(layer)) is not None:
+            self.evict(extra)
+
+    def reset_counters(self) -> None:
+        """Start counting anew; residents stay, and what was loaded before is no longer anybody's waste."""
+        self.counters = Counters()
+        self._counted_from = self.table.clock
 
     def close(self) -> None:
-        """Stop the threads, count what was never used as waste, and close the storage. Idempotent."""
+        """Stop the threads, count what was never used as waste, free the slots, close the storage. Idempotent."""
         if self._closed:
             return
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
         for entry in self.table.entries():
-            if not entry.served:
-                self.counters.wasted_bytes += self.layers[entry.layer].record_bytes
+            self._count_waste(entry)
+        for buffer in self._pinned:
+            unpin(buffer)
+        self._pinned.clear()
+        self._views.clear()
+        self._memory = torch.empty(0, dtype=torch.uint8)
         self.storage.close()
 
     def _slot(self, entry: Entry) -> torch.Tensor:
@@ -207,14 +236,31 @@ class ExpertLoader:
 
     def _count_eviction(self, entry: Entry) -> None:
         self.counters.evictions += 1
-        if not entry.served:
+        self._count_waste(entry)
+
+    def _count_waste(self, entry: Entry) -> None:
+        if not entry.served and entry.arrived > self._counted_from:
             self.counters.wasted_bytes += self.layers[entry.layer].record_bytes
 
+    def _arrived(self, entry: Entry, future: Future[None]) -> BaseException | None:
+        """Settle a finished read: the entry becomes ready, or its slot is freed and the error returned."""
+        del self._loading[(entry.layer, entry.expert)]
+        error = future.exception()
+        if error is None:
+            entry.ready = True
+        else:
+            self._count_waste(entry)
+            self.table.discard(entry)
+        return error
+
     def _make_room(self, layer: int, wanted: set[int]) -> None:
-        outside = [entry for entry in self.table.entries() if entry.layer == layer and entry.expert not in wanted]
-        oldest = min(outside, key=lambda entry: entry.touched)
-        self.wait(oldest)
-        self.evict(oldest)
+        """Remove the oldest expert outside the plan, a ready one if possible: nothing then has to be waited for."""
+        outside = [self.table.get(layer, expert) for expert in self.table.resident(layer) - wanted]
+        oldest = min((entry for entry in outside if entry), key=lambda entry: (not entry.ready, entry.touched))
+        wait_for([future for key, future in self._loading.items() if key == (layer, oldest.expert)])
+        self.reap()
+        if self.table.get(layer, oldest.expert) is oldest:
+            self.evict(oldest)
 
     def _read(self, entry: Entry) -> None:
         target = self._slot(entry)
@@ -224,6 +270,7 @@ class ExpertLoader:
         staging = getattr(self._staging, "record", None)
         if staging is None:
             staging = self._staging.record = aligned_buffer(self.stride_bytes, pin=True)
+            self._pinned.append(staging)
         staged = staging[: target.numel()]
         self.storage.read_into(entry.layer, entry.expert, staged)
         with torch.cuda.stream(self._copy_stream):
@@ -259,7 +306,11 @@ class Lease:
                 continue
             entry.pins += 1
             self._held[expert] = entry
-        self._advance()
+        try:
+            self._advance()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Lease:
         return self
@@ -277,20 +328,15 @@ class Lease:
 
     def close(self) -> None:
         """Release everything and give borrowed spare slots back. Idempotent."""
-        table = self._loader.table
-        for entry in list(self._held.values()):
-            if not entry.ready:
-                # An aborted pass: the bytes are still arriving, and the slot must not be reused under them.
-                try:
-                    self._loader.wait(entry)
-                except Exception as error:
-                    logger.warning("load abandoned after an earlier error: %s", error)
-                    continue
-            self._loader.release(entry)
+        held = list(self._held.values())
         self._held.clear()
         self._absent.clear()
-        while (extra := table.overdrawn(self._layer)) is not None:
-            self._loader.evict(extra)
+        for entry in held:
+            self._loader.release(entry)
+        if not all(entry.ready for entry in held):
+            # An aborted pass: what is still arriving must be there before a spare slot can be given back.
+            self._loader.settle()
+        self._loader.return_spare(self._layer)
 
     def _move_to(self, expert: int) -> None:
         if expert not in self._held and expert not in self._absent:
@@ -314,3 +360,5 @@ class Lease:
             if entry is None:
                 return
             self._held[self._absent.popleft()] = entry
+            self._loader.counters.requests += 1
+            self._loader.counters.loads += 1

@@ -15,15 +15,16 @@ miss
 prefetch
     An expert brought in by the planner or at warm start, outside any request.
 wasted
-    An expert that left its slot, or was still in it at the end, without having served a request.
+    An expert that was loaded or prefetched and left its slot, or was still in it at the end, without having served a
+    request; a read that failed too.
 stall
     Time in which a forward pass waited for an expert's bytes.
 
 Identities (checked by :meth:`Counters.check` and in the tests)
 ----------------------------------------------------------------
-* ``hits + loads + reroutes == requests`` and ``misses == loads + reroutes``
+* ``hits + loads + reroutes == requests`` and ``misses == loads + reroutes``, in a pass that died midway as well
 * ``token_hits + token_loads + token_reroutes == token_requests`` (one per token and choice)
-* ``bytes_loaded == (loads + prefetches) * record_bytes`` when all records are of one size
+* ``bytes_loaded == (loads + prefetches) * record_bytes`` when all records are of one size, failed reads included
 * ``wasted_bytes <= bytes_loaded``
 
 Nothing here is estimated: every counter is incremented where the event happens. The class does no locking of its own;

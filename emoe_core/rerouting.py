@@ -2,7 +2,7 @@
 
 The experts of a layer get the router's choice only, so a hook keeps the router's logits for the layer's call. A
 *routing rule* turns logits into the order in which experts are chosen and into the scores their weights come from;
-`find_rule` picks the rule that reproduces the router's own choice on random inputs, so new families with a known
+`find_rule` picks the rule that best reproduces the router's own choice on random inputs, so new families with a known
 rule work at once, and a family without one is served exactly only.
 
 Loss of a token = weights of its absent chosen experts / weights of all its chosen experts. The smallest absent
@@ -19,27 +19,29 @@ from typing import Any
 import torch
 
 MINUS_INFINITY = float("-inf")
+MAX_SHARE_ERROR = 2e-2
 
 
 @dataclass(frozen=True)
 class RoutingRule:
     """How a family's router goes from logits [T, E] to its choice.
 
-    ``order`` gives the values whose k largest are chosen; ``scores`` the positive values that weights are
-    proportional to. Both take (router module, logits float32 [T, E]) and return float32 [T, E].
+    ``order`` gives the values whose k largest are chosen; ``log_scores`` the logarithms, up to a constant per token, of
+    what weights are proportional to: logarithms, because the scores of a confident router's other experts underflow.
+    Both take (router module, logits float32 [T, E]) and return float32 [T, E].
     """
 
     name: str
     order: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
-    scores: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+    log_scores: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 
 
-def _softmax(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
-    return logits.softmax(dim=-1)
+def _logits(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    return logits
 
 
-def _sigmoid(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
-    return logits.sigmoid()
+def _log_sigmoid(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.logsigmoid(logits)
 
 
 def _biased_sigmoid(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
@@ -48,9 +50,9 @@ def _biased_sigmoid(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tens
 
 
 RULES = (
-    # softmax -> top-k and top-k -> softmax order and weigh alike: weights are proportional to the softmax.
-    RoutingRule("softmax", _softmax, _softmax),
-    RoutingRule("sigmoid+bias", _biased_sigmoid, _sigmoid),
+    # softmax -> top-k and top-k -> softmax order and weigh alike: by logits, and by their exponentials.
+    RoutingRule("softmax", _logits, _logits),
+    RoutingRule("sigmoid+bias", _biased_sigmoid, _log_sigmoid),
 )
 
 
@@ -81,29 +83,31 @@ def find_rule(router: torch.nn.Module, hidden_size: int, output: Callable[[Any],
     output : callable
         Takes what the router returns and gives its `Choice`.
     """
-    parameter = next(router.parameters())
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(64, hidden_size, generator=generator).to(parameter.device, parameter.dtype)
     try:
+        parameter = next(router.parameters())
+        hidden = torch.randn(64, hidden_size, generator=generator).to(parameter.device, parameter.dtype)
         with torch.no_grad():
             choice = output(router(hidden))
     except (TypeError, RuntimeError, IndexError, ValueError, AttributeError, StopIteration):
         return None
     logits = choice.logits.float()
+    weights = choice.weights.float()
+    shares = weights / weights.sum(-1, keepdim=True)
+    explained: list[tuple[float, RoutingRule]] = []
     for rule in RULES:
-        order = rule.order(router, logits).masked_fill(~group_limit(router, rule.order(router, logits)), MINUS_INFINITY)
+        order = rule.order(router, logits)
+        order = order.masked_fill(~group_limit(router, order), MINUS_INFINITY)
         chosen = order.topk(choice.index.shape[-1], dim=-1).indices
         # Ties between logits of low precision may be broken either way: compare what was chosen by its order value.
         same_choice = torch.allclose(
             order.gather(1, chosen).sort(-1).values, order.gather(1, choice.index).sort(-1).values, atol=1e-6
         )
-        scores = rule.scores(router, logits).gather(1, choice.index)
-        weights = choice.weights.float()
-        if same_choice and torch.allclose(
-            scores / scores.sum(-1, keepdim=True), weights / weights.sum(-1, keepdim=True), atol=2e-2
-        ):
-            return rule
-    return None
+        error = (rule.log_scores(router, logits).gather(1, choice.index).softmax(-1) - shares).abs().max().item()
+        if same_choice and error < MAX_SHARE_ERROR:
+            explained.append((error, rule))
+    # Small logits fit several rules within rounding: the closest one is the router's own.
+    return min(explained, key=lambda pair: pair[0])[1] if explained else None
 
 
 @dataclass(frozen=True)
@@ -117,17 +121,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rerouted:
-    """What is served instead: index and weights [T, k], ``replaced`` bool [T, k], ``lost`` float32 [T] in [0, 1]."""
+    """What is served instead: index and weights [T, k], ``replaced`` bool [T, k]."""
 
     index: torch.Tensor
     weights: torch.Tensor
     replaced: torch.Tensor
-    lost: torch.Tensor
 
 
-def replaceable(
-    weights: torch.Tensor, absent: torch.Tensor, tolerance: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def replaceable(weights: torch.Tensor, absent: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
     """Decide which absent choices may be replaced: smallest weights first while the loss is within tolerance.
 
     Parameters
@@ -141,27 +142,26 @@ def replaceable(
 
     Returns
     -------
-    replace : torch.Tensor
+    torch.Tensor
         Bool [T, k].
-    lost : torch.Tensor
-        Float32 [T], the loss of what is replaced.
     """
-    weights = weights.float()
-    total = weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-    share = torch.where(absent, weights / total, torch.full_like(weights, float("inf")))
+    share = torch.where(absent, shares_of(weights), torch.full_like(weights, float("inf"), dtype=torch.float32))
     ranked, order = share.sort(dim=-1)
     loss = torch.where(ranked.isinf(), torch.zeros_like(ranked), ranked).cumsum(dim=-1)
     limit = tolerance.unsqueeze(-1)
     within = ((loss <= limit) | (limit >= 1.0)) & ~ranked.isinf() & (limit > 0.0)
-    replace = torch.zeros_like(absent).scatter(1, order, within)
-    lost = torch.where(replace, weights / total, torch.zeros_like(weights)).sum(dim=-1)
-    return replace, lost
+    return torch.zeros_like(absent).scatter(1, order, within)
+
+
+def shares_of(weights: torch.Tensor) -> torch.Tensor:
+    """Return each chosen expert's share of its token's weights, float32 [T, k]."""
+    weights = weights.float()
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
 
 
 def substitute(
     choice: Choice,
     replace: torch.Tensor,
-    lost: torch.Tensor,
     available: torch.Tensor,
     rule: RoutingRule,
     router: torch.nn.Module,
@@ -172,8 +172,8 @@ def substitute(
     ----------
     choice : Choice
         The router's decision.
-    replace, lost : torch.Tensor
-        From `replaceable`.
+    replace : torch.Tensor
+        Bool [T, k], from `replaceable`; none of these is available.
     available : torch.Tensor
         Bool [E]: experts that are, or are about to be, in slots; at least one.
     rule, router
@@ -188,21 +188,18 @@ def substitute(
     kept = torch.zeros_like(order, dtype=torch.bool)
     kept.scatter_(1, chosen, ~marks)
     candidates = available & ~kept
-    inside = candidates & group_limit(router, order)
-    # An expert outside the groups ranks behind every one inside; sigmoid and softmax orders are far below 1e3.
-    ranked = torch.where(candidates, order - 1e3 * (~inside).float(), torch.full_like(order, MINUS_INFINITY))
-    width = min(chosen.shape[-1], ranked.shape[-1])
-    values, best = ranked.topk(width, dim=-1)
+    # Two stable sorts: by order, then experts inside the groups before those outside before those not to be had.
+    tier = torch.where(candidates, (~group_limit(router, order)).long(), 2)
+    by_order = order.argsort(dim=-1, descending=True, stable=True)
+    best = by_order.gather(1, tier.gather(1, by_order).argsort(dim=-1, stable=True))
     rank = (marks.long().cumsum(dim=-1) - 1).clamp_min(0)
     substitutes = best.gather(1, rank)
-    found = values.gather(1, rank) > MINUS_INFINITY
+    found = tier.gather(1, substitutes) < 2
     fallback = int(available.nonzero()[0, 0])
     new_index = torch.where(marks, torch.where(found, substitutes, torch.full_like(substitutes, fallback)), chosen)
-    scores = rule.scores(router, logits).gather(1, new_index)
-    scores = torch.where(marks & ~found, torch.zeros_like(scores), scores)
-    total = choice.weights[rows].float().sum(dim=-1, keepdim=True)
-    new_weights = scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20) * total
+    log_scores = rule.log_scores(router, logits).gather(1, new_index).masked_fill(marks & ~found, MINUS_INFINITY)
+    new_weights = log_scores.softmax(dim=-1) * choice.weights[rows].float().sum(dim=-1, keepdim=True)
     index, weights = choice.index.clone(), choice.weights.clone()
     index[rows] = new_index
     weights[rows] = new_weights.to(weights.dtype)
-    return Rerouted(index, weights, replace, lost)
+    return Rerouted(index, weights, replace)

@@ -7,7 +7,6 @@ asked for: it keeps tokens * layers * k * 4 bytes in host memory.
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,12 +106,15 @@ class RoutingTrace:
                     name: data[name] for name in ("request", "position", "prefill", "chosen", "served", "weight")
                 }
                 trace = cls(**columns, tasks=tasks, experts=int(data["experts"]))
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        except DataError:
+            raise
+        except Exception as error:  # a damaged archive raises many unrelated types
             raise DataError(f"{path} is not a readable routing trace ({error}): record it again") from error
         lengths = {
             len(getattr(trace, name)) for name in ("request", "position", "prefill", "chosen", "served", "weight")
         }
-        if len(lengths) != 1 or trace.chosen.shape != trace.weight.shape or trace.chosen.ndim != 3:
+        shapes = {trace.chosen.shape, trace.weight.shape, trace.served.shape}
+        if len(lengths) != 1 or len(shapes) != 1 or trace.chosen.ndim != 3:
             raise DataError(f"{path} is damaged: its columns disagree in length. Record it again.")
         if len(trace) and int(trace.chosen.max()) >= trace.experts:
             raise DataError(f"{path} is damaged: it names an expert beyond its {trace.experts}. Record it again.")

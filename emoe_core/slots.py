@@ -22,7 +22,10 @@ from .errors import OptionError
 
 @dataclass
 class Entry:
-    """One resident expert. Clock values are ticks of the table, one per touch; ``forward`` numbers forward passes."""
+    """One resident expert. Clock values are ticks of the table, one per touch; ``forward`` numbers forward passes.
+
+    ``borrowed`` tells that it came into a spare slot, its layer being full.
+    """
 
     layer: int
     expert: int
@@ -33,6 +36,7 @@ class Entry:
     touched: int = 0
     uses: int = 0
     forward: int = -1
+    borrowed: bool = False
 
     @property
     def served(self) -> bool:
@@ -105,6 +109,11 @@ class SlotTable:
         """All slots, spare ones included."""
         return sum(self.capacity) + self.spare
 
+    @property
+    def clock(self) -> int:
+        """The latest tick: whatever arrived later has a higher ``arrived``."""
+        return self._clock
+
     def resident(self, layer: int) -> set[int]:
         """Experts of a layer that are in a slot or on their way into one."""
         return set(self._layers[layer])
@@ -132,14 +141,14 @@ class SlotTable:
     def victim(self, layer: int) -> Entry | None:
         """Return the entry to evict from a layer next, among ready and unpinned ones, or None.
 
-        The policy chooses. Where it refuses and the layer holds a borrowed spare slot, the latest arrival goes.
+        The policy chooses. Where it refuses and the layer is over its capacity, what came into a spare slot goes.
         """
         candidates = [entry for entry in self._layers[layer].values() if entry.ready and not entry.pins]
         if not candidates:
             return None
         chosen = self.policy(candidates, self.forward)
         if chosen is None and len(self._layers[layer]) > self.capacity[layer]:
-            chosen = max(candidates, key=lambda entry: entry.arrived)
+            chosen = next((entry for entry in candidates if entry.borrowed), None)
         return chosen
 
     def admit(self, layer: int, expert: int, *, may_use_spare: bool = True) -> tuple[Entry, Entry | None] | None:
@@ -151,16 +160,20 @@ class SlotTable:
             None when nothing can be evicted and no spare slot is free: the caller must release something first.
         """
         assert expert not in self._layers[layer], (layer, expert)
-        evicted = None
+        evicted, borrowed = None, False
         if not self.room(layer):
             evicted = self.victim(layer)
             if evicted is not None:
+                borrowed = evicted.borrowed
                 self.evict(evicted)
-            elif not may_use_spare or not self._free or self._lent() >= self.spare:
+            elif may_use_spare and self._lent() < self.spare:
+                borrowed = True
+            else:
                 return None
         self._clock += 1
         now = self._clock
         entry = Entry(layer, expert, self._free.pop(), pins=1, arrived=now, touched=now, forward=self.forward)
+        entry.borrowed = borrowed
         self._layers[layer][expert] = entry
         return entry, evicted
 

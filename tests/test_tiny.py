@@ -17,9 +17,7 @@ def _bytes_of(path: Path) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_is_below_two_megabytes_and_chats_in_stock_transformers(
-    family: str, tmp_path: Path
-) -> None:
+def test_each_family_is_below_two_megabytes_and_chats_in_stock_transformers(family: str, tmp_path: Path) -> None:
     path = tiny_moe(tmp_path, family)
     assert _bytes_of(path) < 2_000_000
     model = AutoModelForCausalLM.from_pretrained(path)
@@ -36,8 +34,7 @@ def test_each_family_is_below_two_megabytes_and_chats_in_stock_transformers(
 
 def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
     files = [
-        tiny_moe(tmp_path / name, seed=seed) / "model.safetensors"
-        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+        tiny_moe(tmp_path / name, seed=seed) / "model.safetensors" for name, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
     first, again, other = (file.read_bytes() for file in files)
     assert first == again

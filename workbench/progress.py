@@ -15,8 +15,10 @@ def stage_bars(title: str = "") -> Iterator[Callable[[str, int, int], None]]:
 
     def report(stage: str, done: int, total: int) -> None:
         if stage not in bars:
+            for earlier in bars.values():
+                earlier.close()
             label = f"{title} {stage}".strip()
-            bars[stage] = tqdm(total=total, desc=label, mininterval=1.0, ncols=88, leave=True)
+            bars[stage] = tqdm(total=total, desc=label, mininterval=1.0, ncols=88, position=0)
         bars[stage].update(done - bars[stage].n)
 
     try:

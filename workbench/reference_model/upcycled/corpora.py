@@ -35,10 +35,7 @@ PACKAGES = {
     "networkx": ("3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762", "BSD-3-Clause"),
     "sympy": ("1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5", "BSD-3-Clause"),
 }
-LANGUAGES = (
-    "albanian arabic bulgarian croatian french german hungarian italian lithuanian macedonian polish portuguese "
-    "serbian spanish turkish vietnamese"
-).split()
+LANGUAGES = ["albanian", "arabic", "bulgarian", "croatian", "french", "german", "hungarian", "italian", "lithuanian", "macedonian", "polish", "portuguese", "serbian", "spanish", "turkish", "vietnamese"]
 # Enough documents for the longest training plan; more would only lengthen the preparation.
 FIT_LIMIT_CHARACTERS = 600_000
 EXERCISES_PER_TEMPLATE = 8
@@ -207,9 +204,7 @@ DOMAINS = (
 )
 
 
-def split(
-    domain: Domain, tokenizer: PreTrainedTokenizerFast, seed: int = 0, held_out_tokens: int = 6_144
-) -> Split:
+def split(domain: Domain, tokenizer: PreTrainedTokenizerFast, seed: int = 0, held_out_tokens: int = 6_144) -> Split:
     """Read a domain and split it by group: held-out text first, the rest is for fitting.
 
     Parameters

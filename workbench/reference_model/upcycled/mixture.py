@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-
 BASE = -1
 
 

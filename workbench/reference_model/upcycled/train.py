@@ -130,7 +130,9 @@ class Trainer:
             if self._mixing and self.step == 0:
                 self._start_routers()
             name = "mix" if self._mixing else f"expert {self.stage}"
-            for _ in tqdm(range(self.step, steps), desc=name, initial=self.step, total=steps, unit="step", mininterval=5):
+            for _ in tqdm(
+                range(self.step, steps), desc=name, initial=self.step, total=steps, unit="step", mininterval=5
+            ):
                 started = time.monotonic()
                 self.losses[self.stage].append(self._train_step(steps))
                 self.step += 1
@@ -293,7 +295,9 @@ def describe(trainer: Trainer, splits: list[corpora.Split], folder: Path) -> Rec
         {
             "name": domain.name,
             "about": domain.about,
-            "packages": [f"{name}=={corpora.PACKAGES[name][0]} ({corpora.PACKAGES[name][2]})" for name in domain.packages],
+            "packages": [
+                f"{name}=={corpora.PACKAGES[name][0]} ({corpora.PACKAGES[name][2]})" for name in domain.packages
+            ],
             "fit_tokens": len(split.fit),
             "held_out_tokens": len(split.held_out),
             "fit_sha256": split.fit_sha256,
