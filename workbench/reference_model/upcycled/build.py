@@ -104,7 +104,7 @@ def build(
         if target.exists():
             target.rmdir()
         scratch.chmod(0o755)
-        os.replace(scratch, target)
+        scratch.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
@@ -163,11 +163,11 @@ def mixtral_config(parent: dense.DenseSource, recipe: Recipe) -> MixtralConfig:
         intermediate_size=base.intermediate_size,
         num_hidden_layers=base.num_hidden_layers,
         num_attention_heads=base.num_attention_heads,
-        num_key_value_heads=base.num_key_value_heads,
+        num_key_value_heads=int(base.num_key_value_heads or base.num_attention_heads),
         head_dim=base.hidden_size // base.num_attention_heads,
         max_position_embeddings=base.max_position_embeddings,
         rms_norm_eps=base.rms_norm_eps,
-        rope_parameters=dict(base.rope_parameters),
+        rope_parameters=dict(base.rope_parameters or {}),  # type: ignore[arg-type]
         sliding_window=None,
         tie_word_embeddings=True,
         num_local_experts=recipe.shape.experts,

@@ -31,8 +31,8 @@ Seed {seed}; {branch_steps} branch steps per domain, {mix_steps} joint steps; {s
 |---|---|---|---|
 {domains}
 
-No BIG-bench text was used for fitting. Package versions, checksums of the fitting and held-out text and all losses are in
-the recipe's `recipe.json`.
+No BIG-bench text was used for fitting. Package versions, checksums of the fitting and held-out text and all losses
+are in the recipe's `recipe.json`.
 """
 
 
@@ -80,13 +80,13 @@ def _measured(figures: dict[str, Any]) -> str:
     share = figures["layers"]["min_share"]
     lines += [
         "",
-        f"Below the dense parent on {figures['domains_below_dense']} of {len(figures['domains'])} domains; largest ratio "
-        f"{figures['worst_ratio']:.3f}.",
+        f"Below the dense parent on {figures['domains_below_dense']} of {len(figures['domains'])} domains; largest "
+        f"ratio {figures['worst_ratio']:.3f}.",
         f"Smallest share of tokens of any expert in any layer, balanced mix: {min(share):.1%}.",
         f"Normalised mutual information of domain and expert per layer: mean {sum(nmi) / len(nmi):.3f}, "
         f"from {min(nmi):.3f} to {max(nmi):.3f}.",
-        f"Each prompt's best 4 of 8 experts cover {figures['best_half_mass']:.1%} of its top-2 choices, on average over "
-        f"prompts of {figures['block_tokens']} tokens and layers (uniform routing: about 50%).",
+        f"Each prompt's best 4 of 8 experts cover {figures['best_half_mass']:.1%} of its top-2 choices, on average "
+        f"over prompts of {figures['block_tokens']} tokens and layers (uniform routing: about 50%).",
         "",
         "## Answers",
         "Greedy decoding.",

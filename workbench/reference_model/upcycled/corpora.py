@@ -35,7 +35,24 @@ PACKAGES = {
     "networkx": ("3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762", "BSD-3-Clause"),
     "sympy": ("1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5", "BSD-3-Clause"),
 }
-LANGUAGES = ["albanian", "arabic", "bulgarian", "croatian", "french", "german", "hungarian", "italian", "lithuanian", "macedonian", "polish", "portuguese", "serbian", "spanish", "turkish", "vietnamese"]
+LANGUAGES = [
+    "albanian",
+    "arabic",
+    "bulgarian",
+    "croatian",
+    "french",
+    "german",
+    "hungarian",
+    "italian",
+    "lithuanian",
+    "macedonian",
+    "polish",
+    "portuguese",
+    "serbian",
+    "spanish",
+    "turkish",
+    "vietnamese",
+]
 # Enough documents for the longest training plan; more would only lengthen the preparation.
 FIT_LIMIT_CHARACTERS = 600_000
 EXERCISES_PER_TEMPLATE = 8
@@ -108,11 +125,11 @@ def _python(_: PreTrainedTokenizerFast) -> Iterator[Document]:
 
 def _maths(_: PreTrainedTokenizerFast) -> Iterator[Document]:
     """Word problems with worked solutions from 100 templates, and exam questions in mathematical notation."""
-    for _, question, ideal in _samples("jee-math/samples"):
+    for _name, question, ideal in _samples("jee-math/samples"):
         yield Document(f"{question}\nAnswer: {ideal}", question)
     generators = _exercise_generators()
     rng = random.Random(0)
-    for _ in range(EXERCISES_PER_TEMPLATE):
+    for _round in range(EXERCISES_PER_TEMPLATE):
         for name, generate in generators:
             try:
                 made = generate(rng, 1.0)
@@ -158,7 +175,7 @@ def _prose(_: PreTrainedTokenizerFast) -> Iterator[Document]:
 
 def _questions(_: PreTrainedTokenizerFast) -> Iterator[Document]:
     folders = ("quartz/samples", "theory_of_mind/socialiqa/test", "fcc_amateur_extra/samples")
-    for _, question, ideal in _samples(*folders):
+    for _name, question, ideal in _samples(*folders):
         yield Document(f"Question: {question}\nAnswer: {ideal}", question)
 
 
