@@ -165,6 +165,6 @@ def test_a_store_without_sweeps_or_without_the_named_one_is_an_error(bench: Benc
     with pytest.raises(ExperimentError, match="holds no sweep"):
         write_report(tmp_path / "report.html")
     add_run(bench, "known", "one", metrics={})
-    with pytest.raises(ExperimentError, match="no sweep named 'other'. Sweeps: known"):
+    with pytest.raises(ExperimentError, match=r"no sweep named 'other'\. Sweeps: known"):
         write_report(tmp_path / "report.html", sweeps=["other"])
     assert not (tmp_path / "report.html").exists()

@@ -116,7 +116,7 @@ class DenseSource:
     def config(self) -> LlamaConfig:
         """The configuration of the equal ``LlamaForCausalLM``."""
         meta = self.metadata
-        return LlamaConfig(
+        return LlamaConfig(  # type: ignore[call-arg]
             vocab_size=meta["llama.vocab_size"],
             hidden_size=meta["llama.embedding_length"],
             intermediate_size=meta["llama.feed_forward_length"],
@@ -149,13 +149,13 @@ class DenseSource:
         """Return the dense model, in evaluation mode."""
         with torch.device("meta"):
             model = LlamaForCausalLM(self.config)
-        model = model.to_empty(device="cpu").to(dtype)
+        model = model.to_empty(device="cpu").to(dtype)  # type: ignore[arg-type]
         state = {name: self.tensor(name).to(dtype) for name in self}
         missing, unexpected = model.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
         model.tie_weights()
         rotary = model.model.rotary_emb
-        rotary.__init__(config=model.config)  # type: ignore[misc]  # its buffers were emptied with the rest
+        rotary.__init__(config=model.config)  # its buffers were emptied with the rest
         model.generation_config.pad_token_id = model.config.pad_token_id
         return model.eval()
 

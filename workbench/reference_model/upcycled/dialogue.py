@@ -109,7 +109,9 @@ def answer(
             for question in group
         ]
         inputs = tokenizer(chats, return_tensors="pt", padding=True)
-        output = model.generate(**inputs, do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=max_new_tokens)
+        output = model.generate(  # type: ignore[misc]
+            **inputs, do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=max_new_tokens
+        )
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         records += [{"question": q, "answer": t.strip()} for q, t in zip(group, texts, strict=True)]
     return records

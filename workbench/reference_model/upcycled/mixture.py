@@ -14,6 +14,7 @@ The result equals the materialised `MixtralForCausalLM` up to rounding; nothing 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,11 @@ class MixtureFeedForward(nn.Module):
         Router inputs [tokens, hidden] of the last forward, kept only while `keep_inputs` is set.
     """
 
-    def __init__(self, dense: nn.Module, shape: Shape, generator: torch.Generator) -> None:
+    def __init__(self, dense: Any, shape: Shape, generator: torch.Generator) -> None:
         super().__init__()
         self.gate: Tensor
+        self.up: Tensor
+        self.down: Tensor
         self.register_buffer("gate", dense.gate_proj.weight.detach(), persistent=False)
         self.register_buffer("up", dense.up_proj.weight.detach(), persistent=False)
         self.register_buffer("down", dense.down_proj.weight.detach(), persistent=False)
