@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from emoe_core.checkpoint import CheckpointIndex, MoeLayer
@@ -184,14 +184,16 @@ class SlotPlan:
 def plan_slots(index: CheckpointIndex, budget: Budget | str | int | float) -> SlotPlan:
     """Turn a budget into slots per layer: uniform, the remainder spread evenly over the layers' depth.
 
-    A larger budget never takes a slot from any layer.
+    A larger budget never takes a slot from any layer. Slots take any layer's record, so each counts as the largest one.
 
     Raises
     ------
     BudgetError
         When the budget cannot hold one slot a layer and the spare, with the shortfall named.
     """
-    return plan_layers(index.layers, index.top_k, Budget.parse(budget))
+    largest = max(layer.record_bytes for layer in index.layers)
+    layers = tuple(replace(layer, record_bytes=largest) for layer in index.layers)
+    return plan_layers(layers, index.top_k, Budget.parse(budget))
 
 
 def plan_layers(layers: tuple[MoeLayer, ...], top_k: int, budget: Budget) -> SlotPlan:

@@ -1,0 +1,65 @@
+"""Promises of the predictors: decayed shares per task, a fallback, and a seeded sanity bound."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from emoe_core.errors import OptionError
+from emoe_core.predictor import FrequencyPredictor, RandomPredictor, make_predictor
+
+
+def counts(*rows: list[int]) -> np.ndarray:
+    return np.array(rows, dtype=float)
+
+
+def test_shares_weigh_prompts_alike_however_long() -> None:
+    predictor = FrequencyPredictor(1, 2, half_life=1e9)
+    predictor.observe("qa", counts([1, 1]))
+    predictor.observe("qa", counts([0, 1000]))
+    np.testing.assert_allclose(predictor.predict("qa"), [[0.25, 0.75]], atol=1e-6)
+
+
+def test_a_prompt_counts_half_after_its_half_life() -> None:
+    predictor = FrequencyPredictor(1, 2, half_life=2)
+    predictor.observe("qa", counts([4, 0]))
+    predictor.observe("qa", counts([0, 4]))
+    predictor.observe("qa", counts([0, 4]))
+    old, newer = 0.5, 2**-0.5 + 1.0
+    np.testing.assert_allclose(predictor.predict("qa"), [[old / (old + newer), newer / (old + newer)]])
+
+
+def test_tasks_do_not_mix_and_a_new_task_falls_back_to_all() -> None:
+    predictor = FrequencyPredictor(1, 2)
+    assert predictor.predict("qa") is None
+    predictor.observe("qa", counts([1, 0]))
+    predictor.observe("code", counts([0, 1]))
+    np.testing.assert_array_equal(predictor.predict("qa"), [[1, 0]])
+    np.testing.assert_array_equal(predictor.predict("code"), [[0, 1]])
+    assert predictor.predict("comparison")[0].min() > 0.4
+
+
+def test_a_request_without_tokens_teaches_nothing() -> None:
+    predictor = FrequencyPredictor(2, 3)
+    predictor.observe("qa", np.zeros((2, 3)))
+    assert predictor.predict("qa") is None
+
+
+def test_random_shares_follow_their_seed_only() -> None:
+    first, second, other = (RandomPredictor(2, 5, seed) for seed in (1, 1, 2))
+    first.observe("qa", np.ones((2, 5)))
+    mine = first.predict("qa")
+    np.testing.assert_array_equal(mine, second.predict("code"))
+    assert not np.array_equal(mine, other.predict("qa"))
+    np.testing.assert_allclose(mine.sum(axis=1), 1)
+    assert not np.array_equal(mine, first.predict("qa")), "every call ranks anew"
+
+
+def test_predictors_by_name() -> None:
+    assert make_predictor(None, 1, 2) is None
+    assert make_predictor("none", 1, 2) is None
+    assert make_predictor("frequency", 1, 2).name == "frequency"
+    with pytest.raises(OptionError, match="frequency, none, random"):
+        make_predictor("oracle", 1, 2)
+    with pytest.raises(OptionError, match="half_life"):
+        FrequencyPredictor(1, 2, half_life=0)

@@ -1,0 +1,151 @@
+"""Promises of the residency table: never over budget, never a shared slot, never a pinned expert evicted."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from emoe_core.errors import OptionError
+from emoe_core.slots import POLICIES, Entry, SlotTable, policy_by_name
+
+
+class AnyUseOfTheTable(RuleBasedStateMachine):
+    """Admissions, arrivals, uses, releases and failures in any order."""
+
+    @initialize(
+        capacity=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+        spare=st.integers(0, 1),
+        policy=st.sampled_from(sorted(POLICIES)),
+    )
+    def make(self, capacity: list[int], spare: int, policy: str) -> None:
+        self.table = SlotTable(capacity, spare, policy)
+
+    def pick(self, data: st.DataObject, wanted) -> Entry | None:
+        entries = [entry for entry in self.table.entries() if wanted(entry)]
+        return data.draw(st.sampled_from(entries)) if entries else None
+
+    @rule(data=st.data(), may_use_spare=st.booleans())
+    def admit(self, data: st.DataObject, may_use_spare: bool) -> None:
+        layer = data.draw(st.integers(0, len(self.table.capacity) - 1))
+        expert = data.draw(st.integers(0, 6))
+        if self.table.get(layer, expert) is not None:
+            return
+        before = {(entry.layer, entry.expert): (entry.pins, entry.ready) for entry in self.table.entries()}
+        full = self.table.room(layer) == 0
+        admitted = self.table.admit(layer, expert, may_use_spare=may_use_spare)
+        after = {(entry.layer, entry.expert) for entry in self.table.entries()}
+        gone = set(before) - after
+        assert all(before[key] == (0, True) for key in gone), "a pinned or loading expert was evicted"
+        if admitted is None:
+            assert full and not gone
+            return
+        entry, evicted = admitted
+        assert gone == (set() if evicted is None else {(layer, evicted.expert)})
+        assert entry.pins == 1 and not entry.ready
+        if not may_use_spare:
+            assert len(self.table.resident(layer)) <= max(self.table.capacity[layer], len(before))
+
+    @rule(data=st.data())
+    def arrive(self, data: st.DataObject) -> None:
+        if (entry := self.pick(data, lambda entry: not entry.ready)) is not None:
+            entry.ready = True
+
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        if (entry := self.pick(data, lambda entry: not entry.ready)) is not None:
+            self.table.discard(entry)
+            assert self.table.get(entry.layer, entry.expert) is None
+
+    @rule(data=st.data())
+    def use(self, data: st.DataObject) -> None:
+        if (entry := self.pick(data, lambda entry: entry.ready)) is not None:
+            self.table.touch(entry)
+            assert entry.served
+
+    @rule(data=st.data(), pins=st.sampled_from([-1, 1]))
+    def pin(self, data: st.DataObject, pins: int) -> None:
+        if (entry := self.pick(data, lambda entry: entry.pins + pins >= 0)) is not None:
+            entry.pins += pins
+
+    @precondition(lambda self: hasattr(self, "table"))
+    @invariant()
+    def never_over_budget_and_never_two_in_a_slot(self) -> None:
+        self.table.check()
+        used = [entry.slot for entry in self.table.entries()]
+        assert len(used) == len(set(used)) <= sum(self.table.capacity) + self.table.spare
+        over = sum(max(0, len(self.table.resident(layer)) - size) for layer, size in enumerate(self.table.capacity))
+        assert over <= self.table.spare
+        assert all(0 <= slot < self.table.slots for slot in used)
+
+
+AnyUseOfTheTable.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAnyUseOfTheTable = AnyUseOfTheTable.TestCase
+
+
+def filled(policy: str, experts: int = 3) -> SlotTable:
+    table = SlotTable([experts], 1, policy)
+    for expert in range(experts):
+        admitted = table.admit(0, expert)
+        assert admitted is not None
+        admitted[0].ready, admitted[0].pins = True, 0
+        table.touch(admitted[0])
+    return table
+
+
+def use(table: SlotTable, expert: int) -> None:
+    entry = table.get(0, expert)
+    assert entry is not None
+    table.touch(entry)
+
+
+def test_lru_evicts_the_least_recently_used() -> None:
+    table = filled("lru")
+    use(table, 0)
+    assert table.admit(0, 7)[1].expert == 1
+
+
+def test_lfu_evicts_the_least_often_used_and_ties_go_to_the_oldest() -> None:
+    table = filled("lfu")
+    use(table, 0)
+    use(table, 2)
+    assert table.admit(0, 7)[1].expert == 1
+    assert filled("lfu").admit(0, 7)[1].expert == 0
+
+
+def test_least_stale_keeps_what_this_pass_used() -> None:
+    table = filled("least_stale")
+    table.forward += 1
+    use(table, 0)
+    assert table.admit(0, 7)[1].expert == 1
+    streaming = filled("least_stale")
+    assert streaming.admit(0, 7)[1].expert == 2, "with nothing stale the newest goes"
+
+
+def test_static_never_evicts_a_planned_resident_on_demand() -> None:
+    table = filled("static")
+    for expert in (5, 6, 7):
+        admitted = table.admit(0, expert)
+        assert admitted is not None
+        entry, evicted = admitted
+        assert evicted is None or evicted.expert >= 5
+        entry.ready, entry.pins = True, 0
+        assert {0, 1, 2} <= table.resident(0)
+    table.evict(table.overdrawn(0))
+    assert table.resident(0) == {0, 1, 2}
+    assert table.overdrawn(0) is None
+
+
+@given(st.sampled_from(sorted(POLICIES)))
+def test_a_layer_pinned_full_without_spare_admits_nobody(policy: str) -> None:
+    table = SlotTable([2], 0, policy)
+    for expert in range(2):
+        table.admit(0, expert)[0].ready = True
+    assert table.admit(0, 5) is None
+    assert table.resident(0) == {0, 1}
+
+
+def test_an_unknown_policy_names_the_known_ones() -> None:
+    with pytest.raises(OptionError, match="least_stale, lfu, lru, static"):
+        policy_by_name("clock")
