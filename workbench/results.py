@@ -68,7 +68,8 @@ def frame_of(runs: list[Any], *, notebook: str | None = None) -> pd.DataFrame:
             "error": tags.get("emoe.error"),
             "duration_s": (ended_ms - item.info.start_time) / 1000 if ended_ms else None,
         }
-        metrics = {name if name not in params else f"measured_{name}": v for name, v in item.data.metrics.items()}
+        known = sorted(item.data.metrics.items())
+        metrics = {name if name not in params else f"measured_{name}": value for name, value in known}
         rows.append(row | params | metrics)
     return pd.DataFrame(rows)
 

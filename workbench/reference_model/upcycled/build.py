@@ -166,7 +166,7 @@ def mixtral_config(parent: dense.DenseSource, recipe: Recipe) -> MixtralConfig:
         head_dim=base.hidden_size // base.num_attention_heads,
         max_position_embeddings=base.max_position_embeddings,
         rms_norm_eps=base.rms_norm_eps,
-        rope_parameters=dict(base.rope_parameters or {}),  # type: ignore[arg-type]
+        rope_parameters=dict(base.rope_parameters or {}),
         sliding_window=None,
         tie_word_embeddings=True,
         num_local_experts=recipe.shape.experts,

@@ -225,15 +225,16 @@ def _counts(chosen: Tensor, experts: int) -> np.ndarray:
 @torch.no_grad()
 def _answers(model: PreTrainedModel, folder: Path, max_new_tokens: int = 80) -> list[dict[str, str]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    generator: Any = model
     found = []
     for question in tqdm(QUESTIONS, desc="answers"):
-        inputs = tokenizer.apply_chat_template(
+        inputs: Any = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}],
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
         )
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        output = generator.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        text = str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         found.append({"question": question, "answer": text.strip()})
     return found
