@@ -54,7 +54,7 @@ def main() -> None:
     # Accepted before and after the command's name.
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG_OPTION]
     try:
-        app(arguments)
+        app(arguments, prog_name="emoe")
     except EmoeError as error:
         if debug:
             raise
