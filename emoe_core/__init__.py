@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from .errors import EmoeError
 
 if TYPE_CHECKING:
-    from .engine import Engine, EngineConfig, load
+    from .engine import Engine, load
     from .generation import Generation, Scored
     from .metrics import Counters, RunStats
+    from .options import EngineConfig
 
 # Imported on first use: torch and transformers take seconds, which the command line's help need not wait for.
 _HOMES = {
     "Engine": "engine",
-    "EngineConfig": "engine",
+    "EngineConfig": "options",
     "load": "engine",
     "Generation": "generation",
     "Scored": "generation",

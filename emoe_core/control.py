@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from .context import StepContext
 from .loader import ExpertLoader
 from .planner import DEFAULT_OUTPUT_TOKENS, Plan, RunningRequest, expected_tokens, make_plan
 from .predictor import Predictor
-from .tasks import UNKNOWN, Profile
+from .tasks import Profile
 
 
 @dataclass
@@ -38,8 +38,6 @@ class Request:
     task: str
     input_tokens: int
     counts: np.ndarray
-    anonymous: bool = False
-    used: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class ControlLoop:
@@ -88,12 +86,12 @@ class ControlLoop:
         """Whether residents are still what came first, for want of history."""
         return self.predictor is not None and self.plan is None
 
-    def admit(self, tasks: Sequence[str], input_tokens: Sequence[int], *, anonymous: bool = False) -> list[int]:
+    def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
         """Number new requests, predict if one is due, plan, and start swapping; return their numbers."""
         numbers, due = [], False
         for task, tokens in zip(tasks, input_tokens, strict=True):
             due |= self.admitted % self.interval == 0
-            self.running[self.admitted] = Request(self.admitted, task, tokens, np.zeros(self.shape), anonymous)
+            self.running[self.admitted] = Request(self.admitted, task, tokens, np.zeros(self.shape))
             self._recent.append(RunningRequest(task, tokens))
             numbers.append(self.admitted)
             self.admitted += 1
@@ -173,8 +171,3 @@ class ControlLoop:
         self.plan = plan
         if before != [set(experts) for experts in plan.experts]:
             self.loader.swap(plan.experts)
-
-
-def task_or_unknown(task: str | None) -> str:
-    """Return the task type, or "unknown" when nobody said."""
-    return task or UNKNOWN

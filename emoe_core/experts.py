@@ -96,19 +96,19 @@ class LayerHandle:
         if step is not None and step.tokens != index.shape[0]:
             step = None
         logits, self.router_logits = self.router_logits, None
-        real = None if step is None else step.real
-        wanted = index if real is None else index[real.to(index.device)]
+        real = None if step is None or step.real is None else step.real.to(index.device)
+        wanted = index if real is None else index[real]
         demand = torch.bincount(wanted.flatten(), minlength=self.num_experts).tolist()
         active = [expert for expert, tokens in enumerate(demand) if tokens]
         resident = self.loader.table.resident(self.layer)
         absent = [expert for expert in active if expert not in resident]
         rerouted = None
         if absent:
-            rerouted = self._reroute(logits, index, weights, absent, demand, resident, step)
+            rerouted = self._reroute(logits, index, weights, absent, demand, resident, step, real)
         self.session.observe(self.layer, wanted, step)
         served_index, served_weights = (index, weights) if rerouted is None else (rerouted.index, rerouted.weights)
         if rerouted is not None:
-            kept = served_index if real is None else served_index[real.to(index.device)]
+            kept = served_index if real is None else served_index[real]
             computed = sorted(set(kept.flatten().tolist()))
         else:
             computed = active
@@ -127,6 +127,7 @@ class LayerHandle:
         demand: list[int],
         resident: set[int],
         step: StepContext | None,
+        real: torch.Tensor | None,
     ) -> Rerouted | None:
         if step is None:
             tolerance = torch.full((index.shape[0],), self.session.tolerance_of("unknown", self.layer))
@@ -146,8 +147,8 @@ class LayerHandle:
         present = torch.zeros(self.num_experts, dtype=torch.bool, device=index.device)
         present[sorted(resident) + filling] = True
         missing = ~present[index]
-        if step is not None and step.real is not None:
-            missing &= step.real.to(index.device).unsqueeze(-1)
+        if real is not None:
+            missing &= real.unsqueeze(-1)
         replace = replaceable(weights, missing, tolerance.to(index.device))
         present[index[missing & ~replace]] = True
         # What is loaded for one token serves every other that chose it.
@@ -173,7 +174,7 @@ class LayerHandle:
         counters.token_hits += wanted.numel() - missed_tokens
         replaced_tokens, replaced = 0, dict[int, int]()
         if rerouted is not None:
-            marks = rerouted.replaced if real is None else rerouted.replaced[real.to(rerouted.replaced.device)]
+            marks = rerouted.replaced if real is None else rerouted.replaced[real]
             replaced_tokens = int(marks.sum())
             lost = torch.bincount(wanted[marks], minlength=self.num_experts).tolist()
             replaced = {expert: lost[expert] for expert in absent}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 OnToken = Callable[[int, str], None]
-Sequence_ = tuple[Sequence[int], Sequence[int]]
+TokenPair = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def generate(
     return done
 
 
-def score(engine: Engine, sequences: Sequence[Sequence_], tasks: Sequence[str | None] | None = None) -> list[Scored]:
+def score(engine: Engine, sequences: Sequence[TokenPair], tasks: Sequence[str | None] | None = None) -> list[Scored]:
     """Return the log-probabilities of given continuations, one forward pass per sequence.
 
     Parameters

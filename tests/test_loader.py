@@ -76,6 +76,8 @@ def borrow(pack: Pack, loader: ExpertLoader, layer: int, experts: list[int]) -> 
         for expert in experts:
             tensors = lease[expert]
             assert tensors is lease[expert]
+            entry = loader.table.get(layer, expert)
+            assert entry is not None and entry.pins > 0, "an expert in use must be pinned"
             assert is_intact(pack, loader, layer, expert)
 
 

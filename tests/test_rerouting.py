@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import emoe_core
-from emoe_core.experts import router_of
-from emoe_core.rerouting import RULES, Choice, replaceable, shares_of, substitute
-from emoe_core.tasks import Profile, TaskProfile
+from emoe_core.errors import UnsupportedFamilyError
+from emoe_core.rerouting import RULES, Choice, group_limit, replaceable, shares_of, substitute
 from workbench.reference_model.tiny import tiny_moe
 
 SOFTMAX = next(rule for rule in RULES if rule.name == "softmax")
@@ -75,61 +75,48 @@ def test_shares_sum_to_one() -> None:
     torch.testing.assert_close(shares_of(torch.tensor([[0.2, 0.1]])).sum(-1), torch.ones(1))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
-def test_every_family_reroutes_and_full_residency_stays_exact(family: str, tmp_path: Path) -> None:
+def test_the_group_limit_holds_while_its_groups_have_somebody_and_is_lifted_otherwise() -> None:
+    router = torch.nn.Module()
+    router.num_group, router.topk_group = 4, 1
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.2, 0.1]])
+    choice = Choice(logits, torch.tensor([[0.6, 0.4]]), torch.tensor([[0, 1]]))
+    assert group_limit(router, logits).tolist() == [[True, True, False, False, False, False, False, False]]
+    served = {}
+    for name, resident in (("inside", [1, 2, 7]), ("outside", [2, 7])):
+        available = torch.zeros(8, dtype=torch.bool)
+        available[resident] = True
+        served[name] = substitute(choice, ~available[choice.index], available, SOFTMAX, router).index[0].tolist()
+    assert served == {"inside": [2, 1], "outside": [2, 7]}
+
+
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [
+        ("mixtral", "softmax"),
+        ("qwen2_moe", "softmax"),
+        ("qwen3_moe", "softmax"),
+        ("olmoe", "softmax"),
+        ("gpt_oss", "softmax"),
+        ("deepseek_v3", "sigmoid+bias"),
+    ],
+)
+def test_the_rule_of_every_tested_family_is_found(family: str, rule: str, tmp_path: Path) -> None:
     path = tiny_moe(tmp_path / "model", family=family, seed=2)
-    ids = torch.arange(20).unsqueeze(0)
-    options = {"pack_dir": tmp_path, "predictor": None, "dtype": "float32"}
-    with torch.no_grad():
-        with emoe_core.load(path, budget="100%", **options) as engine:
-            exact = engine.model(ids).logits
-        with emoe_core.load(path, budget="100%", tolerance=1.0, **options) as engine:
-            assert torch.equal(engine.model(ids).logits, exact)
-        with emoe_core.load(path, budget="3 slots", tolerance=1.0, **options) as engine:
-            assert router_of(engine.model.get_submodule(engine.index.layers[0].name)) is not None
-            engine.model(ids)
-            filled = engine.stats().counters.loads
-            lossy = engine.model(ids).logits
-            counters = engine.stats().counters
-    assert counters.loads == filled == 3 * len(engine.index.layers), "residents come once, then nothing is loaded"
-    assert counters.reroutes > 0
-    assert not torch.equal(lossy, exact)
-    assert bool(torch.isfinite(lossy).all())
+    with emoe_core.load(path, budget="50%", pack_dir=tmp_path) as engine:
+        modules = [engine.model.get_submodule(layer.name) for layer in engine.index.layers]
+        assert {module.__dict__["_emoe_layer"].rule.name for module in modules} == {rule}
 
 
-def test_more_tolerance_means_fewer_loads(tmp_path: Path) -> None:
+def test_a_router_that_no_rule_explains_is_served_exactly_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_moe(tmp_path / "model", family="mixtral", seed=2)
-    ids = torch.arange(40).unsqueeze(0)
-    loads = []
-    for tolerance in (0.0, 0.3, 0.6, 1.0):
-        with emoe_core.load(
-            path, budget="3 slots", tolerance=tolerance, pack_dir=tmp_path, predictor=None, record=True
-        ) as engine:
-            with torch.no_grad():
-                engine.model(ids)
-                engine.model(ids)
-            loads.append(engine.stats().counters.token_loads)
-            trace = engine.trace()
-        replaced = (trace.chosen[..., None] != trace.served[..., None, :]).all(-1)
-        share = trace.weight.astype(float) / trace.weight.astype(float).sum(-1, keepdims=True)
-        assert ((share * replaced).sum(-1) <= tolerance + 2e-3).all()
-    assert loads == sorted(loads, reverse=True)
-    assert loads[0] > loads[-1]
+    plain = MixtralTopKRouter.forward
 
+    def contrary(self: torch.nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits, weights, _ = plain(self, hidden)
+        return logits, weights, (-logits).topk(weights.shape[-1], dim=-1).indices
 
-def test_insensitive_task_is_rerouted_while_a_sensitive_one_stays_exact(tmp_path: Path) -> None:
-    path = tiny_moe(tmp_path / "model", family="mixtral", seed=2)
-    prompt, answer = list(range(20)), list(range(30, 36))
-    with emoe_core.load(path, budget="100%", pack_dir=tmp_path, predictor=None) as engine:
-        expected = engine.score([(prompt, answer)], ["qa"])[0].logits
-        layers, model_hash = len(engine.index.layers), engine.index.source_hash
-    tasks = {"classification": TaskProfile("classification", (False,) * layers, 8.0)}
-    profile = Profile(model_hash, "none", layers, tasks)
-    with emoe_core.load(path, budget="3 slots", pack_dir=tmp_path, predictor=None, profile=profile) as engine:
-        exact = engine.score([(prompt, answer)], ["qa"])[0].logits
-        before = engine.stats().counters
-        lossy = engine.score([(prompt, answer)], ["classification"])[0].logits
-        moved = engine.stats().counters.since(before)
-    assert torch.equal(exact, expected)
-    assert not torch.equal(lossy, expected)
-    assert moved.loads == 0 and moved.reroutes > 0
+    monkeypatch.setattr(MixtralTopKRouter, "forward", contrary)
+    with pytest.raises(UnsupportedFamilyError, match=r"mixtral.*tolerance=0"):
+        emoe_core.load(path, budget="50%", tolerance=1.0, pack_dir=tmp_path)
+    with emoe_core.load(path, budget="50%", pack_dir=tmp_path) as engine, torch.no_grad():
+        assert bool(torch.isfinite(engine.model(torch.arange(12).unsqueeze(0)).logits).all())

@@ -149,3 +149,18 @@ def test_a_layer_pinned_full_without_spare_admits_nobody(policy: str) -> None:
 def test_an_unknown_policy_names_the_known_ones() -> None:
     with pytest.raises(OptionError, match="least_stale, lfu, lru, static"):
         policy_by_name("clock")
+
+
+def test_table_refuses_to_evict_pinned_and_loading_experts() -> None:
+    table = SlotTable([1], 0)
+    admitted = table.admit(0, 3)
+    assert admitted is not None
+    entry = admitted[0]
+    with pytest.raises(AssertionError, match="still arriving"):
+        table.evict(entry)
+    entry.ready = True
+    with pytest.raises(AssertionError, match="pinned"):
+        table.evict(entry)
+    assert table.admit(0, 4) is None, "a full layer of pinned experts has no room"
+    entry.pins = 0
+    assert table.admit(0, 4) is not None

@@ -27,8 +27,8 @@ import pandas as pd
 import torch
 
 import emoe_core
-from emoe_core.engine import EngineConfig
 from emoe_core.errors import OptionError
+from emoe_core.options import EngineConfig, resolve_device
 from emoe_core.routing import RoutingTrace
 from emoe_core.tasks import TASK_TYPES, Profile
 from workbench.memory import MemoryMeasurement, as_metrics, measure
@@ -207,7 +207,7 @@ def _reference(
         [prompt.task for prompt in prompts],
         max_new_tokens=config.max_new_tokens,
         dtype=config.dtype,
-        device="cuda" if config.device == "cuda" else "cpu",
+        device=resolve_device(config.device).type,
         progress=None if progress is None else (lambda done, total: progress(stage, done, total)),
     )
 

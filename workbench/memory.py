@@ -113,11 +113,10 @@ def measure(
         "options": options or {},
         "warm_trace": str(warm_trace) if warm_trace else None,
     }
-    implementation = (options or {}).get("implementation", "emoe")
     result = _child(spec)
     control = _child({**spec, "checkpoint": str(_tiny_checkpoint()), "warm_trace": None, "options": _control(options)})
     known = {item.name for item in fields(MemoryMeasurement)}
-    assert set(result) | {"control_bytes"} == known, (implementation, set(result) ^ known)
+    assert set(result) | {"control_bytes"} == known, set(result) ^ known
     return MemoryMeasurement(**result, control_bytes=int(control["peak_bytes"]))
 
 

@@ -1,0 +1,101 @@
+"""The options of `emoe_core.load`, validated where they are made, and the device that a name stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .errors import OptionError
+from .slots import policy_by_name
+from .tasks import Profile
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All options of `load`, validated.
+
+    Attributes
+    ----------
+    budget : str, int or float
+        Expert memory: bytes ("300MB", 300000000), a share of expert bytes ("40%", 0.4) or "3 slots" per layer.
+    tolerance : float
+        Miss tolerance in [0, 1]: 0 is exact, 1 the paper's eMoE.
+    predictor : str or None
+        "frequency", "random", or None for on demand only.
+    interval : int
+        p: predict before every p-th admitted request.
+    replan : str
+        "admission" or "interval" (see `control.py`).
+    policy : str
+        Eviction on demand: "lru", "lfu", "least_stale", "static".
+    profile : Profile or None
+        Task profile; given, insensitive (task, layer) pairs take whatever is resident.
+    device, dtype : str
+        "auto" takes CUDA where there is one, and the checkpoint's dtype.
+    tier : str
+        Where experts rest: "disk" (the pack) or "host" (host memory, pinned for CUDA).
+    direct : bool
+        Read the pack past the page cache.
+    verify : str
+        Checksums of loaded experts: "first" touch, "always" or "never".
+    threads : int
+        Reading threads.
+    record : bool
+        Keep a routing trace (`Engine.trace`).
+    seed : int
+        Of random predictors.
+    pack_dir : Path or None
+        Where expert packs rest; None is the cache directory.
+    attn_implementation : str or None
+        As in transformers.
+    """
+
+    budget: str | int | float = "100%"
+    tolerance: float = 0.0
+    predictor: str | None = "frequency"
+    interval: int = 40
+    replan: str = "admission"
+    policy: str = "lru"
+    profile: Profile | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    tier: str = "disk"
+    direct: bool = True
+    verify: str = "first"
+    threads: int = 2
+    record: bool = False
+    seed: int = 0
+    pack_dir: Path | None = None
+    attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tolerance, int | float) or not 0.0 <= self.tolerance <= 1.0:
+            raise OptionError(f"tolerance is {self.tolerance}: it must lie in [0, 1], 0 being exact")
+        if self.interval < 1:
+            raise OptionError(f"interval is {self.interval}: predict every 1 or more requests")
+        if self.replan not in ("admission", "interval"):
+            raise OptionError(f"replan is {self.replan!r}: choose 'admission' or 'interval'")
+        if self.verify not in ("first", "always", "never"):
+            raise OptionError(f"verify is {self.verify!r}: choose 'first', 'always' or 'never'")
+        if self.tier not in ("disk", "host"):
+            raise OptionError(f"tier is {self.tier!r}: choose 'disk' or 'host'")
+        if self.threads < 1:
+            raise OptionError(f"threads is {self.threads}: at least one thread must read experts")
+        policy_by_name(self.policy)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for a name; OptionError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"unknown device {name!r}: use 'auto', 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"device {name!r} is not supported: use 'auto', 'cpu' or 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device {name!r} was asked for, but this machine has no CUDA: use 'cpu'")
+    return device
