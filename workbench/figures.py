@@ -63,7 +63,7 @@ def memory_quality_time(runs: pd.DataFrame) -> Figure | None:
         axis.set_xlabel("measured memory of the model (MB, peak minus control)")
         axis.set_ylabel(text)
     axes[0].annotate(
-        "stock, all resident",
+        "stock, all resident: peak while loading",
         (stock, axes[0].get_ylim()[1]),
         rotation=90,
         va="top",
