@@ -151,6 +151,11 @@ class Engine:
             raise OptionError("routing was not recorded: load with record=True")
         return self.recorder.trace()
 
+    def forget_trace(self) -> None:
+        """Drop the routing recorded so far, and go on recording."""
+        if self.recorder is not None:
+            self.recorder.clear()
+
     def stats(self) -> RunStats:
         """Return counters, memory and configuration; a snapshot."""
         self.loader.counters.check()

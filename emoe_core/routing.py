@@ -166,6 +166,10 @@ class TraceRecorder:
             }
         )
 
+    def clear(self) -> None:
+        """Forget everything recorded so far."""
+        self._pending, self._parts, self._tasks, self._next_position = {}, [], {}, {}
+
     def trace(self) -> RoutingTrace:
         """Return everything recorded so far; DataError when nothing was."""
         if not self._parts:

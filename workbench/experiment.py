@@ -172,13 +172,17 @@ def run_experiment(
         options["profile"] = profile or _stored_profile(checkpoint)
     with emoe_core.load(checkpoint, **options) as engine:
         if warm is not None:
-            engine.warm_start(warm[0])
+            engine.warm_start(warm)
         rows = _score_all(engine, prompts, reference, progress)
         answers = _answer(engine, prompts[: config.answers], reference, config.max_new_tokens)
         stats = engine.stats().to_dict()
         found = {"model_hash": engine.index.source_hash, "dtype": str(engine.index.dtype).removeprefix("torch.")}
     requests = pd.DataFrame(rows)
-    identity: dict[str, Any] = found | {"data_hash": data_hash(prompts), "seed": config.seed}
+    identity: dict[str, Any] = found | {
+        "data_hash": data_hash(prompts),
+        "reference_hash": reference.hash,
+        "seed": config.seed,
+    }
     memory = stock = None
     if measure_memory:
         if progress is not None:
@@ -186,7 +190,7 @@ def run_experiment(
         common: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
         texts, tasks = [p.text for p in prompts[: timing_prompts + 1]], [p.task for p in prompts[: timing_prompts + 1]]
         own = {name: value for name, value in options.items() if name != "profile"} | {"dtype": timing_dtype}
-        memory = measure(checkpoint, texts, tasks, options=own, warm_trace=warm[1] if warm else None, **common)
+        memory = measure(checkpoint, texts, tasks, options=own, warm_trace=warm, **common)
         stock_options = {"implementation": "stock", "dtype": timing_dtype, "device": config.device}
         stock = measure(checkpoint, texts, tasks, options=stock_options, **common)
     metrics = _metrics(requests, answers, stats, memory, stock)
@@ -212,17 +216,14 @@ def _reference(
     )
 
 
-def _warm_trace(
-    config: ExperimentConfig, checkpoint: str | Path, progress: Progress | None
-) -> tuple[RoutingTrace, Path] | None:
+def _warm_trace(config: ExperimentConfig, checkpoint: str | Path, progress: Progress | None) -> RoutingTrace | None:
     if config.warm_prompts == 0 or config.strategy != "frequency":
         return None
     # One session per task in turn would teach the last task best: the warm-up is always a uniform mix.
     stream = StreamConfig(
         config.tasks, config.warm_prompts, "uniform", 8.0, config.seed, "profile", config.stream().source
     )
-    warm = _reference(config, checkpoint, prompt_stream(stream), "warm-up", progress)
-    return warm.trace, warm.folder / "trace.npz"
+    return _reference(config, checkpoint, prompt_stream(stream), "warm-up", progress).trace
 
 
 def _stored_profile(checkpoint: str | Path) -> Profile:

@@ -23,6 +23,7 @@ from typing import Any
 
 from emoe_core.cache import cache_dir
 from emoe_core.errors import EmoeError, ExperimentError
+from emoe_core.routing import RoutingTrace
 
 STOCK = "stock"
 
@@ -87,7 +88,7 @@ def measure(
     *,
     max_new_tokens: int = 32,
     options: dict[str, Any] | None = None,
-    warm_trace: Path | None = None,
+    warm_trace: RoutingTrace | None = None,
 ) -> MemoryMeasurement:
     """Run prompts in a fresh process and report its memory and times.
 
@@ -100,8 +101,8 @@ def measure(
     options : dict, optional
         Options of `emoe_core.load` (JSON values), or {"implementation": "stock"} for transformers' own loading with
         all experts resident.
-    warm_trace : Path, optional
-        Routing trace that the predictor learns from first.
+    warm_trace : RoutingTrace, optional
+        Routing that the predictor learns from first.
     """
     if len(prompts) < 2:
         raise ExperimentError("measuring needs at least two prompts: one to warm up, one to time")
@@ -111,10 +112,9 @@ def measure(
         "tasks": list(tasks),
         "max_new_tokens": max_new_tokens,
         "options": options or {},
-        "warm_trace": str(warm_trace) if warm_trace else None,
     }
-    result = _child(spec)
-    control = _child({**spec, "checkpoint": str(_tiny_checkpoint()), "warm_trace": None, "options": _control(options)})
+    result = _child(spec, warm_trace)
+    control = _child({**spec, "checkpoint": str(_tiny_checkpoint()), "options": _control(options)})
     known = {item.name for item in fields(MemoryMeasurement)}
     assert set(result) | {"control_bytes"} == known, set(result) ^ known
     return MemoryMeasurement(**result, control_bytes=int(control["peak_bytes"]))
@@ -140,8 +140,10 @@ def _tiny_checkpoint() -> Path:
     return path if (path / "config.json").exists() else tiny_moe(path, family="mixtral", seed=0)
 
 
-def _child(spec: dict[str, Any]) -> dict[str, Any]:
+def _child(spec: dict[str, Any], warm_trace: RoutingTrace | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
+        trace = None if warm_trace is None else str(warm_trace.save(Path(scratch) / "trace.npz"))
+        spec = {**spec, "warm_trace": trace}
         source, target = Path(scratch) / "spec.json", Path(scratch) / "result.json"
         source.write_text(json.dumps(spec))
         command = [sys.executable, "-m", "workbench.memory", str(source), str(target)]
@@ -156,7 +158,6 @@ def _run_emoe(spec: dict[str, Any]) -> dict[str, Any]:
     import time
 
     import emoe_core
-    from emoe_core.routing import RoutingTrace
 
     started = time.perf_counter()
     options = {name: value for name, value in spec["options"].items() if name != "implementation"}

@@ -5,7 +5,9 @@ that continuation was scored token by token (teacher forcing), the log-probabili
 states give the whole output distribution back through the output embedding, at a hundredth of its size.
 
 The work runs in a process of its own, so that the memory of an all-resident model never counts for a run that is
-compared with it, and is cached under a hash of everything it depends on.
+compared with it. Outputs are cached prompt by prompt under a hash of everything they depend on, so runs whose streams
+overlap share them and an interrupted run goes on where it stopped. Prompts are answered in batches of similar length:
+where two tokens are equally likely within rounding, the batch may decide, so a run should record `Reference.hash`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,35 +31,35 @@ from emoe_core.checkpoint import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.routing import RoutingTrace
 
-FORMAT = 1
+FORMAT = 2
 BATCH = 8
+TRACE_COLUMNS = ("position", "prefill", "chosen", "weight")
 ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ReferenceSpec:
-    """Everything that reference outputs depend on: model (content hash), dtype, prompts with tasks, output length."""
+    """What the outputs of any prompt depend on: model (content hash), dtype, output length, kind of device."""
 
     checkpoint: str
     source_hash: str
     dtype: str
-    prompts: tuple[str, ...]
-    tasks: tuple[str, ...]
     max_new_tokens: int
     device: str = "cpu"
 
-    def key(self) -> str:
-        """Return the cache key: a hash of all fields but the path, of the format, and of the library versions."""
+    def folder(self) -> Path:
+        """Return where the outputs rest: a hash of all fields but the path, of the format, and of the libraries."""
         import transformers
 
-        content = {
-            **asdict(self),
-            "format": FORMAT,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+        libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
+        content = {**asdict(self), "format": FORMAT, **libraries}
         del content["checkpoint"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+        return cache_dir() / "references" / key
+
+    def path(self, prompt: str) -> Path:
+        """Return the file of one prompt's outputs."""
+        return self.folder() / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.pt"
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,16 @@ class ReferenceOutput:
 
 @dataclass(frozen=True)
 class Reference:
-    """Reference outputs of a prompt list, in order, and the trace of prompts and continuations."""
+    """Reference outputs of a prompt list, in order, and the trace of prompts and continuations (request = place)."""
 
     outputs: tuple[ReferenceOutput, ...]
     trace: RoutingTrace
-    folder: Path
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over all token ids: runs with equal hashes were scored on the same text."""
+        ids = [[output.prompt_ids, output.token_ids] for output in self.outputs]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def reference_outputs(
@@ -99,27 +105,22 @@ def reference_outputs(
         When the process fails; its last line is in the message.
     """
     index = open_checkpoint(checkpoint, dtype)
-    spec = ReferenceSpec(
-        str(index.path),
-        index.source_hash,
-        str(index.dtype).removeprefix("torch."),
-        tuple(prompts),
-        tuple(tasks),
-        max_new_tokens,
-        device,
-    )
-    folder = cache_dir() / "references" / spec.key()
-    if not (folder / "outputs.pt").exists():
-        _compute_in_own_process(spec, folder, progress)
-    return _read(folder)
+    dtype = str(index.dtype).removeprefix("torch.")
+    spec = ReferenceSpec(str(index.path), index.source_hash, dtype, max_new_tokens, device)
+    absent = sorted({prompt for prompt in prompts if not spec.path(prompt).exists()})
+    if absent:
+        _compute_in_own_process(spec, absent, progress)
+    stored = {prompt: _read(spec.path(prompt)) for prompt in set(prompts)}
+    return Reference(tuple(stored[prompt][0] for prompt in prompts), _trace([stored[p][1] for p in prompts], tasks))
 
 
-def _compute_in_own_process(spec: ReferenceSpec, folder: Path, progress: ProgressCallback | None) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        (Path(scratch) / "spec.json").write_text(json.dumps(asdict(spec)))
+def _compute_in_own_process(spec: ReferenceSpec, prompts: Sequence[str], progress: ProgressCallback | None) -> None:
+    spec.folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        job = Path(scratch) / "job.json"
+        job.write_text(json.dumps({"spec": asdict(spec), "prompts": list(prompts)}))
         process = subprocess.Popen(
-            [sys.executable, "-m", "workbench.reference_outputs", scratch],
+            [sys.executable, "-m", "workbench.reference_outputs", str(job)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -134,53 +135,67 @@ def _compute_in_own_process(spec: ReferenceSpec, folder: Path, progress: Progres
         if process.returncode != 0:
             last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
             raise ExperimentError(f"the all-resident reference could not be computed: {last[0]}")
-        (Path(scratch) / "spec.json").unlink()
-        if not folder.exists():
-            Path(scratch).rename(folder)
-            Path(scratch).mkdir()
 
 
-def _read(folder: Path) -> Reference:
-    rows = torch.load(folder / "outputs.pt", weights_only=True)
-    outputs = tuple(
-        ReferenceOutput(tuple(row["prompt_ids"]), tuple(row["token_ids"]), row["text"], row["hidden"], row["logprobs"])
-        for row in rows
+def _read(path: Path) -> tuple[ReferenceOutput, dict[str, torch.Tensor]]:
+    try:
+        row = torch.load(path, weights_only=True)
+        output = ReferenceOutput(
+            tuple(row["prompt_ids"]), tuple(row["token_ids"]), row["text"], row["hidden"], row["logprobs"]
+        )
+        return output, row["trace"]
+    except Exception as error:  # a damaged archive raises many unrelated types
+        raise ExperimentError(
+            f"cached reference output {path} is damaged ({error}): delete it and run again"
+        ) from error
+
+
+def _trace(rows: Sequence[dict[str, torch.Tensor]], tasks: Sequence[str]) -> RoutingTrace:
+    columns = {name: np.concatenate([row[name].numpy() for row in rows]) for name in TRACE_COLUMNS}
+    chosen = columns.pop("chosen").astype(np.uint16)
+    return RoutingTrace(
+        **columns,
+        chosen=chosen,
+        served=chosen,
+        request=np.repeat(np.arange(len(rows), dtype=np.int32), [len(row["position"]) for row in rows]),
+        tasks=dict(enumerate(tasks)),
+        experts=int(rows[0]["experts"]),
     )
-    return Reference(outputs, RoutingTrace.load(folder / "trace.npz"), folder)
 
 
-def _compute(folder: Path) -> None:
-    raw = json.loads((folder / "spec.json").read_text())
-    spec = ReferenceSpec(**{**raw, "prompts": tuple(raw["prompts"]), "tasks": tuple(raw["tasks"])})
+def _compute(job: Path) -> None:
+    raw = json.loads(job.read_text())
+    spec, prompts = ReferenceSpec(**raw["spec"]), raw["prompts"]
     # Prompts of similar length share a batch, so that little of it is padding.
-    order = np.argsort([len(prompt) for prompt in spec.prompts], kind="stable").tolist()
-    total = 2 * len(order)
-    common: dict[str, Any] = {"dtype": spec.dtype, "device": spec.device, "predictor": None, "tier": "disk"}
-    rows: dict[int, dict[str, object]] = {}
-    with emoe_core.load(spec.checkpoint, budget="100%", **common) as engine:
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            answers = engine.generate(
-                [spec.prompts[place] for place in chosen],
-                [spec.tasks[place] for place in chosen],
-                max_new_tokens=spec.max_new_tokens,
-                batch_size=BATCH,
-            )
-            for place, answer in zip(chosen, answers, strict=True):
-                rows[place] = {"prompt_ids": answer.prompt_ids, "token_ids": answer.token_ids, "text": answer.text}
-            print("done", start + len(chosen), total, flush=True)
-    with emoe_core.load(spec.checkpoint, budget="100%", record=True, **common) as engine:
-        for place in range(len(spec.prompts)):
-            pair = (rows[place]["prompt_ids"], rows[place]["token_ids"])
-            scored = engine.score([pair], [spec.tasks[place]])[0]  # type: ignore[list-item]
-            rows[place] |= {"hidden": scored.hidden, "logprobs": scored.logprobs}
-            print("done", len(order) + place + 1, total, flush=True)
-        engine.trace().save(folder / "trace.npz")
-    plain = [
-        {key: list(value) if isinstance(value, tuple) else value for key, value in rows[place].items()}
-        for place in range(len(spec.prompts))
-    ]
-    torch.save(plain, folder / "outputs.pt")
+    prompts.sort(key=len)
+    with emoe_core.load(
+        spec.checkpoint, budget="100%", dtype=spec.dtype, device=spec.device, predictor=None, record=True
+    ) as engine:
+        for start in range(0, len(prompts), BATCH):
+            texts = prompts[start : start + BATCH]
+            answers = engine.generate(texts, max_new_tokens=spec.max_new_tokens, batch_size=BATCH)
+            for place, (prompt, answer) in enumerate(zip(texts, answers, strict=True)):
+                engine.forget_trace()
+                scored = engine.score([(answer.prompt_ids, answer.token_ids)])[0]
+                _write(spec.path(prompt), answer, scored, engine.trace())
+                print("done", start + place + 1, len(prompts), flush=True)
+
+
+def _write(path: Path, answer: emoe_core.Generation, scored: emoe_core.Scored, trace: RoutingTrace) -> None:
+    columns = {name: np.asarray(getattr(trace, name)) for name in TRACE_COLUMNS}
+    columns["chosen"] = columns["chosen"].astype(np.int16)
+    row = {
+        "prompt_ids": list(answer.prompt_ids),
+        "token_ids": list(answer.token_ids),
+        "text": answer.text,
+        "hidden": scored.hidden.clone(),
+        "logprobs": scored.logprobs,
+        "trace": {name: torch.from_numpy(column) for name, column in columns.items()}
+        | {"experts": torch.tensor(trace.experts)},
+    }
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    torch.save(row, partial)
+    partial.replace(path)
 
 
 if __name__ == "__main__":

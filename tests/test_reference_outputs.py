@@ -1,0 +1,75 @@
+"""Reference outputs: cached prompt by prompt, shared by overlapping streams, the same text for the same prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import emoe_core
+from emoe_core.errors import ExperimentError
+from workbench.reference_model.tiny import tiny_moe
+from workbench.reference_outputs import ReferenceSpec, reference_outputs
+
+PROMPTS = ["Is this a question?", "Sum up the day.", "Good or bad?"]
+TASKS = ["qa", "summarization", "classification"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_moe(tmp_path_factory.mktemp("tiny"), family="mixtral", seed=3)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("EMOE_CACHE", str(folder))
+    return folder
+
+
+def test_only_prompts_that_are_not_cached_are_computed(checkpoint: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    first = reference_outputs(checkpoint, PROMPTS[:2], TASKS[:2], max_new_tokens=4)
+    both = reference_outputs(
+        checkpoint, PROMPTS[::-1], TASKS[::-1], max_new_tokens=4, progress=lambda *step: steps.append(step)
+    )
+    assert steps == [(1, 1)]
+    assert both.outputs[2].token_ids == first.outputs[0].token_ids
+    assert [both.trace.tasks[place] for place in range(3)] == TASKS[::-1]
+    assert np.array_equal(both.trace.counts(2), first.trace.counts(0))
+    assert reference_outputs(checkpoint, PROMPTS, TASKS, max_new_tokens=4).hash != both.hash
+
+
+def test_the_trace_and_hidden_states_are_those_of_a_direct_run(checkpoint: Path) -> None:
+    reference = reference_outputs(checkpoint, PROMPTS[:1], TASKS[:1], max_new_tokens=4)
+    expected = reference.outputs[0]
+    with emoe_core.load(checkpoint, budget="100%", predictor=None, record=True) as engine:
+        scored = engine.score([(expected.prompt_ids, expected.token_ids)], TASKS[:1])[0]
+        trace = engine.trace()
+    assert torch.equal(scored.hidden, expected.hidden)
+    assert np.array_equal(trace.chosen, reference.trace.chosen)
+    assert np.array_equal(trace.weight, reference.trace.weight)
+
+
+def test_a_damaged_cache_entry_is_named(checkpoint: Path, cache: Path) -> None:
+    reference_outputs(checkpoint, PROMPTS[:1], TASKS[:1], max_new_tokens=4)
+    (path,) = (cache / "references").rglob("*.pt")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ExperimentError, match="delete it and run again"):
+        reference_outputs(checkpoint, PROMPTS[:1], TASKS[:1], max_new_tokens=4)
+
+
+def test_the_folder_depends_on_the_model_and_the_length() -> None:
+    base = ReferenceSpec("here", "a", "float32", 8)
+    assert base.folder() == ReferenceSpec("there", "a", "float32", 8).folder()
+    assert (
+        len(
+            {
+                spec.folder()
+                for spec in (base, ReferenceSpec("here", "b", "float32", 8), ReferenceSpec("here", "a", "float32", 9))
+            }
+        )
+        == 2 + 1
+    )
