@@ -1,11 +1,11 @@
 """The control loop: who is running, what they used, when to predict, when to swap (paper, sections 3.3 and 3.4).
 
-Requests are numbered as they are admitted. Before every p-th one the predictor is asked for each task's expert
-frequencies; these are cached. A plan (Eq. 2) is made from the cached frequencies
+Requests are numbered as they are admitted. Before every p-th one, or when the plan stops fitting (`interval.py`), the
+predictor is asked for each task's expert frequencies; these are cached. A plan (Eq. 2) is made from them
 
 * ``replan="admission"``: whenever requests are admitted, for the requests that then run, or
 * ``replan="interval"``: only together with a prediction, for the task mix of the last p requests; the experts are
-  then kept for the next p prompts (Fig. 10).
+  then kept until the next prediction (Fig. 10).
 
 Experts are swapped between forward passes only, and only when the plan's sets differ from those of the last plan.
 The predictor learns at the end of a request from what its router *wanted*, not from what it got.
@@ -19,12 +19,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from .context import StepContext
-from .loader import ExpertLoader
+from .interval import Interval, coverage
+from .metrics import Counters
 from .planner import DEFAULT_OUTPUT_TOKENS, Plan, RunningRequest, expected_tokens, make_plan
 from .predictor import Predictor
 from .tasks import Profile
@@ -40,16 +42,46 @@ class Request:
     counts: np.ndarray
 
 
+class Layer(Protocol):
+    """What is asked of a layer: how many experts it has."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+
+class Table(Protocol):
+    """What is asked of the residency table: how many experts each layer may hold."""
+
+    @property
+    def capacity(self) -> Sequence[int]: ...
+
+
+class Loader(Protocol):
+    """What the control loop needs of a loader; a replay of recorded routing has one that moves nothing."""
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+
+    @property
+    def table(self) -> Table: ...
+
+    @property
+    def counters(self) -> Counters: ...
+
+    def swap(self, targets: Sequence[Sequence[int]]) -> int:
+        """Make each layer hold its target experts; return the loads started."""
+
+
 class ControlLoop:
     """Admission, history, prediction and planning of one engine.
 
     Parameters
     ----------
-    loader : ExpertLoader
+    loader : Loader
     predictor : Predictor or None
         None: experts come on demand only.
-    interval : int
-        p, in admitted requests.
+    interval : Interval
+        When to predict.
     replan : str
         "admission" or "interval".
     profile : Profile or None
@@ -58,9 +90,9 @@ class ControlLoop:
 
     def __init__(
         self,
-        loader: ExpertLoader,
+        loader: Loader,
         predictor: Predictor | None,
-        interval: int,
+        interval: Interval,
         replan: str,
         profile: Profile | None,
     ) -> None:
@@ -79,7 +111,7 @@ class ControlLoop:
         self.prediction_s = 0.0
         self._frequencies: dict[str, np.ndarray | None] = {}
         self._predicted = False
-        self._recent: deque[RunningRequest] = deque(maxlen=interval)
+        self._recent: deque[RunningRequest] = deque(maxlen=interval.span)
 
     @property
     def cold(self) -> bool:
@@ -90,12 +122,13 @@ class ControlLoop:
         """Number new requests, predict if one is due, plan, and start swapping; return their numbers."""
         numbers, due = [], False
         for task, tokens in zip(tasks, input_tokens, strict=True):
-            due |= self.admitted % self.interval == 0
+            due |= self.interval.due(self.admitted)
             self.running[self.admitted] = Request(self.admitted, task, tokens, np.zeros(self.shape))
             self._recent.append(RunningRequest(task, tokens))
             numbers.append(self.admitted)
             self.admitted += 1
         if due:
+            self.interval.predicted()
             self._frequencies.clear()
             self._predicted = True
             self.loader.counters.predictions += self.predictor is not None
@@ -130,6 +163,9 @@ class ControlLoop:
             if request is None:
                 continue
             self.finished += 1
+            fit = None if self.plan is None else coverage(self.plan, request.counts)
+            if fit is not None:
+                self.interval.served(fit)
             if self.predictor is not None:
                 self.predictor.observe(request.task, request.counts)
 

@@ -30,6 +30,7 @@ from .context import StepContext
 from .control import ControlLoop
 from .errors import IntegrationError, OptionError, UnsupportedFamilyError
 from .footprint import MemoryBreakdown, memory_breakdown
+from .interval import make_interval
 from .loader import ExpertLoader
 from .metrics import RunStats
 from .options import EngineConfig, resolve_device
@@ -83,7 +84,9 @@ class Engine:
             config.profile.require_model(index.source_hash)
         layers = index.layers
         num_experts = max(layer.num_experts for layer in layers)
-        predictor = make_predictor(config.predictor, len(layers), num_experts, config.seed)
+        predictor = make_predictor(
+            config.predictor, len(layers), num_experts, config.seed, config.predictor_path, index.source_hash
+        )
         pack = ensure_pack(index, config.pack_dir or cache_dir() / "packs", progress)
         table = SlotTable(self.plan.slots_per_layer, self.plan.spare_slots, config.policy)
         storage: PackedFile | HostMemory
@@ -96,7 +99,8 @@ class Engine:
         except BaseException:
             storage.close()
             raise
-        self.control = ControlLoop(self.loader, predictor, config.interval, config.replan, config.profile)
+        interval = make_interval(config.interval, config.min_coverage)
+        self.control = ControlLoop(self.loader, predictor, interval, config.replan, config.profile)
         self.step: StepContext | None = None
         self.recorder = TraceRecorder(len(layers), num_experts) if config.record else None
         self._forward = 0

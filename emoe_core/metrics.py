@@ -104,7 +104,7 @@ class RunStats:
     tolerance: float
     policy: str
     predictor: str
-    interval: int
+    interval: int | str
     cold_start: bool
     storage: str
     requests_served: int

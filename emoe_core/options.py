@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .errors import OptionError
+from .interval import make_interval
 from .slots import policy_by_name
 from .tasks import Profile
 
@@ -23,9 +24,14 @@ class EngineConfig:
     tolerance : float
         Miss tolerance in [0, 1]: 0 is exact, 1 the paper's eMoE.
     predictor : str or None
-        "frequency", "random", or None for on demand only.
-    interval : int
-        p: predict before every p-th admitted request.
+        A name of `predictor.PREDICTORS`, "transformer" (trained for this model), or None for on demand only.
+    predictor_path : Path or None
+        File of a trained predictor; needed for "transformer".
+    interval : int or str
+        p: predict before every p-th admitted request; or "adaptive": when the plan stops fitting.
+    min_coverage : float
+        With "adaptive": predict when, over the last requests, the plan's experts cover less than this share of what
+        the best sets of the same size would have covered.
     replan : str
         "admission" or "interval" (see `control.py`).
     policy : str
@@ -55,7 +61,9 @@ class EngineConfig:
     budget: str | int | float = "100%"
     tolerance: float = 0.0
     predictor: str | None = "frequency"
-    interval: int = 40
+    predictor_path: Path | None = None
+    interval: int | str = 40
+    min_coverage: float = 0.9
     replan: str = "admission"
     policy: str = "lru"
     profile: Profile | None = None
@@ -73,8 +81,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.tolerance, int | float) or not 0.0 <= self.tolerance <= 1.0:
             raise OptionError(f"tolerance is {self.tolerance}: it must lie in [0, 1], 0 being exact")
-        if self.interval < 1:
-            raise OptionError(f"interval is {self.interval}: predict every 1 or more requests")
+        make_interval(self.interval, self.min_coverage)
         if self.replan not in ("admission", "interval"):
             raise OptionError(f"replan is {self.replan!r}: choose 'admission' or 'interval'")
         if self.verify not in ("first", "always", "never"):

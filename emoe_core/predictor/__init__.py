@@ -1,19 +1,24 @@
 """Expert predictors: routing history in, per-layer expert frequencies out (paper, section 3.2).
 
 A predictor never sees text, only how often each expert was chosen by past prompts and their task types. Adding one
-is a class that satisfies `Predictor` and an entry in `PREDICTORS`.
+is a class that satisfies `Predictor` and an entry in `PREDICTORS`. The trained one is a file (`transformer.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from ..errors import OptionError
+from .activation_map import ActivationMapPredictor
 from .frequency import FrequencyPredictor
+from .last_prompt import LastPromptPredictor
+from .oracle import OraclePredictor
 from .random_subset import RandomPredictor
+from .transition import TransitionPredictor
 
 
 class Predictor(Protocol):
@@ -29,13 +34,46 @@ class Predictor(Protocol):
 
 
 PREDICTORS: dict[str, Callable[[int, int, int], Predictor]] = {
+    "activation_map": lambda layers, experts, seed: ActivationMapPredictor(),
     "frequency": lambda layers, experts, seed: FrequencyPredictor(layers, experts),
+    "last_in_stream": lambda layers, experts, seed: LastPromptPredictor(same_task=False),
+    "last_prompt": lambda layers, experts, seed: LastPromptPredictor(),
     "random": lambda layers, experts, seed: RandomPredictor(layers, experts, seed),
+    "transition": lambda layers, experts, seed: TransitionPredictor(layers, experts),
 }
+TRAINED = "transformer"
 
 
-def make_predictor(name: str | None, layers: int, experts: int, seed: int = 0) -> Predictor | None:
-    """Return a predictor by name; None or "none" means on demand only. OptionError names the known ones."""
+def make_predictor(
+    name: str | None,
+    layers: int,
+    experts: int,
+    seed: int = 0,
+    path: Path | None = None,
+    model_hash: str | None = None,
+) -> Predictor | None:
+    """Return a predictor by name; None or "none" means on demand only.
+
+    Parameters
+    ----------
+    name : str or None
+        A name of `PREDICTORS`, or "transformer".
+    layers, experts : int
+        MoE layers, and experts of the largest layer.
+    seed : int
+        Of the random predictor.
+    path : Path or None
+        File of the trained predictor.
+    model_hash : str or None
+        Content hash of the model that it must have been trained for.
+
+    Raises
+    ------
+    OptionError
+        For an unknown name; the message lists the known ones.
+    PredictorError
+        When the trained predictor is missing, damaged or another model's.
+    """
     if name is None or name == "none":
         return None
     if name not in PREDICTORS:
@@ -44,4 +82,15 @@ def make_predictor(name: str | None, layers: int, experts: int, seed: int = 0) -
     return PREDICTORS[name](layers, experts, seed)
 
 
-__all__ = ["PREDICTORS", "FrequencyPredictor", "Predictor", "RandomPredictor", "make_predictor"]
+__all__ = [
+    "PREDICTORS",
+    "TRAINED",
+    "ActivationMapPredictor",
+    "FrequencyPredictor",
+    "LastPromptPredictor",
+    "OraclePredictor",
+    "Predictor",
+    "RandomPredictor",
+    "TransitionPredictor",
+    "make_predictor",
+]

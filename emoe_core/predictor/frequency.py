@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import OptionError
+from .shares import shares_of
 
 
 class FrequencyPredictor:
@@ -35,10 +36,9 @@ class FrequencyPredictor:
     def observe(self, task: str, counts: np.ndarray) -> None:
         """Learn from one finished request; a request without routed tokens is ignored."""
         assert counts.shape == self.shape, (counts.shape, self.shape)
-        totals = counts.sum(axis=1, keepdims=True)
-        if not totals.any():
+        shares = shares_of(counts)
+        if shares is None:
             return
-        shares = np.divide(counts, totals, out=np.zeros(self.shape), where=totals > 0)
         for key in (f"task:{task}", "all"):
             self._sums[key] = self._sums.get(key, 0.0) * self.decay + shares
             self._weights[key] = self._weights.get(key, 0.0) * self.decay + 1.0
