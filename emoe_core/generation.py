@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from .classifier import classify
 from .errors import OptionError
-from .tasks import UNKNOWN, classify
+from .tasks import UNKNOWN
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -188,7 +189,7 @@ def _generate_batch(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     inputs = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=engine.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=engine.device)
-    watch = _Watch(tokenizer, width, ends, on_token)
+    watch = TokenWatch(tokenizer, width, ends, on_token)
     model: Any = engine.model
     numbers = engine.admit(tasks, [len(row) for row in ids])
     try:
@@ -217,11 +218,11 @@ def _generate_batch(
     return results
 
 
-class _Watch(StoppingCriteria):
-    """Never stops anything: notes when each token came, and passes text on."""
+class TokenWatch(StoppingCriteria):
+    """A stopping criterion that never stops: ``times`` are the moments each token came (s); text is passed on."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, width: int, ends: set[int], on_token: OnToken | None
+        self, tokenizer: PreTrainedTokenizerBase, width: int, ends: set[int], on_token: OnToken | None = None
     ) -> None:
         self.times: list[float] = []
         self._tokenizer = tokenizer

@@ -39,31 +39,31 @@ def set_style() -> None:
 
 def memory_quality_time(runs: pd.DataFrame) -> Figure | None:
     """Draw what memory costs: perplexity ratio and time per token over measured memory, exact and lossy apart."""
-    if not _has(runs, "fresh_model_bytes", "stock_model_bytes", "perplexity_ratio", "tpot_ratio", "strategy"):
+    if not _has(runs, "fresh_serving_bytes", "stock_serving_bytes", "perplexity_ratio", "tpot_ratio", "strategy"):
         return None
-    table = runs.dropna(subset=["fresh_model_bytes"]).sort_values("fresh_model_bytes")
+    table = runs.dropna(subset=["fresh_serving_bytes"]).sort_values("fresh_serving_bytes")
     if table.empty:
         return None
     figure, axes = _subplots(1, 2, figsize=(11, 4.4))
     for (strategy, lossy), group in _by_strategy(table):
         style = _style(strategy, lossy)
-        memory = group["fresh_model_bytes"] / MEGABYTE
+        memory = group["fresh_serving_bytes"] / MEGABYTE
         ratio = group["perplexity_ratio"]
         spread = [ratio - group["perplexity_ratio_low"], group["perplexity_ratio_high"] - ratio]
         axes[0].errorbar(memory, ratio, yerr=np.maximum(spread, 0), capsize=3, **style)
         axes[1].plot(memory, group["tpot_ratio"], **style)
         for x, y, budget in zip(memory, group["tpot_ratio"], group["budget"], strict=True):
             axes[1].annotate(str(budget), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    stock = table["stock_model_bytes"].median() / MEGABYTE
+    stock = table["stock_serving_bytes"].median() / MEGABYTE
     for axis, text in zip(
         axes, ("perplexity ratio to all-resident", "time per output token, ratio to stock"), strict=True
     ):
         axis.axvline(stock, color="0.4", linestyle=":", linewidth=1.2)
         axis.axhline(1.0, color="0.4", linestyle=":", linewidth=1.2)
-        axis.set_xlabel("measured memory of the model (MB, peak minus control)")
+        axis.set_xlabel("measured memory while serving (MB, peak minus control)")
         axis.set_ylabel(text)
     axes[0].annotate(
-        "stock, all resident: peak while loading",
+        "stock transformers, all resident",
         (stock, axes[0].get_ylim()[1]),
         rotation=90,
         va="top",

@@ -1,8 +1,9 @@
 """Measured memory and speed of one configuration, in a fresh process.
 
 The peak is the operating system's: ``VmHWM`` of a process that did nothing else (``ru_maxrss`` would survive ``exec``
-and is not used). From it the peak of a *control* process is subtracted, which has the same imports and runs a tiny
-model the same way, so that what remains is the model's. On CUDA the allocator's peak stands beside it.
+and is not used), once over the process's life and once from the moment the model was ready. From it the peak of a
+*control* process is subtracted, which has the same imports and the same tokenizer and runs a tiny model the same way,
+so that what remains is the model's. On CUDA the allocator's peak stands beside it.
 
 Times come from the same process: prompts one after the other, one warm-up prompt first. Whether reads went past the
 page cache is stated; with direct reads the file's cached pages do not matter.
@@ -10,22 +11,23 @@ page cache is stated; with direct reads the file's cached pages do not matter.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import emoe_core
 from emoe_core.cache import cache_dir
-from emoe_core.errors import EmoeError, ExperimentError
+from emoe_core.errors import ExperimentError
 from emoe_core.routing import RoutingTrace
-
-STOCK = "stock"
+from workbench import measured_process
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class MemoryMeasurement:
         The same of the control process.
     load_peak_bytes : int
         Peak until the model was ready.
+    serving_peak_bytes : int
+        Peak from then on; the whole life's where the kernel does not let a process reset its peak.
+    serving_control_bytes : int
+        The same of the control process.
     device_peak_bytes : int
         CUDA allocator's peak; 0 on the CPU.
     slot_bytes, dense_bytes : int
@@ -61,6 +67,8 @@ class MemoryMeasurement:
     peak_bytes: int
     control_bytes: int
     load_peak_bytes: int
+    serving_peak_bytes: int
+    serving_control_bytes: int
     device_peak_bytes: int
     slot_bytes: int
     dense_bytes: int
@@ -79,6 +87,11 @@ class MemoryMeasurement:
     def model_bytes(self) -> int:
         """Peak memory that the model is responsible for: the process's peak minus the control's."""
         return self.peak_bytes - self.control_bytes
+
+    @property
+    def serving_bytes(self) -> int:
+        """Peak memory that the model is responsible for once it is loaded."""
+        return self.serving_peak_bytes - self.serving_control_bytes
 
 
 def measure(
@@ -114,23 +127,33 @@ def measure(
         "options": options or {},
     }
     result = _child(spec, warm_trace)
-    control = _child({**spec, "checkpoint": str(_tiny_checkpoint()), "options": _control(options)})
+    control = _control(spec)
     known = {item.name for item in fields(MemoryMeasurement)}
-    assert set(result) | {"control_bytes"} == known, set(result) ^ known
-    return MemoryMeasurement(**result, control_bytes=int(control["peak_bytes"]))
+    assert set(result) | {"control_bytes", "serving_control_bytes"} == known, set(result) ^ known
+    return MemoryMeasurement(
+        **result, control_bytes=control["peak_bytes"], serving_control_bytes=control["serving_peak_bytes"]
+    )
 
 
-def process_peak_bytes() -> int:
-    """Return the peak resident memory of this process in bytes (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise ExperimentError("this operating system does not report peak memory (no VmHWM in /proc/self/status)")
-
-
-def _control(options: dict[str, Any] | None) -> dict[str, Any]:
-    kept = {"implementation", "device", "dtype"}
-    return {name: value for name, value in (options or {}).items() if name in kept} | {"dtype": "float32"}
+def _control(spec: dict[str, Any]) -> dict[str, int]:
+    """Measure the control process, or take what it needed before with the same libraries, code and tokenizer."""
+    kept = {"implementation", "device"}
+    options = {name: value for name, value in spec["options"].items() if name in kept} | {"dtype": "float32"}
+    tokenizer = spec["checkpoint"]
+    digest = hashlib.sha256(json.dumps([sys.version, options, tokenizer]).encode())
+    for library in ("torch", "transformers"):
+        digest.update(version(library).encode())
+    for source in [*sorted(Path(emoe_core.__file__).parent.rglob("*.py")), Path(measured_process.__file__)]:
+        digest.update(source.read_bytes())
+    stored = cache_dir() / "controls" / f"{digest.hexdigest()[:24]}.json"
+    if not stored.exists():
+        tiny = {**spec, "checkpoint": str(_tiny_checkpoint()), "options": options, "tokenizer": tokenizer}
+        result = _child(tiny)
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        partial = stored.with_suffix(f".{os.getpid()}.part")
+        partial.write_text(json.dumps({name: result[name] for name in ("peak_bytes", "serving_peak_bytes")}))
+        partial.replace(stored)
+    return dict(json.loads(stored.read_text()))
 
 
 def _tiny_checkpoint() -> Path:
@@ -146,7 +169,7 @@ def _child(spec: dict[str, Any], warm_trace: RoutingTrace | None = None) -> dict
         spec = {**spec, "warm_trace": trace}
         source, target = Path(scratch) / "spec.json", Path(scratch) / "result.json"
         source.write_text(json.dumps(spec))
-        command = [sys.executable, "-m", "workbench.memory", str(source), str(target)]
+        command = [sys.executable, "-m", "workbench.measured_process", str(source), str(target)]
         finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "EMOE_RUN_ID": ""})
         if finished.returncode != 0 or not target.exists():
             last = finished.stderr.strip().splitlines()[-1:] or [f"exit code {finished.returncode}"]
@@ -154,131 +177,11 @@ def _child(spec: dict[str, Any], warm_trace: RoutingTrace | None = None) -> dict
         return dict(json.loads(target.read_text()))
 
 
-def _run_emoe(spec: dict[str, Any]) -> dict[str, Any]:
-    import time
-
-    import emoe_core
-
-    started = time.perf_counter()
-    options = {name: value for name, value in spec["options"].items() if name != "implementation"}
-    with emoe_core.load(spec["checkpoint"], **options) as engine:
-        if spec["warm_trace"]:
-            engine.warm_start(RoutingTrace.load(Path(spec["warm_trace"])))
-        load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()
-        ask = {"max_new_tokens": spec["max_new_tokens"]}
-        engine.generate(spec["prompts"][:1], spec["tasks"][:1], **ask)
-        before = engine.stats().counters
-        begun = time.perf_counter()
-        answers = engine.generate(spec["prompts"][1:], spec["tasks"][1:], **ask)
-        timed_s = time.perf_counter() - begun
-        counters = engine.stats().counters.since(before)
-        storage = engine.loader.storage
-        direct = bool(getattr(storage, "direct", False))
-        return {
-            **_times([answer.ttft_s for answer in answers], [answer.tpot_s for answer in answers]),
-            "load_s": load_s,
-            "load_peak_bytes": load_peak_bytes,
-            "slot_bytes": engine.loader.slot_bytes,
-            "dense_bytes": engine.index.dense_bytes_total,
-            "stall_share": counters.stall_s / timed_s,
-            "bytes_loaded": counters.bytes_loaded,
-            "tokens": sum(answer.prompt_tokens + len(answer.token_ids) for answer in answers),
-            "hit_rate": counters.hit_rate,
-            "page_cache": "bypassed (direct reads)" if direct else storage.description,
-        }
-
-
-def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
-    import time
-
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from emoe_core.checkpoint import open_checkpoint
-    from emoe_core.generation import encode
-
-    options = spec["options"]
-    started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
-        spec["checkpoint"], dtype=options.get("dtype", "auto"), experts_implementation="eager"
-    ).eval()
-    device = options.get("device", "auto")
-    model.to("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(spec["checkpoint"])
-    load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()
-    ttft, tpot, tokens = [], [], 0
-    for prompt in spec["prompts"]:
-        ids = torch.tensor([encode(tokenizer, prompt)], device=model.device)
-        moments = [time.perf_counter()]
-
-        def note(input_ids: torch.Tensor, scores: Any, moments: list[float] = moments, **_: Any) -> torch.Tensor:
-            moments.append(time.perf_counter())
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-        with torch.no_grad():
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=spec["max_new_tokens"],
-                do_sample=False,
-                stopping_criteria=[note],
-            )
-        ttft.append(moments[1] - moments[0])
-        tpot.append((moments[-1] - moments[1]) / (len(moments) - 2) if len(moments) > 2 else None)
-        tokens += output.shape[1]
-    index = open_checkpoint(spec["checkpoint"], options.get("dtype", "auto"))
-    return {
-        **_times(ttft[1:], tpot[1:]),
-        "load_s": load_s,
-        "load_peak_bytes": load_peak_bytes,
-        "slot_bytes": index.expert_bytes_total,
-        "dense_bytes": index.dense_bytes_total,
-        "stall_share": 0.0,
-        "bytes_loaded": 0,
-        "tokens": tokens,
-        "hit_rate": 1.0,
-        "page_cache": "not used after loading",
-    }
-
-
-def _times(ttft: Sequence[float], tpot: Sequence[float | None]) -> dict[str, float]:
-    known = [value for value in tpot if value is not None]
-    return {
-        "ttft_s": statistics.median(ttft),
-        "ttft_spread_s": _spread(ttft),
-        "tpot_s": statistics.median(known) if known else float("nan"),
-        "tpot_spread_s": _spread(known),
-    }
-
-
-def _spread(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return quartiles[2] - quartiles[0]
-
-
-def _main(source: Path, target: Path) -> int:
-    spec = json.loads(source.read_text())
-    stock = spec["options"].get("implementation") == STOCK
-    try:
-        result = _run_stock(spec) if stock else _run_emoe(spec)
-    except EmoeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    import torch
-
-    result["device_peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    result["peak_bytes"] = process_peak_bytes()
-    target.write_text(json.dumps(result))
-    return 0
-
-
 def as_metrics(measured: MemoryMeasurement) -> dict[str, float]:
-    """Return the numeric fields as metrics, with the derived ``model_bytes``."""
+    """Return the numeric fields as metrics, with the derived ``model_bytes`` and ``serving_bytes``."""
     numbers = {name: float(value) for name, value in asdict(measured).items() if not isinstance(value, str)}
-    return {**numbers, "model_bytes": float(measured.model_bytes)}
-
-
-if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1]), Path(sys.argv[2])))
+    return {
+        **numbers,
+        "model_bytes": float(measured.model_bytes),
+        "serving_bytes": float(measured.serving_bytes),
+    }

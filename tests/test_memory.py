@@ -1,0 +1,52 @@
+"""Measured memory: fresh processes, their peaks, and the control that is subtracted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from emoe_core.errors import ExperimentError
+from workbench.measured_process import process_peak_bytes, reset_peak
+from workbench.memory import as_metrics, measure
+from workbench.reference_model.tiny import tiny_moe
+
+PROMPTS, TASKS = ["Is it warm?", "Sum up the day."], ["qa", "summarization"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_peak_can_be_started_anew() -> None:
+    ballast = bytearray(200 * 2**20)
+    high = process_peak_bytes()
+    del ballast
+    if not reset_peak():
+        pytest.skip("this kernel does not let a process reset its peak")
+    assert process_peak_bytes() < high - 100 * 2**20
+
+
+@pytest.mark.parametrize("options", [{"implementation": "stock"}, {"budget": "50%"}], ids=["stock", "emoe"])
+def test_a_tiny_model_needs_little_more_than_its_control(tmp_path: Path, cache: Path, options: dict[str, str]) -> None:
+    checkpoint = tiny_moe(tmp_path / "model", family="mixtral", seed=1)
+    measured = measure(checkpoint, PROMPTS, TASKS, max_new_tokens=3, options=options)
+    assert measured.peak_bytes >= measured.serving_peak_bytes > 50 * 2**20
+    assert abs(measured.serving_bytes) < 40 * 2**20
+    assert measured.ttft_s > 0 and measured.tpot_s > 0
+    assert as_metrics(measured)["serving_bytes"] == measured.serving_bytes
+    # The control is kept: it depends on libraries, code, tokenizer and options only.
+    assert len(list((cache / "controls").iterdir())) == 1
+
+
+def test_one_prompt_is_too_few_to_time(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="two prompts"):
+        measure(tmp_path, PROMPTS[:1], TASKS[:1])
+
+
+def test_a_user_error_in_the_measured_process_is_reported_in_its_words(tmp_path: Path) -> None:
+    checkpoint = tiny_moe(tmp_path / "model", family="mixtral", seed=1)
+    with pytest.raises(ExperimentError, match="budget"):
+        measure(checkpoint, PROMPTS, TASKS, options={"budget": "1 bytes"})

@@ -1,0 +1,160 @@
+"""One measured process: runs a configuration given as JSON, and writes what it needed as JSON.
+
+Started by `memory.py` as ``python -m workbench.measured_process SPEC RESULT``; nothing else runs in the process, so its
+peak memory is the configuration's. It measures; it does not subtract, compare or record.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import emoe_core
+from emoe_core.errors import EmoeError, ExperimentError
+from emoe_core.routing import RoutingTrace
+
+STOCK = "stock"
+
+
+def process_peak_bytes() -> int:
+    """Return the peak resident memory of this process in bytes (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise ExperimentError("this operating system does not report peak memory (no VmHWM in /proc/self/status)")
+
+
+def reset_peak() -> bool:
+    """Start this process's peak anew from what is resident now; False where the kernel does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _run_emoe(spec: dict[str, Any]) -> dict[str, Any]:
+    started = time.perf_counter()
+    options = {name: value for name, value in spec["options"].items() if name != "implementation"}
+    with emoe_core.load(spec["checkpoint"], **options) as engine:
+        if spec["warm_trace"]:
+            engine.warm_start(RoutingTrace.load(Path(spec["warm_trace"])))
+        load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()
+        reset_peak()
+        ask = {"max_new_tokens": spec["max_new_tokens"]}
+        engine.generate(spec["prompts"][:1], spec["tasks"][:1], **ask)
+        before = engine.stats().counters
+        begun = time.perf_counter()
+        answers = engine.generate(spec["prompts"][1:], spec["tasks"][1:], **ask)
+        timed_s = time.perf_counter() - begun
+        counters = engine.stats().counters.since(before)
+        storage = engine.loader.storage
+        direct = bool(getattr(storage, "direct", False))
+        return {
+            **_times([answer.ttft_s for answer in answers], [answer.tpot_s for answer in answers]),
+            "load_s": load_s,
+            "load_peak_bytes": load_peak_bytes,
+            "slot_bytes": engine.loader.slot_bytes,
+            "dense_bytes": engine.index.dense_bytes_total,
+            "stall_share": counters.stall_s / timed_s,
+            "bytes_loaded": counters.bytes_loaded,
+            "tokens": sum(answer.prompt_tokens + len(answer.token_ids) for answer in answers),
+            "hit_rate": counters.hit_rate,
+            "page_cache": "bypassed (direct reads)" if direct else storage.description,
+        }
+
+
+def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.generation import TokenWatch, encode
+
+    options = spec["options"]
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        spec["checkpoint"], dtype=options.get("dtype", "auto"), experts_implementation="eager"
+    ).eval()
+    device = options.get("device", "auto")
+    model.to("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(spec["checkpoint"])
+    load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()
+    reset_peak()
+    ttft, tpot, tokens = [], [], 0
+    for prompt in spec["prompts"]:
+        ids = torch.tensor([encode(tokenizer, prompt)], device=model.device)
+        watch, started = TokenWatch(tokenizer, ids.shape[1], set()), time.perf_counter()
+        with torch.no_grad():
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=spec["max_new_tokens"],
+                do_sample=False,
+                stopping_criteria=[watch],
+            )
+        ttft.append(watch.times[0] - started)
+        tpot.append((watch.times[-1] - watch.times[0]) / (len(watch.times) - 1) if len(watch.times) > 1 else None)
+        tokens += output.shape[1]
+    index = open_checkpoint(spec["checkpoint"], options.get("dtype", "auto"))
+    return {
+        **_times(ttft[1:], tpot[1:]),
+        "load_s": load_s,
+        "load_peak_bytes": load_peak_bytes,
+        "slot_bytes": index.expert_bytes_total,
+        "dense_bytes": index.dense_bytes_total,
+        "stall_share": 0.0,
+        "bytes_loaded": 0,
+        "tokens": tokens,
+        "hit_rate": 1.0,
+        "page_cache": "not used after loading",
+    }
+
+
+def _times(ttft: Sequence[float], tpot: Sequence[float | None]) -> dict[str, float]:
+    known = [value for value in tpot if value is not None]
+    return {
+        "ttft_s": statistics.median(ttft),
+        "ttft_spread_s": _spread(ttft),
+        "tpot_s": statistics.median(known) if known else float("nan"),
+        "tpot_spread_s": _spread(known),
+    }
+
+
+def _spread(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return quartiles[2] - quartiles[0]
+
+
+def _main(source: Path, target: Path) -> int:
+    spec = json.loads(source.read_text())
+    stock = spec["options"].get("implementation") == STOCK
+    kept = None
+    if spec.get("tokenizer"):
+        from transformers import AutoTokenizer
+
+        kept = AutoTokenizer.from_pretrained(spec["tokenizer"])
+    try:
+        result = _run_stock(spec) if stock else _run_emoe(spec)
+    except EmoeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    import torch
+
+    result["device_peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    result["serving_peak_bytes"] = process_peak_bytes()
+    result["peak_bytes"] = max(result["serving_peak_bytes"], result["load_peak_bytes"])
+    del kept
+    target.write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(Path(sys.argv[1]), Path(sys.argv[2])))
