@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+IDENTITY = ("seed", "dtype", "model_hash", "data_hash", "reference_hash")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "datasets", "mlflow", "papermill")
 # The instruction sets that decide how fast, and in which rounding, a matrix product runs.
 NOTABLE_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
@@ -44,8 +45,9 @@ class Environment:
         Names of the CUDA devices, empty without one.
     commit : str or None
         Git revision of the project, `dirty` when tracked files differ from it.
-    model_hash, data_hash, seed, dtype
-        Identity of what was run; None where a run has none.
+    model_hash, data_hash, reference_hash, seed, dtype
+        Identity of what was run (`IDENTITY`); None where a run has none. ``reference_hash`` tells which continuations
+        quality was scored on.
     """
 
     python: str
@@ -64,6 +66,7 @@ class Environment:
     dtype: str | None = None
     model_hash: str | None = None
     data_hash: str | None = None
+    reference_hash: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain types, ready for JSON."""
@@ -80,24 +83,13 @@ class Environment:
             "env.commit": f"{self.commit or 'unknown'}{' (modified)' if self.dirty else ''}",
         }
         tags |= {f"env.{name}": self.packages[name] for name in ("torch", "transformers") if name in self.packages}
-        known = {"seed": self.seed, "dtype": self.dtype, "model_hash": self.model_hash, "data_hash": self.data_hash}
+        known = {name: getattr(self, name) for name in IDENTITY}
         return tags | {f"env.{name}": str(value) for name, value in known.items() if value is not None}
 
 
-def describe_environment(
-    *,
-    seed: int | None = None,
-    dtype: str | None = None,
-    model_hash: str | None = None,
-    data_hash: str | None = None,
-) -> Environment:
-    """Read the environment of this process.
-
-    Parameters
-    ----------
-    seed, dtype, model_hash, data_hash
-        Passed through into the record.
-    """
+def describe_environment(**identity: Any) -> Environment:
+    """Read the environment of this process; ``identity`` (fields of `IDENTITY`) is passed into the record."""
+    assert set(identity) <= set(IDENTITY), identity
     commit, dirty = git_revision()
     name, flags = describe_cpu()
     return Environment(
@@ -113,10 +105,7 @@ def describe_environment(
         gpus=gpu_names(),
         commit=commit,
         dirty=dirty,
-        seed=seed,
-        dtype=dtype,
-        model_hash=model_hash,
-        data_hash=data_hash,
+        **identity,
     )
 
 

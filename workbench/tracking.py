@@ -117,17 +117,9 @@ class Run:
         with disk_errors():
             self._client.log_text(self.run_id, text, name)
 
-    def identify(
-        self,
-        *,
-        seed: int | None = None,
-        dtype: str | None = None,
-        model_hash: str | None = None,
-        data_hash: str | None = None,
-    ) -> None:
-        """Complete the environment with what is known only after model and data were loaded."""
-        given = {"seed": seed, "dtype": dtype, "model_hash": model_hash, "data_hash": data_hash}
-        self.environment = replace(self.environment, **{name: v for name, v in given.items() if v is not None})  # type: ignore[arg-type]
+    def identify(self, **identity: Any) -> None:
+        """Complete the environment's `IDENTITY` with what is known only after model and data were loaded."""
+        self.environment = replace(self.environment, **identity)
         self._publish_environment()
 
     def _publish_environment(self) -> None:
@@ -147,11 +139,7 @@ def run(
     name: str,
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
-    *,
-    seed: int | None = None,
-    dtype: str | None = None,
-    model_hash: str | None = None,
-    data_hash: str | None = None,
+    **identity: Any,
 ) -> Iterator[Run]:
     """Open the run of a notebook.
 
@@ -164,17 +152,13 @@ def run(
         Where the run is filed, and what it is called, when the notebook is run by hand.
     params, tags : mapping, optional
         Recorded with the run.
-    seed, dtype, model_hash, data_hash
-        Identity of what is run, kept in ``environment.json``; see `Run.identify` for later additions. `seed` and
-        `dtype` default to the parameters of those names.
+    **identity
+        What is run (fields `IDENTITY` of the environment), kept in ``environment.json``; see `Run.identify` for later
+        additions. `seed` and `dtype` default to the parameters of those names.
     """
     given = dict(params or {})
-    environment = describe_environment(
-        seed=seed if seed is not None else given.get("seed"),
-        dtype=dtype or given.get("dtype"),
-        model_hash=model_hash,
-        data_hash=data_hash,
-    )
+    own: dict[str, Any] = {name: given[name] for name in ("seed", "dtype") if name in given}
+    environment = describe_environment(**{**own, **identity})
     client = open_store()
     swept = os.environ.get(RUN_VARIABLE)
     with disk_errors():
