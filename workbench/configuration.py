@@ -1,0 +1,86 @@
+"""The frozen configuration of one run of the bench, and how a tracker records it.
+
+A *strategy* says who decides which experts are resident: ``frequency`` (predict, plan, swap), ``random`` (a random
+subset per plan), ``lru`` (on demand, least recently used; what most systems do).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from emoe_core.errors import OptionError
+from emoe_core.options import EngineConfig
+from emoe_core.tasks import TASK_TYPES
+from workbench.workloads import StreamConfig
+
+STRATEGIES = ("frequency", "random", "lru")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run depends on, but the machine. See `emoe_core.EngineConfig` and `StreamConfig` for the fields.
+
+    ``warm_prompts`` prompts of the profile split teach the predictor before the run; 0 is a cold start.
+    ``skipping`` uses the model's task profile: insensitive (task, layer) pairs take whatever is resident.
+    """
+
+    model: str = "reference"
+    budget: str = "60%"
+    tolerance: float = 1.0
+    strategy: str = "frequency"
+    policy: str = "lru"
+    interval: int = 40
+    replan: str = "admission"
+    skipping: bool = False
+    n_prompts: int = 24
+    tasks: tuple[str, ...] = TASK_TYPES
+    mix: str = "uniform"
+    session_length: float = 8.0
+    source: str = "embedded"
+    split: str = "test"
+    warm_prompts: int = 24
+    max_new_tokens: int = 32
+    answers: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise OptionError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+        if self.warm_prompts < 0 or self.answers < 0 or self.max_new_tokens < 1:
+            raise OptionError("warm_prompts and answers must be 0 or more, max_new_tokens 1 or more")
+        self.stream()
+        EngineConfig(**self.engine_options())
+
+    def stream(self, split: str | None = None, n_prompts: int | None = None) -> StreamConfig:
+        """Return the prompt stream of this run, or one like it on another split."""
+        return StreamConfig(
+            self.tasks,
+            n_prompts or self.n_prompts,
+            self.mix,  # type: ignore[arg-type]
+            self.session_length,
+            self.seed,
+            split or self.split,
+            self.source,  # type: ignore[arg-type]
+        )
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return the options of `emoe_core.load`, without the profile."""
+        return {
+            "budget": self.budget,
+            "tolerance": self.tolerance,
+            "predictor": None if self.strategy == "lru" else self.strategy,
+            "interval": self.interval,
+            "replan": self.replan,
+            "policy": self.policy,
+            "device": self.device,
+            "dtype": self.dtype,
+            "seed": self.seed,
+        }
+
+
+def as_params(config: ExperimentConfig) -> dict[str, Any]:
+    """Return the configuration as flat parameters for a tracker."""
+    return {name: ",".join(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
