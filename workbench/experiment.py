@@ -75,6 +75,7 @@ def run_experiment(
     profile: Profile | None = None,
     measure_memory: bool = False,
     timing_prompts: int = 3,
+    timing_tokens: int = 24,
     timing_dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Result:
@@ -87,8 +88,8 @@ def run_experiment(
         Task profile for ``skipping``; the model's own is used when missing.
     measure_memory : bool
         Also measure memory and times, of this configuration and of stock transformers, in fresh processes.
-    timing_prompts : int
-        Prompts timed there, after one warm-up.
+    timing_prompts, timing_tokens : int
+        Prompts timed there, after one warm-up, and tokens generated for each.
     timing_dtype : str
         Dtype there; "auto" is the checkpoint's own.
     progress : callable, optional
@@ -118,7 +119,7 @@ def run_experiment(
     if measure_memory:
         if progress is not None:
             progress("memory", 0, 1)
-        common: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
+        common: dict[str, Any] = {"max_new_tokens": timing_tokens}
         texts, tasks = [p.text for p in prompts[: timing_prompts + 1]], [p.task for p in prompts[: timing_prompts + 1]]
         own = {name: value for name, value in options.items() if name != "profile"} | {"dtype": timing_dtype}
         memory = measure(checkpoint, texts, tasks, options=own, warm_trace=warm, **common)

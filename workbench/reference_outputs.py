@@ -32,7 +32,7 @@ from emoe_core.errors import ExperimentError
 from emoe_core.routing import RoutingTrace
 
 FORMAT = 2
-BATCH = 8
+BATCH = 24
 TRACE_COLUMNS = ("position", "prefill", "chosen", "weight")
 ProgressCallback = Callable[[int, int], None]
 
