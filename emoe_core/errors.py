@@ -29,6 +29,10 @@ class OptionError(EmoeError):
     """An option has an unknown name or a value outside its range."""
 
 
+class PredictorError(EmoeError):
+    """The trained predictor is missing, damaged, or belongs to another model."""
+
+
 class IntegrationError(EmoeError):
     """The emoe experts function was reached in a way that it cannot serve exactly."""
 

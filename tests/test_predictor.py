@@ -134,7 +134,7 @@ def test_every_predictor_gives_shares_and_ignores_empty_requests(name: str) -> N
 def test_predictors_by_name() -> None:
     assert make_predictor(None, 1, 2) is None
     assert make_predictor("none", 1, 2) is None
-    with pytest.raises(OptionError, match=r"activation_map, frequency, .*none, random, transition"):
+    with pytest.raises(OptionError, match=r"activation_map, frequency, .*none, random, transformer, transition"):
         make_predictor("oracle", 1, 2)
     with pytest.raises(OptionError, match="half_life"):
         FrequencyPredictor(1, 2, half_life=0)

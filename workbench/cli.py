@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from emoe_core.errors import EmoeError
-from workbench.commands import checkpoints, experiments, material
+from workbench.commands import checkpoints, experiments, material, predictors
 
 DEBUG_OPTION = "--debug"
 USER_ERROR_EXIT_CODE = 2
@@ -44,6 +44,7 @@ app.command("cache")(checkpoints.cache)
 app.add_typer(material.model_app, name="model")
 app.add_typer(material.data_app, name="data")
 app.command("profile")(material.profile)
+app.add_typer(predictors.predictor_app, name="predictor")
 app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
 

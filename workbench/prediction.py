@@ -26,13 +26,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from emoe_core.control import ControlLoop
 from emoe_core.interval import make_interval
-from emoe_core.predictor import OraclePredictor, Predictor
+from emoe_core.predictor import PREDICTORS, TRAINED, OraclePredictor, Predictor
+from emoe_core.predictor.transformer import TransformerPredictor
 from emoe_core.routing import RoutingTrace
 from workbench.counting_loader import CountingLoader
 
@@ -171,6 +174,25 @@ def _skill(mass: float, oracle: float, random: float) -> float:
 
 
 Factory = Callable[[], Predictor]
+
+
+def factories(
+    layers: int, experts: int, seed: int = 0, trained: Mapping[str, Path] | None = None
+) -> dict[str, Factory]:
+    """Return a factory of every predictor by name, and of the trained ones whose file exists.
+
+    Parameters
+    ----------
+    layers, experts, seed : int
+        As in `make_predictor`.
+    trained : mapping of str to Path, optional
+        Files of trained predictors by variant; they are called ``transformer A`` and so on.
+    """
+    made: dict[str, Factory] = {name: partial(make, layers, experts, seed) for name, make in PREDICTORS.items()}
+    for variant, path in (trained or {}).items():
+        if path.exists():
+            made[f"{TRAINED} {variant}"] = TransformerPredictor.load(path).fresh
+    return made
 
 
 def compare(

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..errors import OptionError
+from ..errors import OptionError, PredictorError
 from .activation_map import ActivationMapPredictor
 from .frequency import FrequencyPredictor
 from .last_prompt import LastPromptPredictor
@@ -76,8 +76,16 @@ def make_predictor(
     """
     if name is None or name == "none":
         return None
+    if name == TRAINED:
+        if path is None:
+            raise PredictorError(
+                f"predictor {TRAINED!r} needs predictor_path: train one with `emoe predictor train MODEL`"
+            )
+        from .transformer import TransformerPredictor
+
+        return TransformerPredictor.load(path, model_hash)
     if name not in PREDICTORS:
-        known = ", ".join(sorted([*PREDICTORS, "none"]))
+        known = ", ".join(sorted([*PREDICTORS, TRAINED, "none"]))
         raise OptionError(f"unknown predictor {name!r}: choose one of {known}")
     return PREDICTORS[name](layers, experts, seed)
 

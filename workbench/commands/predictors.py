@@ -1,0 +1,101 @@
+"""``emoe predictor train`` and ``emoe predictor evaluate``: learn a model's routing, and compare predictors on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from workbench.commands.checkpoints import ModelArgument
+
+predictor_app = typer.Typer(help="Predictors of expert use.", no_args_is_help=True)
+
+
+@predictor_app.command("train")
+def train(
+    model: ModelArgument = "reference",
+    variant: Annotated[str, typer.Option(help="'A': all layers at once; 'L': layer by layer.")] = "A",
+    prompts: Annotated[int, typer.Option(help="Prompts of the profile split to learn from.")] = 240,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each recorded answer.")] = 24,
+    source: Annotated[str, typer.Option(help="Prompts: 'embedded', 'fixture' or 'hub'.")] = "embedded",
+    epochs: Annotated[int, typer.Option(help="Epochs at most; training stops when held-out loss rises.")] = 120,
+    width: Annotated[int, typer.Option(help="Width of the network.")] = 64,
+    depth: Annotated[int, typer.Option(help="Layers of the network.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, streams and weights.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="File to write; the cache when not given.")] = None,
+) -> None:
+    """Train the transformer predictor of a model from recorded routing (records what is missing)."""
+    from emoe_core.predictor.training import TrainingOptions
+    from workbench.predictor_training import predictor_path, train_predictor
+    from workbench.progress import stage_bars
+    from workbench.quantities import show_bytes
+    from workbench.recording import RecordingConfig, record
+
+    options = TrainingOptions(variant=variant, epochs=epochs, width=width, depth=depth, seed=seed)
+    config = RecordingConfig(
+        model, warm_prompts=prompts, n_prompts=0, source=source, max_new_tokens=max_new_tokens, seed=seed
+    )
+    with stage_bars() as progress:
+        recording = record(config, progress)
+        made = train_predictor(recording, options, lambda done, total, loss: progress("epochs", done, total))
+    metrics = made.header.metrics
+    table = Table(title=f"Predictor {variant}", show_header=False)
+    table.add_row("held-out loss", f"{metrics['held_out_loss_nats']:.4f} nats")
+    table.add_row("decayed frequency", f"{metrics['base_loss_nats']:.4f} nats")
+    table.add_row("hindsight", f"{metrics['entropy_nats']:.4f} nats")
+    table.add_row("epochs", f"{metrics['epochs']:.0f}, best {metrics['best_epoch']:.0f}")
+    share = made.parameter_bytes / recording.model_bytes
+    table.add_row("size", f"{show_bytes(made.parameter_bytes)}, {share:.3%} of the model")
+    Console().print(table)
+    path = made.save(out or predictor_path(recording.model_hash, variant))
+    Console().print(f"Predictor: [bold]{path}[/]", soft_wrap=True)
+
+
+@predictor_app.command("evaluate")
+def evaluate(
+    model: ModelArgument = "reference",
+    slots: Annotated[list[int] | None, typer.Option(help="Slots a layer; may be given several times.")] = None,
+    interval: Annotated[int, typer.Option(help="p: predict before every p-th prompt.")] = 1,
+    prompts: Annotated[int, typer.Option(help="Prompts of each test stream.")] = 120,
+    warm_prompts: Annotated[int, typer.Option(help="Prompts that predictors observe first; 0 is a cold start.")] = 240,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each recorded answer.")] = 24,
+    source: Annotated[str, typer.Option(help="Prompts: 'embedded', 'fixture' or 'hub'.")] = "embedded",
+    seed: Annotated[int, typer.Option(help="Seed of the streams.")] = 0,
+) -> None:
+    """Compare all predictors by replay of recorded routing (records what is missing)."""
+    from workbench.prediction import compare, factories
+    from workbench.predictor_training import predictor_path
+    from workbench.progress import stage_bars
+    from workbench.quantities import show_bytes
+    from workbench.recording import RecordingConfig, record
+
+    config = RecordingConfig(
+        model,
+        warm_prompts=warm_prompts,
+        n_prompts=prompts,
+        source=source,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    with stage_bars() as progress:
+        recording = record(config, progress)
+        found = compare(
+            factories(*recording.shape, trained={v: predictor_path(recording.model_hash, v) for v in ("A", "L")}),
+            recording.streams,
+            slots=slots or [recording.shape[1] // 2],
+            intervals=[interval],
+            warm=recording.warm,
+            expert_bytes=recording.expert_bytes,
+            progress=lambda done, total: progress("replays", done, total),
+        )
+    columns = ("predictor", "stream", "slots", "mass", "of oracle", "skill", "moved a prompt", "wasted", "seconds")
+    table = Table(*columns, title=f"Predictors, interval {interval}, {warm_prompts} prompts to warm up")
+    for row in found.sort_values(["mix", "slots", "skill"], ascending=[True, True, False]).itertuples():
+        shares = [f"{value:.1%}" for value in (row.mass, row.of_oracle)]
+        moved = [show_bytes(value) for value in (row.moved_bytes, row.wasted_bytes)]
+        seconds = f"{row.prediction_median_s:.2g}"
+        table.add_row(row.predictor, row.mix, str(row.slots), *shares, f"{row.skill:.3f}", *moved, seconds)
+    Console().print(table)

@@ -1,0 +1,124 @@
+"""Recorded routing that predictors are trained and judged on, from the all-resident reference outputs (cached).
+
+A recording has a *warm-up* (a uniform mix of the profile split: what a predictor may have seen before) and test
+streams, one a task order. The small fixture has no splits: there warm-up and test share prompts, and figures mean
+nothing beyond that the code ran.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from emoe_core.checkpoint import open_checkpoint
+from emoe_core.errors import OptionError
+from emoe_core.options import resolve_device
+from emoe_core.tasks import TASK_TYPES
+from workbench.models import resolve_model
+from workbench.prediction import PromptUse, prompt_uses
+from workbench.reference_outputs import reference_outputs
+from workbench.workloads import Prompt, StreamConfig, prompt_stream
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RecordingConfig:
+    """What to record. See `StreamConfig` for the fields it shares."""
+
+    model: str = "reference"
+    warm_prompts: int = 240
+    n_prompts: int = 120
+    mixes: tuple[str, ...] = ("sticky", "uniform")
+    tasks: tuple[str, ...] = TASK_TYPES
+    session_length: float = 8.0
+    source: str = "embedded"
+    split: str = "test"
+    max_new_tokens: int = 24
+    dtype: str = "float32"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warm_prompts < 0 or self.n_prompts < 0 or self.max_new_tokens < 1:
+            raise OptionError("warm_prompts and n_prompts must be 0 or more, max_new_tokens 1 or more")
+
+    def stream(self, mix: str) -> StreamConfig:
+        """Return the test stream of a task order."""
+        return StreamConfig(
+            self.tasks, self.n_prompts, mix, self.session_length, self.seed, self.split, self.source  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def warm_up(self) -> StreamConfig:
+        """Return the warm-up: always a uniform mix, so that no task comes last."""
+        return StreamConfig(
+            self.tasks, self.warm_prompts, "uniform", self.session_length, self.seed, "profile", self.source  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Routing of a model's warm-up and test streams, and the sizes needed to judge it.
+
+    ``expert_bytes`` is one expert's, ``model_bytes`` the whole model's, in the checkpoint's own dtype.
+    """
+
+    model_hash: str
+    data_hash: str
+    dtype: str
+    top_k: int
+    expert_bytes: int
+    model_bytes: int
+    warm: tuple[PromptUse, ...]
+    streams: dict[str, tuple[PromptUse, ...]] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """MoE layers, and experts of the largest layer."""
+        uses = self.warm or next(iter(self.streams.values()))
+        layers, experts = uses[0].counts.shape
+        return int(layers), int(experts)
+
+
+def record(config: RecordingConfig, progress: Progress | None = None) -> Recording:
+    """Record what is not cached yet, and return it all.
+
+    Parameters
+    ----------
+    config : RecordingConfig
+    progress : callable, optional
+        Called with (stage, done, total).
+    """
+    checkpoint = resolve_model(config.model)
+    index = open_checkpoint(checkpoint)
+    everything: list[Prompt] = []
+
+    def uses(stage: str, stream: StreamConfig) -> tuple[PromptUse, ...]:
+        prompts = prompt_stream(stream)
+        everything.extend(prompts)
+        reference = reference_outputs(
+            checkpoint,
+            [prompt.text for prompt in prompts],
+            [prompt.task for prompt in prompts],
+            max_new_tokens=config.max_new_tokens,
+            dtype=config.dtype,
+            device=resolve_device(config.device).type,
+            progress=None if progress is None else (lambda done, total: progress(stage, done, total)),
+        )
+        return tuple(prompt_uses(reference.trace))
+
+    warm = uses("warm-up", config.warm_up()) if config.warm_prompts else ()
+    streams = {mix: uses(mix, config.stream(mix)) for mix in (config.mixes if config.n_prompts else ())}
+    content = json.dumps([[prompt.task, prompt.text] for prompt in everything])
+    return Recording(
+        index.source_hash,
+        hashlib.sha256(content.encode()).hexdigest(),
+        config.dtype,
+        index.top_k,
+        max(layer.record_bytes for layer in index.layers),
+        index.expert_bytes_total + index.dense_bytes_total,
+        warm,
+        streams,
+    )
