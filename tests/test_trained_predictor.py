@@ -30,9 +30,12 @@ def make_prompts(count: int = 24, layers: int = 3, experts: int = 4, seed: int =
     ]
 
 
-def untrained(variant: str) -> TransformerPredictor:
+def untrained(variant: str, correction: float = 0.0) -> TransformerPredictor:
+    torch.manual_seed(0)
     shape = NetworkShape(variant, 3, 4, ("code", "qa"), 16, 1, 2)
-    return TransformerPredictor(ShareNetwork(shape), PredictorHeader("model", "data", shape))
+    network = ShareNetwork(shape)
+    torch.nn.init.normal_(network.output.weight, std=correction)
+    return TransformerPredictor(network, PredictorHeader("model", "data", shape))
 
 
 @pytest.fixture(scope="module", params=["A", "L"])
@@ -92,8 +95,7 @@ def test_training_stops_when_held_out_loss_no_longer_falls() -> None:
 
 
 def test_layer_by_layer_sees_only_the_layers_before() -> None:
-    network = untrained("L").network
-    torch.nn.init.normal_(network.output.weight)
+    network = untrained("L", correction=0.2).network
     features = torch.rand(1, 3, 2 * 3 * 4 + 2)
     features[..., -2:] = 0.5
     base = torch.rand(1, 3, 4).softmax(-1)
@@ -106,8 +108,7 @@ def test_layer_by_layer_sees_only_the_layers_before() -> None:
 
 
 def test_as_many_passes_as_layers_are_a_fixed_point() -> None:
-    network = untrained("L").network
-    torch.nn.init.normal_(network.output.weight)
+    network = untrained("L", correction=0.2).network
     inputs = (torch.rand(2, 3, 2 * 3 * 4 + 2), torch.tensor([0, 1]), torch.rand(2, 3, 4).softmax(-1))
     torch.testing.assert_close(network.predict(*inputs), network.predict(*inputs, passes=6))
 
