@@ -1,7 +1,7 @@
 """The frozen configuration of one run of the bench, and how a tracker records it.
 
-A *strategy* says who decides which experts are resident: ``frequency`` (predict, plan, swap), ``random`` (a random
-subset per plan), ``lru`` (on demand, least recently used; what most systems do).
+A *strategy* says who decides which experts are resident: a predictor by name (predict, plan, swap; ``frequency`` is the
+default, ``random`` the sanity bound, ``transformer`` the trained one), or ``lru`` (on demand; what most systems do).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 from emoe_core.errors import OptionError
 from emoe_core.options import EngineConfig
+from emoe_core.predictor import PREDICTORS, TRAINED
 from emoe_core.tasks import TASK_TYPES
 from workbench.workloads import StreamConfig
 
-STRATEGIES = ("frequency", "random", "lru")
+STRATEGIES = (*sorted(PREDICTORS), TRAINED, "lru")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ExperimentConfig:
     tolerance: float = 1.0
     strategy: str = "frequency"
     policy: str = "lru"
-    interval: int = 40
+    interval: int | str = 40
     replan: str = "admission"
     skipping: bool = False
     n_prompts: int = 24

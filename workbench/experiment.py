@@ -25,11 +25,13 @@ import torch
 
 import emoe_core
 from emoe_core.options import resolve_device
+from emoe_core.predictor import TRAINED
 from emoe_core.routing import RoutingTrace
 from emoe_core.tasks import Profile
 from workbench.configuration import ExperimentConfig
 from workbench.memory import MemoryMeasurement, as_metrics, measure
 from workbench.models import resolve_model
+from workbench.predictor_training import stored_predictor
 from workbench.quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio
 from workbench.reference_outputs import Reference, reference_outputs
 from workbench.workloads import Prompt, StreamConfig, prompt_stream
@@ -102,6 +104,8 @@ def run_experiment(
     options = config.engine_options()
     if config.skipping:
         options["profile"] = profile or _stored_profile(checkpoint)
+    if config.strategy == TRAINED:
+        options["predictor_path"] = str(stored_predictor(checkpoint))
     with emoe_core.load(checkpoint, **options) as engine:
         if warm is not None:
             engine.warm_start(warm)
@@ -149,7 +153,7 @@ def _reference(
 
 
 def _warm_trace(config: ExperimentConfig, checkpoint: str | Path, progress: Progress | None) -> RoutingTrace | None:
-    if config.warm_prompts == 0 or config.strategy != "frequency":
+    if config.warm_prompts == 0 or config.strategy in ("random", "lru"):
         return None
     # One session per task in turn would teach the last task best: the warm-up is always a uniform mix.
     stream = StreamConfig(

@@ -1,0 +1,71 @@
+"""Promises of training from recorded routing: where predictors rest, how they are found, and how large they may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from emoe_core.errors import OptionError, PredictorError
+from workbench.cli import app
+from workbench.configuration import ExperimentConfig
+from workbench.experiment import run_experiment
+from workbench.predictor_training import predictor_path, stored_predictor
+from workbench.recording import Recording, RecordingConfig, record
+from workbench.reference_model.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
+
+RECORDED = {"source": "fixture", "max_new_tokens": 2}
+OPTIONS = ["--prompts", "60", "--source", "fixture", "--max-new-tokens", "2", "--epochs", "2", "--depth", "1"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("cache")
+        patch.setenv("EMOE_CACHE", str(root))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(cache: Path) -> Path:
+    return tiny_moe(cache / "model", seed=1)
+
+
+@pytest.fixture(scope="module")
+def recording(checkpoint: Path) -> Recording:
+    return record(RecordingConfig(str(checkpoint), warm_prompts=60, n_prompts=5, **RECORDED))
+
+
+def test_a_recording_has_a_warm_up_and_a_stream_for_each_order(recording: Recording) -> None:
+    assert recording.shape == (LAYERS, EXPERTS) and recording.top_k == TOP_K
+    assert len(recording.warm) == 60
+    assert {mix: len(stream) for mix, stream in recording.streams.items()} == {"sticky": 5, "uniform": 5}
+    use = recording.warm[0]
+    assert use.counts.sum() == use.tokens * LAYERS * TOP_K
+    with pytest.raises(OptionError, match="warm_prompts"):
+        RecordingConfig(warm_prompts=-1)
+
+
+def test_training_refuses_a_predictor_too_large_for_its_model(checkpoint: Path, recording: Recording) -> None:
+    found = CliRunner().invoke(app, ["predictor", "train", str(checkpoint), *OPTIONS, "--width", "64"])
+    assert isinstance(found.exception, PredictorError)
+    assert "give a smaller width" in str(found.exception)
+    with pytest.raises(PredictorError, match="emoe predictor train"):
+        stored_predictor(checkpoint)
+
+
+def test_a_trained_predictor_is_found_compared_and_used(checkpoint: Path, recording: Recording) -> None:
+    found = CliRunner().invoke(app, ["predictor", "train", str(checkpoint), *OPTIONS, "--width", "8"])
+    assert found.exit_code == 0, found.exception
+    assert stored_predictor(checkpoint) == predictor_path(recording.model_hash)
+    evaluate = ["evaluate", str(checkpoint), "--prompts", "5", "--warm-prompts", "60", "--slots", "3", *OPTIONS[2:6]]
+    shown = CliRunner().invoke(app, ["predictor", *evaluate], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.exception
+    assert "transformer A" in shown.output and "oracle" in shown.output
+    config = ExperimentConfig(
+        str(checkpoint), "3 slots", strategy="transformer", n_prompts=2, warm_prompts=0, interval=1, **RECORDED
+    )
+    result = run_experiment(config)
+    assert result.stats["predictor"] == "transformer"
+    assert result.metrics["swaps"] >= 1 and not result.stats["cold_start"]
