@@ -1,19 +1,21 @@
-"""Task types, the keyword classifier, and task profiles.
+"""Task types and task profiles: what was measured offline about each task on one model.
 
 Terms
 -----
 task type
     What kind of request a prompt is: question answering, summarisation, classification, comparison, conversation or
-    code. A prompt that no keyword speaks for has the type ``"unknown"``.
+    code. A prompt that no keyword speaks for has the type ``"unknown"`` (`classifier.py`).
 sensitive
     A (task, layer) pair is sensitive when routing that layer's tokens wrongly changes the output (section 3.4 of the
     eMoE paper). Only sensitive pairs claim expert memory. An unknown task is sensitive in every layer.
 task profile
-    What was measured offline for one task: the similarity of the output when routing is random from the first layer
-    up to layer j, the mask that follows from it, and the output length to expect (``W_o`` of Eq. 2).
+    What was measured for one task: how similar the output stays when routing is random in the first j layers (the
+    curve of Fig. 5), the divergence when routing is random in one layer alone, the mask ``s`` of Eq. 2 that follows,
+    and how long outputs are (``W_o`` of Eq. 2).
 
-The classifier follows section 3.2 of the paper: a list of keywords per task, most matches wins. It runs on the CPU in
-microseconds and reads the text only. This module does not measure profiles; it defines their file format.
+Two rules make a mask: `insensitive_until` (the paper's: leading layers whose random routing keeps the output) and
+`insensitive_within` (ours: layers whose divergences, taken alone and added up, stay within an allowance).
+This module defines the file format; `workbench.profiling` measures.
 """
 
 from __future__ import annotations
@@ -26,58 +28,21 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from emoe_core.errors import EmoeError
-from emoe_core.task_keywords import KEYWORDS
 
 TaskType = Literal["qa", "summarization", "classification", "comparison", "conversation", "code"]
 TASK_TYPES: tuple[str, ...] = get_args(TaskType)
 UNKNOWN = "unknown"
 DEFAULT_SIMILARITY_THRESHOLD = 0.85
-PROFILE_FORMAT = 1
+PROFILE_FORMAT = 2
+LENGTH_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+_NUMBERS = re.compile(r"\[[\s\d.,eE+a-z\-\[\]]*\]")
 
 
 class ProfileError(EmoeError):
     """A task profile is damaged, lacks a task or layer, or was measured on another model."""
-
-
-def _compile(keyword: str) -> re.Pattern[str]:
-    whole = keyword.endswith("$")
-    text = keyword.removesuffix("$")
-    start = r"\b" if text[0].isalnum() else ""
-    return re.compile(start + re.escape(text) + (r"\b" if whole else ""), re.IGNORECASE)
-
-
-_PATTERNS = {task: tuple(_compile(word) for word in words) for task, words in KEYWORDS.items()}
-
-
-def keyword_matches(text: str) -> dict[str, int]:
-    """Return, per task type, how many of its keywords occur in the text at least once.
-
-    A keyword counts once however often it occurs, so that a long article about a "question" stays an article.
-    """
-    return {task: sum(1 for pattern in found if pattern.search(text)) for task, found in _PATTERNS.items()}
-
-
-def classify(text: str) -> str:
-    """Return the task type whose keywords match the text most, or ``"unknown"``.
-
-    Parameters
-    ----------
-    text : str
-        The user's message, before any chat template.
-
-    Returns
-    -------
-    str
-        One of `TASK_TYPES`; ``"unknown"`` when nothing matches or two tasks share the highest count, because a wrong
-        type may skip layers that matter whereas an unknown one never does.
-    """
-    counts = keyword_matches(text)
-    most = max(counts.values())
-    winners = [task for task, count in counts.items() if count == most]
-    return winners[0] if most > 0 and len(winners) == 1 else UNKNOWN
 
 
 def insensitive_until(similarities_per_layer: Sequence[float], threshold: float = DEFAULT_SIMILARITY_THRESHOLD) -> int:
@@ -111,6 +76,27 @@ def insensitive_until(similarities_per_layer: Sequence[float], threshold: float 
     return len(similarities_per_layer)
 
 
+def insensitive_within(kl_nats_per_layer: Sequence[float], allowance_nats: float) -> frozenset[int]:
+    """Return the layers that may be routed wrongly together: cheapest first, while their sum stays in the allowance.
+
+    Parameters
+    ----------
+    kl_nats_per_layer : sequence of float
+        Divergence (nats per token) when the layer alone is routed at random.
+    allowance_nats : float
+        Adding up takes layers for independent, which they are not quite: measure what a mask costs.
+    """
+    if not allowance_nats >= 0.0:
+        raise ProfileError(f"an allowance of {allowance_nats} nats per token makes no sense; give zero or more.")
+    chosen, spent = set(), 0.0
+    for layer in sorted(range(len(kl_nats_per_layer)), key=lambda layer: kl_nats_per_layer[layer]):
+        spent += max(0.0, kl_nats_per_layer[layer])
+        if not spent <= allowance_nats:
+            break
+        chosen.add(layer)
+    return frozenset(chosen)
+
+
 @dataclass(frozen=True)
 class TaskProfile:
     """What is known about one task on one model.
@@ -122,47 +108,80 @@ class TaskProfile:
     sensitive : tuple of bool, length = MoE layers
         ``s`` of Eq. 2: whether the layer's experts must be the right ones for this task.
     expected_output_tokens : float
-        ``W_o`` of Eq. 2: mean number of generated tokens.
-    similarities : tuple of float, length 0 or MoE layers
-        The measured curve behind ``sensitive``: entry j for random routing in layers 0..j.
-    n_prompts : int
-        Number of prompts measured.
+        ``W_o`` of Eq. 2: mean number of generated tokens, at most ``length_cap_tokens``.
+    length_quantiles_tokens : tuple of float, length 0 or as `LENGTH_QUANTILES`
+        Quantiles of the number of generated tokens.
+    length_cap_tokens : int
+        Tokens after which generation was stopped; 0 when unknown.
+    capped_share : float
+        Share of outputs that reached the cap: where it is high, the mean is a lower bound.
+    depths : tuple of int
+        Numbers of leading layers that were routed at random, ascending.
+    similarities : tuple of float, as long as ``depths``
+        Mean similarity of the output at each depth.
+    similarity_intervals : tuple of (low, high), length 0 or as ``depths``
+        95% bootstrap interval over prompts.
+    layer_kl_nats : tuple of float, length 0 or MoE layers
+        Divergence, nats per token, when one layer alone is routed at random.
+    n_prompts, n_kl_prompts : int
+        Prompts behind the lengths and similarities, and behind the divergences.
     """
 
     task: str
     sensitive: tuple[bool, ...]
     expected_output_tokens: float
+    length_quantiles_tokens: tuple[float, ...] = ()
+    length_cap_tokens: int = 0
+    capped_share: float = 0.0
+    depths: tuple[int, ...] = ()
     similarities: tuple[float, ...] = ()
+    similarity_intervals: tuple[tuple[float, float], ...] = ()
+    layer_kl_nats: tuple[float, ...] = ()
     n_prompts: int = 0
+    n_kl_prompts: int = 0
 
     def __post_init__(self) -> None:
+        layers = len(self.sensitive)
         if self.task not in TASK_TYPES:
             raise ProfileError(f"unknown task type {self.task!r}; known are {', '.join(TASK_TYPES)}.")
-        if not self.sensitive:
+        if not layers:
             raise ProfileError(f"the profile of task {self.task!r} names no layer; measure the profile again.")
         if not (math.isfinite(self.expected_output_tokens) and self.expected_output_tokens >= 0):
             raise ProfileError(
                 f"task {self.task!r} expects {self.expected_output_tokens} output tokens; it must be zero or more."
             )
-        if self.similarities and len(self.similarities) != len(self.sensitive):
+        in_order = all(0 < a < b for a, b in zip((0.5, *self.depths), self.depths, strict=False))
+        fits = (
+            len(self.similarities) == len(self.depths)
+            and len(self.similarity_intervals) in (0, len(self.depths))
+            and len(self.layer_kl_nats) in (0, layers)
+            and len(self.length_quantiles_tokens) in (0, len(LENGTH_QUANTILES))
+            and in_order
+            and (not self.depths or self.depths[-1] <= layers)
+        )
+        if not fits:
             raise ProfileError(
-                f"the profile of task {self.task!r} has {len(self.similarities)} similarities for "
-                f"{len(self.sensitive)} layers; measure the profile again."
+                f"the curves of task {self.task!r} do not fit {layers} layers; measure the profile again."
             )
 
-    @classmethod
-    def from_similarities(
-        cls,
-        task: str,
-        similarities: Sequence[float],
-        expected_output_tokens: float,
-        threshold: float = DEFAULT_SIMILARITY_THRESHOLD,
-        n_prompts: int = 0,
-    ) -> TaskProfile:
-        """Build a profile from a measured curve: layers before `insensitive_until` are insensitive."""
-        free_layers = insensitive_until(similarities, threshold)
-        mask = tuple(layer >= free_layers for layer in range(len(similarities)))
-        return cls(task, mask, expected_output_tokens, tuple(float(s) for s in similarities), n_prompts)
+    def similarity_per_layer(self) -> tuple[float, ...]:
+        """Return the curve layer by layer: entry j for random routing in layers 0..j, as far as it was measured.
+
+        A layer between two depths takes the value of the deeper one, which errs towards calling it sensitive.
+        """
+        reach = self.depths[-1] if self.depths else 0
+        place = [next(i for i, depth in enumerate(self.depths) if depth > layer) for layer in range(reach)]
+        return tuple(self.similarities[i] for i in place)
+
+    def mask_by_similarity(self, threshold: float) -> tuple[bool, ...]:
+        """Return the paper's mask; a task without a curve is sensitive everywhere."""
+        free_layers = insensitive_until(self.similarity_per_layer(), threshold)
+        return tuple(layer >= free_layers for layer in range(len(self.sensitive)))
+
+    def mask_by_kl(self, allowance_nats: float) -> tuple[bool, ...]:
+        """Return the mask that spends at most an allowance of divergence; without measurement, sensitive everywhere."""
+        free_layers = insensitive_within(self.layer_kl_nats, allowance_nats)
+        return tuple(layer not in free_layers for layer in range(len(self.sensitive)))
 
 
 @dataclass(frozen=True)
@@ -178,6 +197,10 @@ class Profile:
     tasks : mapping of str to TaskProfile
     threshold : float
         Similarity threshold behind the masks.
+    settings : mapping
+        How it was measured: dtype, seed, source and lengths; numbers and texts only.
+    extra : mapping
+        Room for further measurements under names of their own; kept as it is.
     """
 
     model_hash: str
@@ -185,6 +208,8 @@ class Profile:
     n_layers: int
     tasks: Mapping[str, TaskProfile] = field(default_factory=dict)
     threshold: float = DEFAULT_SIMILARITY_THRESHOLD
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, task in self.tasks.items():
@@ -227,7 +252,7 @@ class Profile:
         handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump(content, stream, indent=1, sort_keys=True)
+                stream.write(_as_json(content) + "\n")
             Path(scratch).replace(target)
         except BaseException:
             Path(scratch).unlink(missing_ok=True)
@@ -253,22 +278,29 @@ class Profile:
         found = content.pop("format", None) if isinstance(content, dict) else None
         if found != PROFILE_FORMAT:
             raise ProfileError(
-                f"{source} has profile format {found}, this version reads {PROFILE_FORMAT}; measure it again."
+                f"{source} has profile format {found}, this version reads {PROFILE_FORMAT}: "
+                f"measure it again with `emoe profile`."
             )
         try:
-            tasks = {
-                name: TaskProfile(
-                    entry["task"],
-                    tuple(bool(value) for value in entry["sensitive"]),
-                    float(entry["expected_output_tokens"]),
-                    tuple(float(value) for value in entry["similarities"]),
-                    int(entry["n_prompts"]),
-                )
-                for name, entry in content.pop("tasks").items()
-            }
+            tasks = {name: TaskProfile(**_frozen(entry)) for name, entry in content.pop("tasks").items()}
             profile = cls(tasks=tasks, **content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProfileError(f"{source} is not a complete task profile ({error!r}); measure it again.") from error
         if model_hash is not None:
             profile.require_model(model_hash)
         return profile
+
+
+def _frozen(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a task profile with JSON's lists as tuples."""
+
+    def freeze(value: Any) -> Any:
+        return tuple(freeze(item) for item in value) if isinstance(value, list) else value
+
+    return {name: freeze(value) for name, value in entry.items()}
+
+
+def _as_json(content: Mapping[str, Any]) -> str:
+    """Return indented JSON with a list of numbers or truth values on one line, so that a person can read a curve."""
+    text = json.dumps(content, indent=1, sort_keys=True)
+    return _NUMBERS.sub(lambda found: " ".join(found.group().split()), text)

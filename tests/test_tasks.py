@@ -1,68 +1,15 @@
-"""Task typing and task profiles."""
+"""Task profiles: masks, file format, refusals."""
 
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emoe_core.tasks import (
-    KEYWORDS,
-    TASK_TYPES,
-    Profile,
-    ProfileError,
-    TaskProfile,
-    classify,
-    insensitive_until,
-    keyword_matches,
-)
-from workbench.workloads import load_fixture
-
-FREEFORM = Path(__file__).parent / "fixtures" / "prompts_freeform.jsonl"
-
-
-def test_every_fixture_prompt_gets_its_own_task_type():
-    assert {item["task"] for item in load_fixture()} == set(TASK_TYPES)
-    assert [classify(item["prompt"]) for item in load_fixture()] == load_fixture()["task"]
-
-
-def test_freeform_requests_are_rarely_given_a_wrong_type():
-    requests = [json.loads(line) for line in FREEFORM.read_text(encoding="utf-8").splitlines()]
-    found = [(item["task"], classify(item["prompt"])) for item in requests]
-    wrong = sum(got not in (task, "unknown") for task, got in found)
-    right = sum(got == task for task, got in found)
-    assert wrong <= 1
-    assert right >= 0.7 * len(found)
-
-
-@pytest.mark.parametrize("text", ["", "   ", "Lorem ipsum dolor sit amet.", "12345 !!"])
-def test_a_text_without_keywords_is_unknown(text):
-    assert classify(text) == "unknown"
-
-
-def test_a_tie_between_tasks_is_unknown():
-    text = "summarize the sentiment"
-    counts = keyword_matches(text)
-    assert counts["summarization"] == counts["classification"] == 1
-    assert classify(text) == "unknown"
-
-
-def test_a_keyword_counts_once_however_often_it_occurs():
-    text = "Summarize this news article: evidence, evidence, evidence, evidence."
-    assert keyword_matches(text)["comparison"] == 1
-    assert classify(text) == "summarization"
-
-
-def test_keywords_match_at_word_starts_and_whole_words_where_asked():
-    assert keyword_matches("proclaimed")["comparison"] == 0
-    assert keyword_matches("The claims")["comparison"] == 1
-    assert "hi$" in KEYWORDS["conversation"]
-    assert keyword_matches("history")["conversation"] == 0
-    assert keyword_matches("HI")["conversation"] == 1
+from emoe_core.tasks import Profile, ProfileError, TaskProfile, insensitive_until, insensitive_within
 
 
 @given(st.lists(st.floats(0, 1), max_size=40), st.floats(0, 1))
@@ -83,13 +30,42 @@ def test_an_unusable_curve_or_threshold_is_refused(curve, threshold):
 
 
 def make_profile() -> Profile:
-    qa = TaskProfile.from_similarities("qa", [0.99, 0.9, 0.5, 0.4], expected_output_tokens=12.5, n_prompts=30)
+    qa = TaskProfile(
+        "qa",
+        (False, False, True, True),
+        12.5,
+        length_quantiles_tokens=(1.0, 4.0, 9.0, 16.0, 32.0),
+        depths=(1, 2, 4),
+        similarities=(0.99, 0.9, 0.4),
+        similarity_intervals=((0.98, 1.0), (0.8, 0.95), (0.3, 0.5)),
+        layer_kl_nats=(0.01, 0.02, 0.3, 0.1),
+        n_prompts=30,
+    )
     code = TaskProfile("code", (True, True, True, False), expected_output_tokens=80)
     return Profile("model-hash", "data-hash", 4, {"qa": qa, "code": code})
 
 
 def test_a_measured_curve_gives_its_mask():
-    assert make_profile().tasks["qa"].sensitive == (False, False, True, True)
+    qa = make_profile().tasks["qa"]
+    # Layer 2 lies between two depths and takes the deeper one's value.
+    assert qa.similarity_per_layer() == (0.99, 0.9, 0.4, 0.4)
+    assert qa.mask_by_similarity(0.85) == (False, False, True, True)
+    assert make_profile().tasks["code"].mask_by_similarity(0.0) == (True,) * 4
+
+
+def test_a_divergence_mask_takes_the_cheapest_layers_within_the_allowance():
+    qa = make_profile().tasks["qa"]
+    assert qa.mask_by_kl(0.05) == (False, False, True, True)
+    assert qa.mask_by_kl(0.14) == (False, False, True, False)
+    assert make_profile().tasks["code"].mask_by_kl(10.0) == (True,) * 4
+    with pytest.raises(ProfileError, match="zero or more"):
+        qa.mask_by_kl(-1.0)
+
+
+@given(st.lists(st.floats(0, 1), max_size=30), st.floats(0, 3))
+def test_the_allowance_is_never_overspent(divergences, allowance):
+    chosen = insensitive_within(divergences, allowance)
+    assert sum(divergences[layer] for layer in sorted(chosen)) <= allowance + 1e-9
 
 
 def test_a_saved_profile_is_read_back_equal(tmp_path):

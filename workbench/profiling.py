@@ -1,129 +1,246 @@
-"""Measure task profiles: how far routing may go wrong before a task's output changes (paper, section 3.4, Fig. 5).
+"""Measure task profiles: output lengths, and how far routing may go wrong before a task's output changes.
 
-With every expert resident, the routers of MoE layers 0..j are made to choose at random (distinct experts, the
-router's own weights) and prompts are answered greedily. The similarity of those answers to the undisturbed ones, as a
-function of j, is the task's curve; layers before it falls below the threshold are insensitive.
+With every expert resident, three things are measured per task on the profile split (terms: `emoe_core.tasks`):
 
-Measured at a few depths; a layer between two of them takes the value of the deeper one, which errs on the side of
-calling it sensitive. The profile also keeps each task's mean output length (W_o of Eq. 2).
+* output lengths: greedy answers of at most ``length_cap_tokens`` (W_o of Eq. 2; Fig. 4);
+* the curve of the paper's section 3.4 (Fig. 5): the first j MoE layers are routed at random and prompts are answered
+  greedily; the similarity of those answers to the undisturbed ones;
+* a finer one: each layer alone routed at random, and the KL divergence (nats per token) of the output distribution,
+  scored on the undisturbed answer.
+
+Undisturbed answers are `reference_outputs`. What is measured is kept cell by cell (a task, a depth and a batch of
+prompts; or a prompt's divergences), so an interrupted profile goes on where it stopped and a longer one reuses it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 import emoe_core
 from emoe_core.cache import cache_dir
+from emoe_core.checkpoint import open_checkpoint
 from emoe_core.errors import DataError, OptionError
-from emoe_core.experts import router_of
-from emoe_core.tasks import DEFAULT_SIMILARITY_THRESHOLD, TASK_TYPES, Profile, TaskProfile
-from workbench.models import REFERENCE, resolve_model
+from emoe_core.tasks import DEFAULT_SIMILARITY_THRESHOLD, LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
+from workbench.disturbance import layer_divergences, random_routing
+from workbench.models import resolve_model
+from workbench.quality import bootstrap_interval
+from workbench.reference_outputs import ReferenceOutput, reference_outputs
 from workbench.similarity import similarity
 from workbench.workloads import StreamConfig, prompt_stream
 
-COMMITTED = Path(__file__).parent / "reference_model" / "recipes" / "upcycled" / "profile.json"
+RECIPES = Path(__file__).parent / "reference_model" / "recipes"
+COMMITTED = RECIPES / "upcycled" / "profile.json"
+CELL_FORMAT = 1
 BATCH = 10
-ProgressCallback = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
-@contextmanager
-def random_routing(engine: emoe_core.Engine, layers: int, seed: int = 0) -> Iterator[None]:
-    """Make the routers of the first ``layers`` MoE layers choose distinct experts at random while the context lasts.
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What a profile depends on.
 
-    Raises
-    ------
-    OptionError
-        When a layer's router is not known, so that it cannot be disturbed.
+    Attributes
+    ----------
+    model : str
+    prompts : int
+        Prompts of each task for lengths and similarities.
+    kl_prompts : int
+        How many of these for the divergence of single layers; 0 leaves it out.
+    depths : int
+        Numbers of disturbed leading layers to try, evenly spaced, the last being all.
+    threshold : float
+        Similarity in [0, 1] below which a layer counts as sensitive.
+    tasks : tuple of str
+    max_new_tokens : int
+        Tokens of the answers that are compared.
+    length_cap_tokens : int
+        Tokens after which an answer is cut when its length is measured.
+    source, dtype, seed
+        As in `ExperimentConfig`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    hooks = []
-    for layer in engine.index.layers[:layers]:
-        router = router_of(engine.model.get_submodule(layer.name))
-        if router is None:
-            raise OptionError(f"{engine.index.model_type} cannot be profiled: the router of {layer.name} is not known")
 
-        def scramble(module: torch.nn.Module, args: Any, output: Any, experts: int = layer.num_experts) -> Any:
-            place = next(i for i, part in enumerate(output) if not part.is_floating_point())
-            index = output[place]
-            drawn = torch.rand(index.shape[0], experts, generator=generator).topk(index.shape[1], dim=-1).indices
-            return (*output[:place], drawn.to(index.device), *output[place + 1 :])
+    model: str = "reference"
+    prompts: int = 20
+    kl_prompts: int = 4
+    depths: int = 6
+    threshold: float = DEFAULT_SIMILARITY_THRESHOLD
+    tasks: tuple[str, ...] = TASK_TYPES
+    max_new_tokens: int = 32
+    length_cap_tokens: int = 96
+    source: str = "embedded"
+    dtype: str = "float32"
+    seed: int = 0
 
-        hooks.append(router.register_forward_hook(scramble))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def __post_init__(self) -> None:
+        if self.prompts < 1 or self.depths < 1:
+            raise OptionError("prompts and depths must be 1 or more")
+        if not 0 <= self.kl_prompts <= self.prompts:
+            raise OptionError(f"kl_prompts must be between 0 and the number of prompts ({self.prompts})")
+        if not 1 <= self.max_new_tokens <= self.length_cap_tokens:
+            raise OptionError("max_new_tokens must be 1 or more, and length_cap_tokens no less")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise OptionError(f"threshold {self.threshold} is outside 0..1; the usual value is 0.85")
+
+    def texts(self, task: str) -> list[str]:
+        """Return the prompts of a task, from the profile split."""
+        stream = StreamConfig((task,), self.prompts, "uniform", 8.0, self.seed, "profile", self.source)  # type: ignore[arg-type]
+        return [prompt.text for prompt in prompt_stream(stream)]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the profile file records about how it was measured."""
+        kept = ("max_new_tokens", "length_cap_tokens", "source", "dtype", "seed")
+        return {name: value for name, value in asdict(self).items() if name in kept}
 
 
-def measure_profile(
-    model: str | Path = REFERENCE,
-    *,
-    prompts_per_task: int = 30,
-    depths: int = 4,
-    threshold: float = DEFAULT_SIMILARITY_THRESHOLD,
-    tasks: Sequence[str] = TASK_TYPES,
-    max_new_tokens: int = 32,
-    source: str = "embedded",
-    dtype: str = "float32",
-    seed: int = 0,
-    progress: ProgressCallback | None = None,
-) -> Profile:
-    """Measure the profile of a model on the profile split.
+def measure_profile(config: ProfileConfig, progress: Progress | None = None) -> Profile:
+    """Measure the profile of a model.
 
     Parameters
     ----------
-    model : str or Path
-    prompts_per_task : int
-    depths : int
-        Numbers of disturbed layers to try, evenly spaced, the last being all.
-    threshold : float
-        Similarity in [0, 1] below which a layer counts as sensitive.
-    tasks : sequence of str
-    max_new_tokens : int
-    source, dtype, seed
-        As in `ExperimentConfig`.
+    config : ProfileConfig
     progress : callable, optional
-        Called with (answers done, answers in all).
+        Called with (stage, done, total).
     """
-    if prompts_per_task < 1 or depths < 1:
-        raise OptionError("prompts_per_task and depths must be 1 or more")
-    digest = hashlib.sha256()
-    profiles: dict[str, TaskProfile] = {}
-    with emoe_core.load(resolve_model(model), budget="100%", predictor=None, dtype=dtype) as engine:
+    checkpoint = resolve_model(config.model)
+    texts = {task: config.texts(task) for task in config.tasks}
+    # Before the engine is loaded, so that two copies of the model are never resident at once.
+    outputs = {task: _undisturbed(config, checkpoint, task, texts[task], progress) for task in config.tasks}
+    with emoe_core.load(checkpoint, budget="100%", predictor=None, dtype=config.dtype) as engine:
         layers = len(engine.index.layers)
-        tried = sorted({max(1, round(layers * (step + 1) / depths)) for step in range(depths)})
-        total, done = len(tasks) * (len(tried) + 1) * prompts_per_task, 0
-        for task in tasks:
-            stream = StreamConfig((task,), prompts_per_task, "uniform", 8.0, seed, "profile", source)  # type: ignore[arg-type]
-            texts = [prompt.text for prompt in prompt_stream(stream)]
-            digest.update(json.dumps([task, texts]).encode())
+        depths = sorted({max(1, round(layers * (step + 1) / config.depths)) for step in range(config.depths)})
+        answers = _Count("disturbed answers", len(config.tasks) * len(depths) * config.prompts, progress)
+        measured: dict[str, dict[str, Any]] = {}
+        for task in config.tasks:
+            cells = _Cells(engine, config, task)
+            curve = {depth: cells.similarities(depth, texts[task], outputs[task], answers) for depth in depths}
+            intervals = tuple(bootstrap_interval(values) for values in curve.values())
+            measured[task] = {
+                "depths": tuple(depths),
+                "similarities": tuple(float(np.mean(values)) for values in curve.values()),
+                "similarity_intervals": intervals,
+            }
+        passes = _Count("single layers", len(config.tasks) * config.kl_prompts * layers, progress)
+        for task in config.tasks:
+            cells = _Cells(engine, config, task)
+            rows = [cells.divergences(output, passes) for output in outputs[task][: config.kl_prompts]]
+            means = tuple(float(value) for value in np.mean(rows, axis=0)) if rows else ()
+            measured[task] |= {"layer_kl_nats": means, "n_kl_prompts": len(rows)}
+        digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
+        profiles = {task: _task_profile(config, task, layers, outputs[task], measured[task]) for task in config.tasks}
+        return Profile(engine.index.source_hash, digest, layers, profiles, config.threshold, config.settings())
 
-            def answer(texts: list[str] = texts, task: str = task) -> list[emoe_core.Generation]:
-                return engine.generate(texts, [task] * len(texts), max_new_tokens=max_new_tokens, batch_size=BATCH)
 
-            undisturbed = answer()
-            done += len(texts)
-            curve: dict[int, float] = {}
-            for depth in tried:
-                with random_routing(engine, depth, seed):
-                    disturbed = answer()
-                pairs = [own.text for own in undisturbed], [other.text for other in disturbed]
-                curve[depth] = float(similarity(*pairs).mean())
-                done += len(texts)
-                if progress is not None:
-                    progress(done, total)
-            similarities = [curve[min(depth for depth in tried if depth > layer)] for layer in range(layers)]
-            length = sum(len(own.token_ids) for own in undisturbed) / len(undisturbed)
-            profiles[task] = TaskProfile.from_similarities(task, similarities, length, threshold, len(texts))
-        return Profile(engine.index.source_hash, digest.hexdigest(), layers, profiles, threshold)
+def _undisturbed(
+    config: ProfileConfig, checkpoint: str | Path, task: str, texts: Sequence[str], progress: Progress | None
+) -> tuple[ReferenceOutput, ...]:
+    report = None if progress is None else partial(progress, f"answers, {task}")
+    options: dict[str, Any] = {"max_new_tokens": config.length_cap_tokens, "dtype": config.dtype, "progress": report}
+    return reference_outputs(checkpoint, texts, [task] * len(texts), **options).outputs
+
+
+def _task_profile(
+    config: ProfileConfig, task: str, layers: int, outputs: Sequence[ReferenceOutput], measured: dict[str, Any]
+) -> TaskProfile:
+    lengths = np.array([len(output.token_ids) for output in outputs])
+    found = TaskProfile(
+        task,
+        (True,) * layers,
+        float(lengths.mean()),
+        length_quantiles_tokens=tuple(float(value) for value in np.quantile(lengths, LENGTH_QUANTILES)),
+        length_cap_tokens=config.length_cap_tokens,
+        capped_share=float((lengths >= config.length_cap_tokens).mean()),
+        n_prompts=len(outputs),
+        **measured,
+    )
+    return replace(found, sensitive=found.mask_by_similarity(config.threshold))
+
+
+@dataclass
+class _Count:
+    """One stage's progress."""
+
+    stage: str
+    total: int
+    report: Progress | None
+    done: int = field(default=0)
+
+    def add(self, items: int = 1) -> None:
+        self.done += items
+        if self.report is not None:
+            self.report(self.stage, self.done, self.total)
+
+
+class _Cells:
+    """Measurements of one task, each kept in a file under a hash of what it depends on."""
+
+    def __init__(self, engine: emoe_core.Engine, config: ProfileConfig, task: str) -> None:
+        self.engine = engine
+        self.config = config
+        self.task = task
+
+    def similarities(
+        self, depth: int, texts: Sequence[str], outputs: Sequence[ReferenceOutput], count: _Count
+    ) -> np.ndarray:
+        """Return each prompt's similarity of the answers with and without disturbance, [n]."""
+        found: list[float] = []
+        for start in range(0, len(texts), BATCH):
+            batch = list(texts[start : start + BATCH])
+            expected = [self._beginning(output) for output in outputs[start : start + BATCH]]
+            content = {"depth": depth, "task": self.task, "texts": batch, "expected": expected}
+            found += self._cell(content, partial(self._answer_disturbed, depth, batch, expected))
+            count.add(len(batch))
+        return np.array(found)
+
+    def divergences(self, output: ReferenceOutput, count: _Count) -> list[float]:
+        """Return a prompt's divergence per layer, nats per token."""
+        ids = (list(output.prompt_ids), list(output.token_ids[: self.config.max_new_tokens]))
+        before = count.done
+        found = self._cell({"ids": ids}, lambda: layer_divergences(self.engine, *ids, self.config.seed, count.add))
+        count.add(len(found) - (count.done - before))
+        return found
+
+    def _answer_disturbed(self, depth: int, texts: list[str], expected: list[str]) -> list[float]:
+        with random_routing(self.engine, range(depth), self.config.seed):
+            given = self.engine.generate(
+                texts, [self.task] * len(texts), max_new_tokens=self.config.max_new_tokens, batch_size=BATCH
+            )
+        return [float(value) for value in similarity(expected, [answer.text for answer in given])]
+
+    def _beginning(self, output: ReferenceOutput) -> str:
+        """Return the text of an undisturbed answer as far as disturbed ones go (greedy: a prefix of the longer)."""
+        tokenizer = self.engine.tokenizer
+        assert tokenizer is not None
+        return str(tokenizer.decode(list(output.token_ids[: self.config.max_new_tokens]), skip_special_tokens=True))
+
+    def _cell(self, content: dict[str, Any], compute: Callable[[], list[float]]) -> list[float]:
+        key = content | {
+            "format": CELL_FORMAT,
+            "model": self.engine.index.source_hash,
+            "dtype": self.config.dtype,
+            "max_new_tokens": self.config.max_new_tokens,
+            "seed": self.config.seed,
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        path = cache_dir() / "profiles" / "cells" / f"{name}.json"
+        try:
+            return [float(value) for value in json.loads(path.read_text())]
+        except (OSError, ValueError, TypeError):
+            pass  # absent, or damaged: measured again
+        values = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}.part")
+        scratch.write_text(json.dumps(values))
+        scratch.replace(path)
+        return values
 
 
 def profile_path(model_hash: str) -> Path:
@@ -132,17 +249,17 @@ def profile_path(model_hash: str) -> Path:
 
 
 def stored_profile(checkpoint: str | Path) -> Profile:
-    """Return a model's profile: the one measured here, else the one that comes with the reference model.
+    """Return a model's profile: the one measured here, else the one that comes with an embedded model.
 
     Raises
     ------
     DataError
         When there is none; the message says how to measure it.
+    ProfileError
+        When the one measured here is damaged or of an older format.
     """
-    from emoe_core.checkpoint import open_checkpoint
-
     model_hash = open_checkpoint(checkpoint).source_hash
-    for path in (profile_path(model_hash), COMMITTED):
+    for path in (profile_path(model_hash), *sorted(RECIPES.glob("*/profile.json"))):
         if path.exists():
             profile = Profile.load(path)
             if profile.model_hash == model_hash:

@@ -86,26 +86,38 @@ def describe_data(
 
 def profile(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or 'reference'.")] = "reference",
-    prompts: Annotated[int, typer.Option(help="Prompts of each task.")] = 30,
-    depths: Annotated[int, typer.Option(help="Numbers of disturbed layers to try.")] = 4,
+    prompts: Annotated[int, typer.Option(help="Prompts of each task, for lengths and similarities.")] = 20,
+    kl_prompts: Annotated[int, typer.Option(help="How many of these for the divergence of single layers.")] = 4,
+    depths: Annotated[int, typer.Option(help="Numbers of disturbed leading layers to try.")] = 6,
     threshold: Annotated[float | None, typer.Option(help="Similarity below which a layer is sensitive.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 32,
-    source: Annotated[str, typer.Option(help="Prompts: 'embedded' or 'hub'.")] = "embedded",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of the answers that are compared.")] = 32,
+    length_cap: Annotated[int, typer.Option(help="Tokens at most when the length of answers is measured.")] = 96,
+    source: Annotated[str, typer.Option(help="Prompts: 'embedded', 'fixture' or 'hub'.")] = "embedded",
     out: Annotated[Path | None, typer.Option(help="File to write; the cache when not given.")] = None,
 ) -> None:
-    """Find the layers whose routing a task does not depend on."""
+    """Measure output lengths, and which layers' routing a task depends on (goes on where it stopped)."""
     from emoe_core.tasks import DEFAULT_SIMILARITY_THRESHOLD
-    from workbench.commands.checkpoints import progress_bar
-    from workbench.profiling import measure_profile, profile_path
+    from workbench.profiling import ProfileConfig, measure_profile, profile_path
+    from workbench.progress import stage_bars
 
-    with progress_bar("answering with disturbed routing") as progress:
-        found = measure_profile(
-            model,
-            prompts_per_task=prompts,
-            depths=depths,
-            threshold=DEFAULT_SIMILARITY_THRESHOLD if threshold is None else threshold,
-            max_new_tokens=max_new_tokens,
-            source=source,
-            progress=progress,
-        )
+    config = ProfileConfig(
+        model,
+        prompts=prompts,
+        kl_prompts=min(kl_prompts, prompts),
+        depths=depths,
+        threshold=DEFAULT_SIMILARITY_THRESHOLD if threshold is None else threshold,
+        max_new_tokens=max_new_tokens,
+        length_cap_tokens=max(length_cap, max_new_tokens),
+        source=source,
+    )
+    with stage_bars() as progress:
+        found = measure_profile(config, progress)
+    table = Table(title=f"Task profile, similarity threshold {config.threshold:g}")
+    for heading in ("task", "output tokens", "reached the cap", "similarity, all layers random", "insensitive layers"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task, entry in found.tasks.items():
+        free_layers = f"{entry.sensitive.count(False)} of {found.n_layers}"
+        length, capped = f"{entry.expected_output_tokens:.0f}", f"{entry.capped_share:.0%}"
+        table.add_row(task, length, capped, f"{entry.similarities[-1]:.3f}", free_layers)
+    Console().print(table)
     Console().print(f"Profile: [bold]{found.save(out or profile_path(found.model_hash))}[/]", soft_wrap=True)
