@@ -84,6 +84,25 @@ def describe_data(
     Console().print(workloads.summary_table(source=source))
 
 
+@data_app.command("classify")
+def classify_data(
+    split: Annotated[str, typer.Option(help="'test', 'train' or 'profile'.")] = "test",
+    source: Annotated[str, typer.Option(help="'embedded' or 'hub'.")] = "embedded",
+) -> None:
+    """Measure how often the task classifier is right, wrong or undecided, with and without the templates' words."""
+    from workbench.classification import evaluate_classifier, rates
+
+    for reading, confusion in evaluate_classifier(split, source).items():
+        found = rates(confusion)
+        table = Table(title=f"{reading}: {split} split, given type")
+        for heading in ("task", *confusion.columns, "right", "wrong", "unknown"):
+            table.add_column(str(heading), justify="left" if heading == "task" else "right")
+        for task, row in found.iterrows():
+            shares = (f"{row[name]:.1%}" for name in ("right", "wrong", "unknown"))
+            table.add_row(str(task), *(str(count) for count in confusion.loc[task]), *shares)
+        Console().print(table)
+
+
 def profile(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or 'reference'.")] = "reference",
     prompts: Annotated[int, typer.Option(help="Prompts of each task, for lengths and similarities.")] = 20,
