@@ -13,6 +13,7 @@ from collections import deque
 import numpy as np
 
 from ..errors import OptionError
+from .last_prompt import LastPromptPredictor
 from .shares import shares_of
 
 
@@ -34,22 +35,20 @@ class ActivationMapPredictor:
             raise OptionError(f"neighbours is {neighbours} and capacity {capacity}: give 1 or more of each")
         self.neighbours = neighbours
         self._pairs: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=capacity)
-        self._of_task: dict[str, np.ndarray] = {}
-        self._last: np.ndarray | None = None
+        self._last = LastPromptPredictor()
 
     def observe(self, task: str, counts: np.ndarray) -> None:
         """Store one finished request's map; one without routed tokens is ignored."""
         shares = shares_of(counts)
         if shares is None:
             return
-        before = self._of_task.get(task)
+        before = self._last.remember(task, shares)
         if before is not None:
             self._pairs.append((_direction(before), shares))
-        self._last = self._of_task[task] = shares
 
     def predict(self, task: str) -> np.ndarray | None:
         """Return mean shares [layers, experts] of what followed; the last map itself while nothing did, else None."""
-        query = self._of_task.get(task, self._last)
+        query = self._last.predict(task)
         if query is None or not self._pairs:
             return query
         similarity = np.stack([known for known, _ in self._pairs]) @ _direction(query)

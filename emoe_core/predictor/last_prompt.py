@@ -30,7 +30,13 @@ class LastPromptPredictor:
         """Remember one finished request; one without routed tokens is ignored."""
         shares = shares_of(counts)
         if shares is not None:
-            self._last = self._of_task[task] = shares
+            self.remember(task, shares)
+
+    def remember(self, task: str, shares: np.ndarray) -> np.ndarray | None:
+        """Take a prompt's shares [layers, experts]; return those of the task's prompt before it, or None."""
+        before = self._of_task.get(task)
+        self._last = self._of_task[task] = shares
+        return before
 
     def predict(self, task: str) -> np.ndarray | None:
         """Return the last prompt's shares [layers, experts], or None before the first prompt."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .last_prompt import LastPromptPredictor
 from .shares import shares_of
 
 
@@ -30,23 +31,21 @@ class TransitionPredictor:
     def __init__(self, layers: int, experts: int) -> None:
         # A little weight on staying keeps rows of experts that were never seen well defined.
         self._joint = np.stack([np.eye(experts) * 1e-3] * layers)
-        self._of_task: dict[str, np.ndarray] = {}
-        self._last: np.ndarray | None = None
+        self._last = LastPromptPredictor()
 
     def observe(self, task: str, counts: np.ndarray) -> None:
         """Learn from one finished request; one without routed tokens is ignored."""
         shares = shares_of(counts)
         if shares is None:
             return
-        before = self._of_task.get(task)
+        before = self._last.remember(task, shares)
         if before is not None:
             self._joint[0] += np.outer(before[0], shares[0])
         self._joint[1:] += shares[:-1, :, None] * shares[1:, None, :]
-        self._last = self._of_task[task] = shares
 
     def predict(self, task: str) -> np.ndarray | None:
         """Return the chain's shares [layers, experts], or None before the first prompt."""
-        start = self._of_task.get(task, self._last)
+        start = self._last.predict(task)
         if start is None:
             return None
         steps = self._joint / self._joint.sum(axis=2, keepdims=True)
