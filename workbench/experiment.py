@@ -11,8 +11,6 @@ The run plays a prompt stream through an engine under a budget and holds the res
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,7 +32,7 @@ from workbench.models import resolve_model
 from workbench.predictor_training import stored_predictor
 from workbench.quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio
 from workbench.reference_outputs import Reference, reference_outputs
-from workbench.workloads import Prompt, StreamConfig, prompt_stream
+from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def run_experiment(
         found = {"model_hash": engine.index.source_hash, "dtype": str(engine.index.dtype).removeprefix("torch.")}
     requests = pd.DataFrame(rows)
     identity: dict[str, Any] = found | {
-        "data_hash": data_hash(prompts),
+        "data_hash": prompts_hash(prompts),
         "reference_hash": reference.hash,
         "seed": config.seed,
     }
@@ -131,11 +129,6 @@ def run_experiment(
         stock = measure(checkpoint, texts, tasks, options=stock_options, **common)
     metrics = _metrics(requests, answers, stats, memory, stock)
     return Result(config, metrics, requests, answers, stats, identity, memory, stock)
-
-
-def data_hash(prompts: list[Prompt]) -> str:
-    """Return a SHA-256 over the texts of a stream, in order."""
-    return hashlib.sha256(json.dumps([[p.task, p.text] for p in prompts]).encode()).hexdigest()
 
 
 def _reference(
@@ -263,7 +256,7 @@ def _metrics(
     if memory is not None and stock is not None:
         metrics |= {f"fresh_{name}": value for name, value in as_metrics(memory).items()}
         metrics |= {f"stock_{name}": value for name, value in as_metrics(stock).items()}
-        # Of serving peaks: stock's peak while it loads (mapped files and merged copies) is higher and told apart.
+        # Of serving peaks: what either needs while it loads is told apart.
         metrics["memory_ratio"] = memory.serving_bytes / stock.serving_bytes
         metrics["tpot_ratio"] = memory.tpot_s / stock.tpot_s
         metrics["ttft_ratio"] = memory.ttft_s / stock.ttft_s

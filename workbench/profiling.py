@@ -38,7 +38,6 @@ from workbench.similarity import similarity
 from workbench.workloads import StreamConfig, prompt_stream
 
 RECIPES = Path(__file__).parent / "reference_model" / "recipes"
-COMMITTED = RECIPES / "upcycled" / "profile.json"
 CELL_FORMAT = 1
 BATCH = 10
 Progress = Callable[[str, int, int], None]

@@ -7,8 +7,6 @@ nothing beyond that the code ran.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,7 +17,7 @@ from emoe_core.tasks import TASK_TYPES
 from workbench.models import resolve_model
 from workbench.prediction import PromptUse, prompt_uses
 from workbench.reference_outputs import reference_outputs
-from workbench.workloads import Prompt, StreamConfig, prompt_stream
+from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 
 Progress = Callable[[str, int, int], None]
 
@@ -111,10 +109,9 @@ def record(config: RecordingConfig, progress: Progress | None = None) -> Recordi
 
     warm = uses("warm-up", config.warm_up()) if config.warm_prompts else ()
     streams = {mix: uses(mix, config.stream(mix)) for mix in (config.mixes if config.n_prompts else ())}
-    content = json.dumps([[prompt.task, prompt.text] for prompt in everything])
     return Recording(
         index.source_hash,
-        hashlib.sha256(content.encode()).hexdigest(),
+        prompts_hash(everything),
         config.dtype,
         index.top_k,
         max(layer.record_bytes for layer in index.layers),

@@ -9,7 +9,7 @@ from workbench.workloads.describe import describe, summary_table
 from workbench.workloads.fixture import load_fixture
 from workbench.workloads.split import SPLITS
 from workbench.workloads.store import data_hash, is_prepared, load_task, prepare
-from workbench.workloads.stream import Prompt, StreamConfig, prompt_stream, task_order
+from workbench.workloads.stream import Prompt, StreamConfig, prompt_stream, prompts_hash, task_order
 
 __all__ = [
     "SPLITS",
@@ -22,6 +22,7 @@ __all__ = [
     "load_task",
     "prepare",
     "prompt_stream",
+    "prompts_hash",
     "summary_table",
     "task_order",
 ]

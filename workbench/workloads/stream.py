@@ -13,7 +13,9 @@ A stream decides order only. When requests arrive is the business of an arrival 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -123,6 +125,11 @@ def prompt_stream(config: StreamConfig) -> list[Prompt]:
         choices = tuple(item["choices"])
         stream.append(Prompt(request_id, task, item["prompt"], item["reference"], choices))
     return stream
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """Return a SHA-256 over the tasks and texts of prompts, in order."""
+    return hashlib.sha256(json.dumps([[prompt.task, prompt.text] for prompt in prompts]).encode()).hexdigest()
 
 
 def _items(config: StreamConfig, task: str) -> list[dict[str, Any]]:
