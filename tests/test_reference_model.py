@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from emoe_core.errors import CheckpointError, DataError, OptionError
 from workbench import reference_model
+from workbench.cache import sha256_file
 from workbench.reference_model import dense
+from workbench.reference_model.recipe import ADAPTERS, MANIFEST
 from workbench.reference_model.tiny import tiny_tokenizer
 from workbench.reference_model.upcycled import build as builder
 from workbench.reference_model.upcycled import evaluate
 from workbench.reference_model.upcycled.mixture import Shape
-from workbench.reference_model.upcycled.recipe import ADAPTERS, Recipe, save_recipe
+from workbench.reference_model.upcycled.recipe import Recipe, save_recipe
 from workbench.reference_model.upcycled.train import Plan, Trainer, next_token_loss
 
 SHAPE = Shape(experts=4, top_k=2, rank=2)
@@ -75,7 +78,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, TinySource
     source = TinySource(folder / "parent.gguf")
     trained = trainer(folder / "state")
     trained.run()
-    sha256 = builder.sha256_file(source.path)
+    sha256 = sha256_file(source.path)
     save_recipe(folder, trained.mixtures, {"parent": {"gguf_sha256": sha256}, "seed": 0})
     return trained, source, folder
 
@@ -213,5 +216,5 @@ def test_the_built_reference_model_has_the_checksums_of_the_recipe() -> None:
     if not reference_model.is_built():
         pytest.skip("the reference model is not built here")
     found = reference_model.verify()
-    manifest = builder.json.loads((Recipe.open().folder / builder.MANIFEST).read_text())["files"]
+    manifest = json.loads((Recipe.open().folder / MANIFEST).read_text())["files"]
     assert {name: found[name] for name in manifest} == manifest

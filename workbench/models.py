@@ -1,10 +1,12 @@
-"""Which checkpoint a name stands for: "reference" is the embedded model, built when missing; else a path or id."""
+"""Which checkpoint a name stands for: an embedded model, built when missing; else a path or id."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 REFERENCE = "reference"
+# The embedded models by name, and the kind of reference model that each is.
+EMBEDDED = {REFERENCE: "upcycled", "carved": "carved"}
 
 
 def resolve_model(name: str | Path) -> str | Path:
@@ -13,10 +15,11 @@ def resolve_model(name: str | Path) -> str | Path:
     Parameters
     ----------
     name : str or Path
-        "reference" (the embedded upcycled model), a directory, or a hub id.
+        "reference" (the embedded upcycled model), "carved" (the embedded fine-grained one), a directory, or a hub id.
     """
-    if str(name) != REFERENCE:
+    kind = EMBEDDED.get(str(name))
+    if kind is None:
         return name
     from workbench.reference_model import build
 
-    return build()
+    return build(kind=kind)

@@ -34,7 +34,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from emoe_core.errors import ExperimentError
-from workbench.models import REFERENCE
+from workbench.models import EMBEDDED
 from workbench.store import project_root
 
 CHECKED_TYPES = {"bool", "int", "float", "str", "list", "None"}
@@ -283,10 +283,10 @@ def point_digest(source: str, parameters: dict[str, Any], model: Any = None) -> 
 def model_state(model: Any) -> str:
     """Return what tells one state of a model from another, cheaply: weights are not read.
 
-    The embedded model is its recipe, a checkpoint folder its configuration and the sizes and times of its weights.
+    An embedded model is its recipe, a checkpoint folder its configuration and the sizes and times of its weights.
     """
-    if model == REFERENCE:
-        description = RECIPES / "upcycled" / "recipe.json"
+    if model in EMBEDDED:
+        description = RECIPES / EMBEDDED[model] / "recipe.json"
         return hashlib.sha256(description.read_bytes()).hexdigest() if description.exists() else ""
     folder = Path(str(model)).expanduser()
     if model is None or not (folder / "config.json").is_file():

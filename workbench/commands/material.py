@@ -9,50 +9,56 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-model_app = typer.Typer(help="The embedded reference model.", no_args_is_help=True)
+Kind = Annotated[str, typer.Option(help="'upcycled' (the model 'reference') or 'carved'.")]
+
+model_app = typer.Typer(help="The embedded reference models.", no_args_is_help=True)
 data_app = typer.Typer(help="Prompts of six task types.", no_args_is_help=True)
 
 
 @model_app.command("build")
 def build_model(
     out: Annotated[Path | None, typer.Option(help="Folder to write; the cache when not given.")] = None,
+    kind: Kind = "upcycled",
 ) -> None:
-    """Build the reference model from its recipe (under two minutes, once)."""
+    """Build a reference model from its recipe (under two minutes, once)."""
     from workbench import reference_model
 
-    Console().print(f"Reference model: [bold]{reference_model.build(out)}[/]", soft_wrap=True)
+    Console().print(f"Reference model: [bold]{reference_model.build(out, kind=kind)}[/]", soft_wrap=True)
 
 
 @model_app.command("train")
 def train_model(
     out: Annotated[Path, typer.Argument(help="Folder for the recipe.")],
     seed: Annotated[int, typer.Option(help="Seed of the recipe.")] = 0,
+    kind: Kind = "upcycled",
 ) -> None:
-    """Compute the recipe anew: adapters and routers (up to two and a half hours; goes on where it stopped)."""
+    """Compute the recipe anew (upcycled: two hours, carved: half an hour; goes on where it stopped)."""
     from workbench import reference_model
 
-    Console().print(f"Recipe: [bold]{reference_model.train(out, seed=seed)}[/]", soft_wrap=True)
+    Console().print(f"Recipe: [bold]{reference_model.train(out, seed=seed, kind=kind)}[/]", soft_wrap=True)
 
 
 @model_app.command("verify")
 def verify_model(
     path: Annotated[Path | None, typer.Argument(help="Folder of the built model; the cache's when not given.")] = None,
+    kind: Kind = "upcycled",
 ) -> None:
     """Check the built model's files against their checksums."""
     from workbench import reference_model
 
-    Console().print(f"Intact: {', '.join(reference_model.verify(path))}.")
+    Console().print(f"Intact: {', '.join(reference_model.verify(path, kind))}.")
 
 
 @model_app.command("evaluate")
 def evaluate_model(
     path: Annotated[Path | None, typer.Argument(help="Folder of the built model; the cache's when not given.")] = None,
+    kind: Kind = "upcycled",
 ) -> None:
     """Measure perplexity by domain beside the dense model, and how the routers choose."""
     from workbench import reference_model
 
-    table = Table(title="Reference model", show_header=False)
-    for name, value in reference_model.evaluate(path).items():
+    table = Table(title=f"Reference model, {kind}", show_header=False)
+    for name, value in reference_model.evaluate(path, kind=kind).items():
         if isinstance(value, bool | int | float | str):
             table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     Console().print(table)

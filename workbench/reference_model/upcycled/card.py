@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from workbench.reference_model.upcycled.recipe import FIGURES, Recipe
+from workbench.reference_model.upcycled.recipe import Recipe
 
 _HEAD = """---
 license: apache-2.0
@@ -94,12 +92,3 @@ def _measured(figures: dict[str, Any]) -> str:
     for chat in figures["answers"]:
         lines += ["", f"**{chat['question']}**", "", *(f"> {line}" for line in chat["answer"].splitlines())]
     return "\n".join(lines) + "\n"
-
-
-def write_card(path: Path, recipe: Recipe) -> None:
-    """Write the card of a built model, with the recipe's figures where they belong to the same adapters."""
-    stored = recipe.folder / FIGURES
-    figures = json.loads(stored.read_text()) if stored.exists() else None
-    if figures and figures["adapters_sha256"] != recipe.description["adapters_sha256"]:
-        figures = None
-    path.write_text(render_card(recipe, figures))

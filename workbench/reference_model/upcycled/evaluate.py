@@ -12,26 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from emoe_core.errors import OptionError
 from workbench.reference_model import dense
-from workbench.reference_model.upcycled import corpora
-from workbench.reference_model.upcycled.build import CARD, build
-from workbench.reference_model.upcycled.card import write_card
-from workbench.reference_model.upcycled.recipe import FIGURES, Recipe
+from workbench.reference_model.held_out import (
+    answers,
+    compute_type,
+    counts,
+    dense_losses,
+    held_out_blocks,
+    losses,
+    predicted_tokens,
+)
+from workbench.reference_model.recipe import FIGURES
+from workbench.reference_model.upcycled.build import ASSEMBLY, build
+from workbench.reference_model.upcycled.recipe import Recipe
 
 HEATMAP = "routing.png"
-QUESTIONS = (
-    "What is the capital of Italy?",
-    "Give me three tips for a good night's sleep.",
-    "Write a Python function that adds two numbers.",
-    "Explain in two sentences why the sky is blue.",
-    "Tom has 3 apples and buys 5 more. How many apples does he have?",
-)
 
 
 def evaluate(
@@ -39,7 +37,7 @@ def evaluate(
     recipe: Path | str | None = None,
     dtype: str = "float32",
     block_tokens: int = 256,
-    answers: bool = True,
+    with_answers: bool = True,
 ) -> dict[str, Any]:
     """Measure a built checkpoint; write ``figures.json`` and the heatmap beside the recipe, and the card.
 
@@ -53,47 +51,34 @@ def evaluate(
         Compute type, ``float32`` or ``bfloat16``.
     block_tokens : int
         Tokens of a block.
-    answers : bool
+    with_answers : bool
         Also generate the five answers.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise OptionError(f"evaluation computes in float32 or bfloat16, not {dtype}")
+    compute = compute_type(dtype)
     chosen = Recipe.open(recipe)
     folder = build(path, chosen.folder)
-    compute = getattr(torch, dtype)
     source = dense.DenseSource.open(dense.fetch_gguf())
-    tokenizer = source.tokenizer()
-    seed = chosen.description["seed"]
-    splits = [corpora.split(domain, tokenizer, seed) for domain in corpora.DOMAINS]
-    changed = [
-        split.domain
-        for split, known in zip(splits, chosen.description["domains"], strict=True)
-        if split.held_out_sha256 != known["held_out_sha256"]
-    ]
-    blocks = [_blocks(split.held_out, block_tokens) for split in splits]
-    parent = source.model(torch.bfloat16).to(compute)
-    base = [_losses(parent, part)[0] for part in tqdm(blocks, desc="dense", unit="domain")]
-    del parent
+    blocks, changed = held_out_blocks(chosen, source, block_tokens)
+    base = dense_losses(source, blocks, compute)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, experts_implementation="eager").eval()
-    mixed = [_losses(model, part, chosen.shape.top_k) for part in tqdm(blocks, desc="mixture", unit="domain")]
-    counts = np.stack([_counts(found, chosen.shape.experts) for _, found in mixed])
+    mixed = [losses(model, part, chosen.shape.top_k) for part in tqdm(blocks.values(), desc="mixture", unit="domain")]
     figures = summarise(
-        [split.domain for split in splits],
-        np.array([part.shape[0] * (part.shape[1] - 1) for part in blocks]),
-        np.array(base),
+        list(blocks),
+        predicted_tokens(blocks),
+        base,
         np.array([loss for loss, _ in mixed]),
-        counts,
+        np.stack([counts(found, chosen.shape.experts) for _, found in mixed]),
     )
     figures |= {
         "adapters_sha256": chosen.description["adapters_sha256"],
         "dtype": dtype,
         "block_tokens": block_tokens,
         "held_out_text_changed": changed,
-        "answers": _answers(model, folder) if answers else [],
+        "answers": answers(model, folder) if with_answers else [],
     }
     (chosen.folder / FIGURES).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     draw_heatmap(figures, chosen.folder / HEATMAP)
-    write_card(folder / CARD, chosen)
+    ASSEMBLY.write_card(folder, chosen)
     return figures
 
 
@@ -193,48 +178,3 @@ def draw_heatmap(figures: dict[str, Any], path: Path) -> None:
     axes[1].legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def _blocks(ids: Tensor, length: int) -> Tensor:
-    whole = len(ids) // length
-    return ids[: whole * length].view(whole, length)
-
-
-@torch.no_grad()
-def _losses(model: PreTrainedModel, blocks: Tensor, top_k: int = 0) -> tuple[float, Tensor]:
-    """Return the mean loss, and with `top_k` the chosen experts [blocks, layers, tokens, k]."""
-    total = 0.0
-    chosen = []
-    for ids in blocks.split(4):
-        options = {"output_router_logits": True} if top_k else {}
-        output = model(input_ids=ids, use_cache=False, **options)
-        logits = output.logits[:, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
-        if top_k:
-            routed = torch.stack([layer.topk(top_k, dim=-1).indices for layer in output.router_logits])
-            chosen.append(routed.view(len(routed), len(ids), -1, top_k).transpose(0, 1))
-    predicted = blocks.shape[0] * (blocks.shape[1] - 1)
-    return total / predicted, torch.cat(chosen) if chosen else torch.empty(0)
-
-
-def _counts(chosen: Tensor, experts: int) -> np.ndarray:
-    """Return [blocks, layers, experts] from the chosen experts [blocks, layers, tokens, k]."""
-    return torch.nn.functional.one_hot(chosen.flatten(2), experts).sum(dim=2).numpy()
-
-
-@torch.no_grad()
-def _answers(model: PreTrainedModel, folder: Path, max_new_tokens: int = 80) -> list[dict[str, str]]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    generator: Any = model
-    found = []
-    for question in tqdm(QUESTIONS, desc="answers"):
-        inputs: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-        output = generator.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        text = str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-        found.append({"question": question, "answer": text.strip()})
-    return found

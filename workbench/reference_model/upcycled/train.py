@@ -23,8 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from emoe_core.errors import OptionError
-from workbench.reference_model import dense
-from workbench.reference_model.upcycled import corpora
+from workbench.reference_model import corpora, dense
 from workbench.reference_model.upcycled.mixture import (
     BASE,
     MixtureFeedForward,
@@ -291,25 +290,11 @@ def train(out: Path | str, seed: int = 0, plan: Plan | None = None, resume: bool
 
 def describe(trainer: Trainer, splits: list[corpora.Split], folder: Path) -> Recipe:
     """Write the trained parameters as a recipe."""
-    domains = [
-        {
-            "name": domain.name,
-            "about": domain.about,
-            "packages": [
-                f"{name}=={corpora.PACKAGES[name][0]} ({corpora.PACKAGES[name][2]})" for name in domain.packages
-            ],
-            "fit_tokens": len(split.fit),
-            "held_out_tokens": len(split.held_out),
-            "fit_sha256": split.fit_sha256,
-            "held_out_sha256": split.held_out_sha256,
-        }
-        for domain, split in zip(corpora.DOMAINS, splits, strict=True)
-    ]
     description = {
         "parent": {"package": f"{dense.PACKAGE}=={dense.VERSION}", "gguf_sha256": dense.GGUF_SHA256},
         "seed": trainer.seed,
         "plan": asdict(trainer.plan),
-        "domains": domains,
+        "domains": corpora.describe(splits),
         "training": {
             "seconds": round(trainer.seconds),
             "threads": torch.get_num_threads(),

@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from workbench.cache import fetch_package
-from workbench.reference_model.upcycled import dialogue
+from workbench.reference_model import dialogue
 
 DOCUMENT_END = 0
 PACKAGES = {
@@ -56,7 +56,7 @@ LANGUAGES = [
 # Enough documents for the longest training plan; more would only lengthen the preparation.
 FIT_LIMIT_CHARACTERS = 600_000
 EXERCISES_PER_TEMPLATE = 8
-DIALOGUES = Path(__file__).parents[1] / "recipes" / "upcycled" / "dialogues.jsonl.gz"
+DIALOGUES = Path(__file__).parent / "recipes" / "upcycled" / "dialogues.jsonl.gz"
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,22 @@ def split(domain: Domain, tokenizer: PreTrainedTokenizerFast, seed: int = 0, hel
         _digest(kept),
         _digest(held_out),
     )
+
+
+def describe(splits: list[Split]) -> list[dict[str, object]]:
+    """Return what a recipe records of its text: sources, sizes and hashes by domain, in the order of `DOMAINS`."""
+    return [
+        {
+            "name": domain.name,
+            "about": domain.about,
+            "packages": [f"{name}=={PACKAGES[name][0]} ({PACKAGES[name][2]})" for name in domain.packages],
+            "fit_tokens": len(part.fit),
+            "held_out_tokens": len(part.held_out),
+            "fit_sha256": part.fit_sha256,
+            "held_out_sha256": part.held_out_sha256,
+        }
+        for domain, part in zip(DOMAINS, splits, strict=True)
+    ]
 
 
 def _join(texts: list[str], tokenizer: PreTrainedTokenizerFast, longest_tokens: int | None = None) -> torch.Tensor:
