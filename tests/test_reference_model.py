@@ -17,9 +17,9 @@ from workbench import reference_model
 from workbench.cache import sha256_file
 from workbench.reference_model import dense
 from workbench.reference_model.recipe import ADAPTERS, MANIFEST
+from workbench.reference_model.summary import normalised_mutual_information, summarise
 from workbench.reference_model.tiny import tiny_tokenizer
 from workbench.reference_model.upcycled import build as builder
-from workbench.reference_model.upcycled import evaluate
 from workbench.reference_model.upcycled.mixture import Shape
 from workbench.reference_model.upcycled.recipe import Recipe, save_recipe
 from workbench.reference_model.upcycled.train import Plan, Trainer, next_token_loss
@@ -182,15 +182,15 @@ def test_a_folder_with_other_content_is_left_alone(grown, tmp_path: Path) -> Non
 
 
 def test_mutual_information_is_one_for_one_expert_per_domain_and_zero_for_uniform() -> None:
-    assert evaluate.normalised_mutual_information(np.eye(4)) == pytest.approx(1.0)
-    assert evaluate.normalised_mutual_information(np.full((4, 4), 0.25)) == pytest.approx(0.0)
+    assert normalised_mutual_information(np.eye(4)) == pytest.approx(1.0)
+    assert normalised_mutual_information(np.full((4, 4), 0.25)) == pytest.approx(0.0)
 
 
 def test_summary_counts_shares_and_ratios() -> None:
     counts = np.zeros((2, 1, 1, 4), dtype=int)
     counts[0, 0, 0] = (6, 2, 1, 1)
     counts[1, 0, 0] = (0, 0, 5, 5)
-    found = evaluate.summarise(["a", "b"], np.array([9, 9]), np.log([4.0, 4.0]), np.log([2.0, 5.0]), counts)
+    found = summarise(["a", "b"], np.array([9, 9]), np.log([4.0, 4.0]), np.log([2.0, 5.0]), counts)
     assert found["domains"]["a"]["ratio"] == pytest.approx(0.5)
     assert found["domains_below_dense"] == 1
     assert found["worst_ratio"] == pytest.approx(1.25)

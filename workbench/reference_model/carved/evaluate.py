@@ -1,0 +1,125 @@
+"""Measures a built carved model: perplexity beside the dense parent, routing, and the price of keeping few experts.
+
+The weights are those stored (bfloat16), the dense parent's are rounded alike. Terms are those of `summary`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from workbench.reference_model import corpora, dense
+from workbench.reference_model.carved.build import ASSEMBLY, build
+from workbench.reference_model.carved.keeping import keeping, most_used
+from workbench.reference_model.carved.recipe import Recipe
+from workbench.reference_model.held_out import (
+    answers,
+    compute_type,
+    counts,
+    cut,
+    dense_losses,
+    held_out_blocks,
+    losses,
+    predicted_tokens,
+)
+from workbench.reference_model.recipe import FIGURES
+from workbench.reference_model.summary import summarise
+
+KEPT = (19, 14, 10)
+
+
+def evaluate(
+    path: Path | str | None = None,
+    recipe: Path | str | None = None,
+    dtype: str = "float32",
+    block_tokens: int = 256,
+    keeping_blocks: int = 4,
+    with_answers: bool = True,
+) -> dict[str, Any]:
+    """Measure a built checkpoint; write ``figures.json`` beside the recipe, and the card.
+
+    Parameters
+    ----------
+    path : Path or str, optional
+        Built folder; left out: the default one, built when missing.
+    recipe : Path or str, optional
+        Its recipe; left out: the committed one.
+    dtype : str
+        Compute type, ``float32`` or ``bfloat16``.
+    block_tokens : int
+        Tokens of a block.
+    keeping_blocks : int
+        Blocks of each domain on which kept experts are tried.
+    with_answers : bool
+        Also generate the five answers.
+    """
+    compute = compute_type(dtype)
+    chosen = Recipe.open(recipe)
+    folder = build(path, chosen.folder)
+    source = dense.DenseSource.open(dense.fetch_gguf())
+    blocks, changed = held_out_blocks(chosen, source, block_tokens)
+    base = dense_losses(source, blocks, compute)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, experts_implementation="eager").eval()
+    shape = chosen.shape
+    mixed = [losses(model, part, shape.top_k) for part in tqdm(blocks.values(), desc="carved", unit="domain")]
+    found = np.array([loss for loss, _ in mixed])
+    used = np.stack([counts(picked, shape.experts) for _, picked in mixed])
+    figures = summarise(list(blocks), predicted_tokens(blocks), base, found, used)
+    del figures["shares"]  # experts are no domains here
+    figures |= {
+        "mean_ratio": float(np.exp(np.mean(found - base))),
+        "keeping": keeping_table(model, chosen, source, {n: b[:keeping_blocks] for n, b in blocks.items()}),
+        "adapters_sha256": chosen.description["adapters_sha256"],
+        "dtype": dtype,
+        "block_tokens": block_tokens,
+        "held_out_text_changed": changed,
+        "answers": answers(model, folder) if with_answers else [],
+    }
+    (chosen.folder / FIGURES).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    ASSEMBLY.write_card(folder, chosen)
+    return figures
+
+
+def keeping_table(
+    model: PreTrainedModel, recipe: Recipe, source: dense.DenseSource, blocks: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Return perplexity over that of all experts, for each number of kept experts and way to choose them.
+
+    "global": the most used on fitting text, as much of it as there is of `blocks`; "own": the most used by each block
+    itself; "random": drawn once for each layer.
+    """
+    shape = recipe.shape
+    together = torch.cat(list(blocks.values()))
+    tokenizer = source.tokenizer()
+    fit = [
+        cut(corpora.split(domain, tokenizer, recipe.description["seed"]).fit, part.shape[1])[: len(part)]
+        for domain, part in zip(corpora.DOMAINS, blocks.values(), strict=True)
+    ]
+    _, seen = losses(model, torch.cat(fit), shape.top_k)
+    everything, own = losses(model, together, shape.top_k)
+    overall = torch.from_numpy(counts(seen, shape.experts)).sum(dim=0)
+    by_block = torch.from_numpy(counts(own, shape.experts))
+    lottery = torch.rand(overall.shape, generator=torch.Generator().manual_seed(0))
+    ways = {"global": overall.expand_as(by_block), "own": by_block, "random": lottery.expand(by_block.shape)}
+    rows = []
+    for kept in tqdm([count for count in KEPT if count < shape.experts], desc="keeping", unit="count"):
+        row: dict[str, float] = {"kept": kept}
+        for way, ranking in ways.items():
+            row[way] = float(np.exp(_loss_keeping(model, together, most_used(ranking, kept)) - everything))
+        rows.append(row)
+    return {"tokens": len(together) * (together.shape[1] - 1), "rows": rows}
+
+
+def _loss_keeping(model: PreTrainedModel, blocks: Tensor, kept: Tensor) -> float:
+    total = 0.0
+    for ids, mask in zip(blocks.split(4), kept.split(4), strict=True):
+        with keeping(model, mask):
+            total += losses(model, ids)[0] * len(ids)
+    return total / len(blocks)
