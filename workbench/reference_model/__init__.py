@@ -12,7 +12,7 @@ from typing import Any
 
 from emoe_core.errors import OptionError
 
-KINDS = ("upcycled",)
+KINDS = ("upcycled", "carved")
 
 
 def train(out: Path | str, seed: int = 0, kind: str = "upcycled", **options: Any) -> Path:
