@@ -1,37 +1,26 @@
-"""Loading experts into slots in the background, and lending them to forward passes.
+"""Loading experts into slots in the background, on demand or ahead of need.
 
-`ExpertLoader` owns the slot memory, the residency table and a few reading threads. A forward pass of one layer takes
-a `Lease` on the experts it will compute, in ascending order of expert id (the order in which the family's own eager
-code computes and accumulates them):
-
-* experts already resident are pinned at once, so that nothing can overwrite them before they are used;
-* absent ones are requested ahead, in order, as far as evictable slots (and the spare one) reach;
-* moving on to the next expert releases the previous one, whose slot may then take a later arrival.
-
-So a layer with more active experts than slots streams them with the same arithmetic in the same order, and reading
-overlaps computing. A lease cannot deadlock: everything it has in flight is used before whatever it still waits for.
-
-On CUDA the threads read into pinned staging memory and copy on their own stream; the copy waits for the event that
-the compute stream recorded when the slot was last released, and the thread, never the device, waits for the copy.
+`ExpertLoader` owns the residency table, the slot memory and a few reading threads. A forward pass of one layer takes a
+`Lease` (`lease.py`) on the experts it will compute; a plan swaps residents between passes. How bytes get into a slot
+is `slot_memory.py`'s; this module decides when, and counts.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from types import TracebackType
 
 import torch
 
 from .checkpoint import MoeLayer
+from .lease import Lease
 from .metrics import Counters
+from .slot_memory import SlotMemory
 from .slots import Entry, SlotTable
-from .storage import Storage, aligned_buffer, unpin
+from .storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +40,6 @@ class ExpertLoader:
         Where the slots live.
     threads : int
         Reading threads.
-
-    Attributes
-    ----------
-    slot_bytes : int
-        Bytes of device memory that the slots take, padding included; freed by `close`.
     """
 
     def __init__(
@@ -69,25 +53,10 @@ class ExpertLoader:
         self.layers = tuple(layers)
         self.storage = storage
         self.table = table
-        self.device = device
         self.counters = Counters()
-        self.stride_bytes = max(layer.record_bytes for layer in layers)
-        self.slot_bytes = table.slots * self.stride_bytes
-        self._memory = (
-            aligned_buffer(self.slot_bytes)
-            if device.type == "cpu"
-            else torch.empty(self.slot_bytes, dtype=torch.uint8, device=device)
-        )
+        self.memory = SlotMemory(self.layers, storage, table.slots, device)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="emoe-load")
         self._loading: dict[tuple[int, int], Future[None]] = {}
-        # Layers of one layout share the views of a slot, so that there are no more views than slots in most models.
-        layouts = [layer.params for layer in self.layers]
-        self._layout = [layouts.index(params) for params in layouts]
-        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
-        self._staging = threading.local()
-        self._pinned: list[torch.Tensor] = []
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._released: dict[int, torch.cuda.Event] = {}
         self._counted_from = 0
         self._closed = False
 
@@ -95,17 +64,14 @@ class ExpertLoader:
         """Borrow experts (ascending, distinct) of one layer for one forward pass; use as a context manager."""
         return Lease(self, layer, experts)
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of device memory that the slots take, padding included; freed by `close`."""
+        return self.memory.total_bytes
+
     def tensors(self, entry: Entry) -> Mapping[str, torch.Tensor]:
         """Return the parameters of a resident expert as views of its slot, by name."""
-        key = (self._layout[entry.layer], entry.slot)
-        views = self._views.get(key)
-        if views is None:
-            views = self._views[key] = self.layers[entry.layer].views(self._slot(entry))
-        return views
-
-    def record(self, entry: Entry) -> torch.Tensor:
-        """Return the raw bytes of a resident expert (uint8, length ``record_bytes``), for verification."""
-        return self._slot(entry)
+        return self.memory.tensors(entry)
 
     def fetch(self, layer: int, expert: int, *, may_use_spare: bool = True) -> Entry | None:
         """Start loading an absent expert; the entry comes back pinned. None when no slot can be had now.
@@ -120,7 +86,7 @@ class ExpertLoader:
         if evicted is not None:
             self._count_eviction(evicted)
         self.counters.bytes_loaded += self.layers[layer].record_bytes
-        self._loading[(layer, expert)] = self._pool.submit(self._read, entry)
+        self._loading[(layer, expert)] = self._pool.submit(self.memory.write, entry)
         return entry
 
     def wait(self, entry: Entry) -> None:
@@ -143,10 +109,7 @@ class ExpertLoader:
         """Unpin an expert once; on CUDA, note the point of the compute stream after which it may be overwritten."""
         assert entry.pins > 0, entry
         entry.pins -= 1
-        if self._copy_stream is not None:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.device))
-            self._released[entry.slot] = event
+        self.memory.released(entry)
 
     def evict(self, entry: Entry) -> None:
         """Remove a ready, unpinned expert and count it."""
@@ -197,8 +160,7 @@ class ExpertLoader:
 
     def recover(self) -> None:
         """Put the table in order after a forward pass that was interrupted anywhere: no pins, no spare slot lent."""
-        if self._copy_stream is not None:
-            torch.cuda.synchronize(self.device)
+        self.memory.synchronize()
         for entry in self.table.entries():
             entry.pins = 0
         self.settle()
@@ -223,16 +185,8 @@ class ExpertLoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         for entry in self.table.entries():
             self._count_waste(entry)
-        for buffer in self._pinned:
-            unpin(buffer)
-        self._pinned.clear()
-        self._views.clear()
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self.memory.close()
         self.storage.close()
-
-    def _slot(self, entry: Entry) -> torch.Tensor:
-        start = entry.slot * self.stride_bytes
-        return self._memory[start : start + self.layers[entry.layer].record_bytes]
 
     def _count_eviction(self, entry: Entry) -> None:
         self.counters.evictions += 1
@@ -261,104 +215,3 @@ class ExpertLoader:
         self.reap()
         if self.table.get(layer, oldest.expert) is oldest:
             self.evict(oldest)
-
-    def _read(self, entry: Entry) -> None:
-        target = self._slot(entry)
-        if self._copy_stream is None:
-            self.storage.read_into(entry.layer, entry.expert, target)
-            return
-        staging = getattr(self._staging, "record", None)
-        if staging is None:
-            staging = self._staging.record = aligned_buffer(self.stride_bytes, pin=True)
-            self._pinned.append(staging)
-        staged = staging[: target.numel()]
-        self.storage.read_into(entry.layer, entry.expert, staged)
-        with torch.cuda.stream(self._copy_stream):
-            released = self._released.get(entry.slot)
-            if released is not None:
-                self._copy_stream.wait_event(released)
-            target.copy_(staged, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record(self._copy_stream)
-        arrived.synchronize()
-
-
-class Lease:
-    """Experts of one layer, borrowed for one forward pass. ``lease[expert]`` gives its tensors, waiting if need be.
-
-    Experts must be asked for in ascending order; asking for the same expert
-    again (its second matrix) is free. An id outside the lease (chosen by padding alone) gets the current expert's
-    tensors: the result goes to padding rows only, which attention masks.
-    """
-
-    def __init__(self, loader: ExpertLoader, layer: int, experts: Sequence[int]) -> None:
-        assert list(experts) == sorted(set(experts)), experts
-        self._loader = loader
-        self._layer = layer
-        self._held: dict[int, Entry] = {}
-        self._absent: deque[int] = deque()
-        self._order = tuple(experts)
-        self._current: int | None = None
-        for expert in experts:
-            entry = loader.table.get(layer, expert)
-            if entry is None:
-                self._absent.append(expert)
-                continue
-            entry.pins += 1
-            self._held[expert] = entry
-        try:
-            self._advance()
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __getitem__(self, expert: int) -> Mapping[str, torch.Tensor]:
-        if expert != self._current:
-            self._move_to(expert)
-        assert self._current is not None
-        return self._loader.tensors(self._held[self._current])
-
-    def close(self) -> None:
-        """Release everything and give borrowed spare slots back. Idempotent."""
-        held = list(self._held.values())
-        self._held.clear()
-        self._absent.clear()
-        for entry in held:
-            self._loader.release(entry)
-        if not all(entry.ready for entry in held):
-            # An aborted pass: what is still arriving must be there before a spare slot can be given back.
-            self._loader.settle()
-        self._loader.return_spare(self._layer)
-
-    def _move_to(self, expert: int) -> None:
-        if expert not in self._held and expert not in self._absent:
-            # Chosen by padding alone: any resident tensor will do.
-            if self._current is None:
-                self._move_to(self._order[0])
-            return
-        if self._current is not None and self._current < expert:
-            self._loader.release(self._held.pop(self._current))
-            self._current = None
-        self._advance()
-        entry = self._held.get(expert)
-        assert entry is not None, f"expert {expert} was asked for out of order"
-        self._current = expert
-        self._loader.wait(entry)
-        self._loader.table.touch(entry)
-
-    def _advance(self) -> None:
-        while self._absent:
-            entry = self._loader.fetch(self._layer, self._absent[0])
-            if entry is None:
-                return
-            self._held[self._absent.popleft()] = entry
-            self._loader.counters.requests += 1
-            self._loader.counters.loads += 1

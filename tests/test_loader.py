@@ -52,7 +52,7 @@ def make(pack: Pack, capacity: int = 3, spare: int = 1, policy: str = "lru", thr
 def is_intact(pack: Pack, loader: ExpertLoader, layer: int, expert: int) -> bool:
     entry = loader.table.get(layer, expert)
     assert entry is not None
-    checksum = xxhash.xxh3_64_intdigest(memoryview(loader.record(entry).numpy()))
+    checksum = xxhash.xxh3_64_intdigest(memoryview(loader.memory.record(entry).numpy()))
     return checksum == pack.layers[layer].checksums[expert]
 
 
@@ -265,10 +265,10 @@ def test_closing_frees_the_slots_and_is_idempotent(pack: Pack) -> None:
     slot_bytes = loader.slot_bytes
     loader.close()
     loader.close()
-    assert loader.slot_bytes == slot_bytes == loader.table.slots * loader.stride_bytes
-    assert loader._memory.numel() == 0
+    assert loader.slot_bytes == slot_bytes == loader.table.slots * loader.memory.stride_bytes
+    assert loader.memory._memory.numel() == 0
     with pytest.raises(ValueError, match="closed"):
-        loader.storage.read_into(0, 0, torch.empty(loader.stride_bytes, dtype=torch.uint8))
+        loader.storage.read_into(0, 0, torch.empty(loader.memory.stride_bytes, dtype=torch.uint8))
 
 
 def test_many_threads_give_the_same_bytes(pack: Pack) -> None:
