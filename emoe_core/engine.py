@@ -12,24 +12,23 @@ replaced by resident experts (tolerance > 0). The engine runs one forward pass a
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import experts, generation
+from .attachment import attach_layers, refuse_misuse
 from .budget import SlotPlan, plan_slots
 from .cache import cache_dir
 from .checkpoint import CheckpointIndex, open_checkpoint
-from .context import StepContext
 from .control import ControlLoop
-from .errors import IntegrationError, OptionError, UnsupportedFamilyError
+from .errors import OptionError, UnsupportedFamilyError
 from .footprint import MemoryBreakdown, memory_breakdown
+from .forward_passes import ForwardPasses
 from .interval import make_interval
 from .loader import ExpertLoader
 from .metrics import RunStats
@@ -39,7 +38,6 @@ from .predictor import make_predictor
 from .routing import RoutingTrace, TraceRecorder
 from .slots import SlotTable
 from .storage import HostMemory, PackedFile
-from .tasks import UNKNOWN
 
 
 def load(checkpoint: str | Path, *, progress: Progress | None = None, **options: Any) -> Engine:
@@ -101,13 +99,8 @@ class Engine:
             raise
         interval = make_interval(config.interval, config.min_coverage)
         self.control = ControlLoop(self.loader, predictor, interval, config.replan, config.profile)
-        self.step: StepContext | None = None
         self.recorder = TraceRecorder(len(layers), num_experts) if config.record else None
-        self._forward = 0
-        self._assigned: list[int] | None = None
-        self._open: list[int] = []
-        self._runner: threading.Thread | None = None
-        self._runner_lock = threading.Lock()
+        self.passes = ForwardPasses(self.loader, self.control, self.recorder, self.tolerance)
         self._closed = False
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase | None
@@ -197,6 +190,7 @@ class Engine:
         if self._closed:
             return
         self._closed = True
+        self.passes.close()
         self.loader.close()
         for layer in self.index.layers:
             experts.detach(self.model.get_submodule(layer.name))
@@ -213,50 +207,17 @@ class Engine:
         head = f"<b>{self.index.model_type}</b> {self.index.path.name}, {self.index.dtype}, {self.device}"
         return f"<p>{head}, budget {self.config.budget}, tolerance {self.tolerance}</p>{self.stats()._repr_html_()}"
 
-    # What the layers ask of their session (see experts.Session).
-
-    def tolerance_of(self, task: str, layer: int) -> float:
-        """Miss tolerance of a (task, layer) in [0, 1]."""
-        return self.control.tolerance(task, layer, self.tolerance)
-
-    def observe(self, layer: int, chosen: torch.Tensor, step: StepContext | None) -> None:
-        """Take one layer's desired experts for the history of the running requests."""
-        self.control.observe(layer, chosen, step)
-
     def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
-        """Admit requests whose rows the next prefill will hold, in order; return their numbers.
-
-        Raises
-        ------
-        IntegrationError
-            When the engine is closed, or other admitted requests are not finished.
-        """
-        self._require_open()
-        if self._assigned is not None:
-            raise IntegrationError("this engine answers one batch at a time: finish it, or load a second engine")
-        self._end_anonymous()
-        self._assigned = self.control.admit(tasks, input_tokens)
-        return self._assigned
+        """Admit requests whose rows the next prefill will hold; see `ForwardPasses.admit`."""
+        return self.passes.admit(tasks, input_tokens)
 
     def finish(self, numbers: Sequence[int]) -> None:
         """End admitted requests."""
-        self.control.finish(numbers)
-        self._assigned = None
+        self.passes.finish(numbers)
 
     def _attach(self) -> None:
-        model = self.model
-        routers = _routers(model)
-        hidden_size = model.config.get_text_config().hidden_size
-        unexplained = []
-        for layer in self.index.layers:
-            module = model.get_submodule(layer.name)
-            handle = experts.LayerHandle(layer.index, module, self.loader, self)
-            found = routers.get(layer.name.rsplit(".", 1)[0])
-            if found is not None:
-                handle.attach_router(*found, hidden_size)
-            if handle.rule is None:
-                unexplained.append(layer.name)
-            experts.attach(module, handle)
+        handles = attach_layers(self.model, self.index, self.loader, self.passes)
+        unexplained = [self.index.layers[handle.layer].name for handle in handles if handle.rule is None]
         profile = self.config.profile
         skips = profile is not None and not all(all(task.sensitive) for task in profile.tasks.values())
         if unexplained and (skips or self.tolerance > 0):
@@ -264,104 +225,12 @@ class Engine:
                 f"{self.index.model_type} is served exactly only: no known routing rule explains the router of "
                 f"{unexplained[0]}. Load with tolerance=0 and no profile."
             )
-        model.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
-        model.register_forward_hook(self._end_pass, always_call=True)
-        for name, reason in _REFUSED.items():
-            setattr(model, name, _refuse(f"{name}: {reason}"))
-
-    def _begin_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._require_open()
-        self._start_running()
-        inputs = args[0] if args else kwargs.get("input_ids")
-        if inputs is None:
-            inputs = kwargs.get("inputs_embeds")
-        if inputs is None:
-            return
-        batch, length = int(inputs.shape[0]), int(inputs.shape[1])
-        cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        mask = kwargs.get("attention_mask")
-        real = None
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
-            rows = mask[:, mask.shape[1] - length :].bool().cpu()
-            if not bool(rows.all()) and bool(rows.any()):
-                real = rows.reshape(-1)
-        numbers = self._assigned if self._assigned is not None and len(self._assigned) == batch else None
-        if numbers is None:
-            if past == 0 or len(self._open) != batch:
-                self._end_anonymous()
-                tokens = [length] * batch if real is None else real.view(batch, length).sum(dim=1).tolist()
-                self._open = self.control.admit([UNKNOWN] * batch, tokens)
-            numbers = self._open
-        self.loader.reap()
-        self.loader.table.forward = self._forward
-        running = self.control.running
-        tasks = tuple(running[number].task if number in running else UNKNOWN for number in numbers)
-        self.step = StepContext(self._forward, tuple(numbers), tasks, length, past == 0, real)
-        self._forward += 1
-        self.loader.counters.forwards += 1
-
-    def _end_pass(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._runner is not threading.current_thread():
-            # A pass that was refused ends here too; the one in progress is another thread's.
-            return
-        step, self.step, self._runner = self.step, None, None
-        if step is not None and self.recorder is not None:
-            self.recorder.end_of_pass(step)
-
-    def _start_running(self) -> None:
-        thread = threading.current_thread()
-        with self._runner_lock:
-            before = self._runner
-            if before is not None and before is not thread and before.is_alive():
-                raise IntegrationError("this engine runs one forward pass at a time: wait, or load a second engine")
-            self._runner = thread
-        if before is not None:
-            # torch skips its hooks on an interrupt from the keyboard, so that pass never said that it ended.
-            self.step = None
-            self.loader.recover()
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise IntegrationError("the engine of this model is closed: load it again")
-
-    def _end_anonymous(self) -> None:
-        self.control.finish(self._open)
-        self._open = []
-
-
-_REFUSED = {
-    "save_pretrained": "the routed experts rest outside this model; copy the original checkpoint instead",
-    "state_dict": "the routed experts rest outside this model; read the original checkpoint instead",
-    "to": "an emoe model cannot be moved or converted; load it with device=... and dtype=...",
-    "_apply": "an emoe model cannot be moved or converted; load it with device=... and dtype=...",
-}
-
-
-def _refuse(reason: str) -> Any:
-    def refused(*args: Any, **kwargs: Any) -> NoReturn:
-        raise IntegrationError(reason)
-
-    return refused
+        self.model.register_forward_pre_hook(self.passes.begin, with_kwargs=True)
+        self.model.register_forward_hook(self.passes.end, always_call=True)
+        refuse_misuse(self.model)
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     return AutoTokenizer.from_pretrained(path)
-
-
-def _routers(model: PreTrainedModel) -> dict[str, tuple[torch.nn.Module, int]]:
-    """Return, per parent module name, the router and the place of its logits, as the family declares them."""
-    declared = []
-    for module in model.modules():
-        recorded = getattr(type(module), "_can_record_outputs", None) or {}
-        found = recorded.get("router_logits") if isinstance(recorded, dict) else None
-        if found is not None:
-            declared += list(found) if isinstance(found, (list, tuple)) else [found]
-    targets = {recorder.target_class: recorder.index for recorder in declared if hasattr(recorder, "target_class")}
-    return {
-        name.rsplit(".", 1)[0]: (module, targets[type(module)])
-        for name, module in model.named_modules()
-        if type(module) in targets
-    }

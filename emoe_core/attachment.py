@@ -1,0 +1,74 @@
+"""Tying the experts of a stock model to an engine: layer handles, router logits, and refusals of what cannot work.
+
+Nothing but the model's modules is changed, so another model in the process does not notice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from transformers import PreTrainedModel
+
+from . import experts
+from .checkpoint import CheckpointIndex
+from .errors import IntegrationError
+from .loader import ExpertLoader
+
+
+def attach_layers(
+    model: PreTrainedModel, index: CheckpointIndex, loader: ExpertLoader, session: experts.Session
+) -> list[experts.LayerHandle]:
+    """Let a model's MoE layers compute from slots; return their handles, in layer order.
+
+    A handle whose ``rule`` is None belongs to a router that no known routing rule explains: it is served exactly only.
+    """
+    routers = _routers(model)
+    hidden_size = model.config.get_text_config().hidden_size
+    handles = []
+    for layer in index.layers:
+        module = model.get_submodule(layer.name)
+        handle = experts.LayerHandle(layer.index, module, loader, session)
+        found = routers.get(layer.name.rsplit(".", 1)[0])
+        if found is not None:
+            handle.attach_router(*found, hidden_size)
+        experts.attach(module, handle)
+        handles.append(handle)
+    return handles
+
+
+def refuse_misuse(model: PreTrainedModel) -> None:
+    """Let methods that cannot work without the experts' weights say so."""
+    for name, reason in _REFUSED.items():
+        setattr(model, name, _refuse(f"{name}: {reason}"))
+
+
+_REFUSED = {
+    "save_pretrained": "the routed experts rest outside this model; copy the original checkpoint instead",
+    "state_dict": "the routed experts rest outside this model; read the original checkpoint instead",
+    "to": "an emoe model cannot be moved or converted; load it with device=... and dtype=...",
+    "_apply": "an emoe model cannot be moved or converted; load it with device=... and dtype=...",
+}
+
+
+def _refuse(reason: str) -> Any:
+    def refused(*args: Any, **kwargs: Any) -> NoReturn:
+        raise IntegrationError(reason)
+
+    return refused
+
+
+def _routers(model: PreTrainedModel) -> dict[str, tuple[torch.nn.Module, int]]:
+    """Return, per parent module name, the router and the place of its logits, as the family declares them."""
+    declared = []
+    for module in model.modules():
+        recorded = getattr(type(module), "_can_record_outputs", None) or {}
+        found = recorded.get("router_logits") if isinstance(recorded, dict) else None
+        if found is not None:
+            declared += list(found) if isinstance(found, (list, tuple)) else [found]
+    targets = {recorder.target_class: recorder.index for recorder in declared if hasattr(recorder, "target_class")}
+    return {
+        name.rsplit(".", 1)[0]: (module, targets[type(module)])
+        for name, module in model.named_modules()
+        if type(module) in targets
+    }
