@@ -28,7 +28,7 @@ from workbench.reference_model.tiny import tiny_tokenizer
 
 HIDDEN, NEURONS = 32, 48
 SHAPE = Shape(experts=4, top_k=2, shared=16)
-PLAN = Plan(block_tokens=16, blocks=4, cluster_tokens=100)
+PLAN = Plan(block_tokens=16, blocks=4, cluster_tokens=100, repairable=10.0)
 
 
 def tiny_dense() -> LlamaForCausalLM:
@@ -158,6 +158,15 @@ def test_the_repair_brings_every_layer_closer_to_the_parent(tmp_path: Path) -> N
     made = carver(tmp_path)
     made.run()
     assert all(layer["repaired"] < layer["carved"] for layer in made.losses)
+
+
+def test_a_layer_that_a_few_tokens_decide_is_left_as_carved(tmp_path: Path) -> None:
+    made = carver(tmp_path, replace(PLAN, repairable=0.0))
+    made.run()
+    assert all(
+        "codes" not in parts and "repaired" not in layer
+        for parts, layer in zip(made.finished, made.losses, strict=True)
+    )
 
 
 def test_stopped_carving_resumes_to_the_same_bits(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from emoe_core.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MODEL_HELP = "Folder of a Hugging Face checkpoint, or 'reference' for the embedded model (built on first use)."
+MODEL_HELP = "Folder of a Hugging Face checkpoint, or an embedded model: 'reference' or 'carved' (built on first use)."
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
 
 

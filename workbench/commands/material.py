@@ -110,7 +110,7 @@ def classify_data(
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or 'reference'.")] = "reference",
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, 'reference' or 'carved'.")] = "reference",
     prompts: Annotated[int, typer.Option(help="Prompts of each task, for lengths and similarities.")] = 20,
     kl_prompts: Annotated[int, typer.Option(help="How many of these for the divergence of single layers.")] = 4,
     depths: Annotated[int, typer.Option(help="Numbers of disturbed leading layers to try.")] = 6,

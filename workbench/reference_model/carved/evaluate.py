@@ -40,7 +40,7 @@ def evaluate(
     recipe: Path | str | None = None,
     dtype: str = "float32",
     block_tokens: int = 256,
-    keeping_blocks: int = 4,
+    keeping_blocks: int = 2,
     with_answers: bool = True,
 ) -> dict[str, Any]:
     """Measure a built checkpoint; write ``figures.json`` beside the recipe, and the card.

@@ -1,11 +1,10 @@
 """Computes the recipe layer by layer: carve, fit the router, repair what was lost. No step needs an optimiser.
 
-Two streams of fitting text pass through the layers together: the dense parent's, and the carved model's as it is stored
-(rounded to bfloat16), with all errors of the layers before. A layer is repaired to bring the carved stream back to the
-dense one: its target is the dense feed-forward's output plus what the streams differ by before it, and the down
-projections that come closest are had in closed form (ridge regression toward the parent's). A token's squared distance
-counts over the squared length of the dense stream, because a norm follows. No text but the fitting side of `corpora`
-is read, and no loss of the language model is used: the dense parent is the only teacher.
+Fitting text passes through the dense parent once, and every layer is carved and repaired for the inputs that it gets
+there: its target is the dense feed-forward's output, and the down projections that come closest are had in closed form
+(ridge regression toward the parent's). A token's squared distance counts over the squared length of the residual stream
+after the layer, because a norm follows. The blocks of text are spread over each domain's whole fitting side. No other
+text is read, and no loss of the language model is used: the dense parent is the only teacher.
 
 Every random choice follows from the seed and the layer, and finished layers are kept, so a run stopped anywhere goes on
 to the same bits (same machine, same number of threads).
@@ -50,13 +49,17 @@ class Plan:
         Standard deviation of router logits over experts. Small: the chosen experts weigh nearly the same.
     ridge : float
         Weight that holds the down projections at the parent's, relative to the mean energy of a neuron; 0: no repair.
+    repairable : float
+        Largest mean relative loss of a carved layer that is repaired. Above it a few tokens decide: the parent writes
+        or erases their massive activations there, and a repair led by these breaks the layer for all others.
     """
 
-    block_tokens: int = 256
-    blocks: int = 24
+    block_tokens: int = 128
+    blocks: int = 40
     cluster_tokens: int = 4096
     spread: float = 0.05
     ridge: float = 0.3
+    repairable: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("block_tokens", "blocks", "cluster_tokens"):
@@ -98,30 +101,27 @@ class Carver:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.finished, self.losses, self.seconds = [], [], 0.0
         body: Any = self.model.model
-        teacher = body.embed_tokens(self.ids)
-        rotary = body.rotary_emb(teacher, torch.arange(self.ids.shape[1])[None])
-        carved = teacher.clone()
+        stream = body.embed_tokens(self.ids)
+        rotary = body.rotary_emb(stream, torch.arange(self.ids.shape[1])[None])
         done = 0
         for index, layer in enumerate(tqdm(body.layers, desc="carve", unit="layer")):
             started = time.monotonic()
-            teacher, carved = _attend(layer, teacher, rotary), _attend(layer, carved, rotary)
-            target = teacher + _feed_forward(layer, teacher)
-            x = layer.post_attention_layernorm(carved).flatten(0, 1)
+            stream = _attend(layer, stream, rotary)
+            x = layer.post_attention_layernorm(stream).flatten(0, 1)
+            goal = _each(layer.mlp, x)
+            stream = stream + goal.view_as(stream)
             matrices = tuple(getattr(layer.mlp, f"{name}_proj").weight for name in ("gate", "up", "down"))
             path = self.folder / f"layer-{index:02d}.pt"
             if not path.exists():
                 if done == stop_after:
                     return False
                 done += 1
-                goal = (target - carved).flatten(0, 1)
-                parts, losses = self._fit(matrices, x, goal, target.flatten(0, 1).square().sum(dim=1), index)
+                parts, losses = self._fit(matrices, x, goal, stream.flatten(0, 1).square().sum(dim=1), index)
                 state = {**self._identity(), "parts": parts, "losses": losses, "seconds": time.monotonic() - started}
                 partial = path.with_suffix(".part")
                 torch.save(state, partial)
                 partial.replace(path)
-            parts = self._restore(path)
-            carved = carved + _each(assemble(self.shape, matrices, parts), x).view_as(carved)
-            teacher = target
+            self._restore(path)
         return True
 
     def _fit(
@@ -149,7 +149,7 @@ class Carver:
         parts["router"] = parts["router"].to(torch.bfloat16)
         plain = assemble(self.shape, matrices, parts)
         losses = {"carved": float(((_each(plain, x) - goal).square().sum(dim=1) / length).mean())}
-        if self.plan.ridge:
+        if self.plan.ridge and losses["carved"] <= self.plan.repairable:
             gram, product = torch.zeros(len(order), len(order)), torch.zeros(len(order), len(down))
             scale = factors(self.shape, len(order))
             for piece in torch.arange(len(x)).split(PIECE_TOKENS):
@@ -167,7 +167,7 @@ class Carver:
     def _identity(self) -> dict[str, Any]:
         return {"plan": asdict(self.plan), "shape": asdict(self.shape), "seed": self.seed}
 
-    def _restore(self, path: Path) -> dict[str, Tensor]:
+    def _restore(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
         known = self._identity()
         if {name: state[name] for name in known} != known:
@@ -177,7 +177,6 @@ class Carver:
         self.finished.append(state["parts"])
         self.losses.append(state["losses"])
         self.seconds += state["seconds"]
-        return state["parts"]
 
 
 def _each(compute: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
@@ -195,9 +194,10 @@ def _attend(layer: Any, stream: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor
     return stream + _each(attention, stream)
 
 
-def _feed_forward(layer: Any, stream: Tensor) -> Tensor:
-    """Return the output of the dense feed-forward of one layer."""
-    return _each(lambda part: layer.mlp(layer.post_attention_layernorm(part)), stream)
+def spread_blocks(ids: Tensor, length: int, count: int) -> Tensor:
+    """Return `count` blocks [count, length] at even distances from token ids [tokens]."""
+    whole = ids[: len(ids) // length * length].view(-1, length)
+    return whole[torch.arange(count) * len(whole) // count]
 
 
 def train(
@@ -222,8 +222,7 @@ def train(
     source = dense.DenseSource.open(dense.fetch_gguf())
     tokenizer = source.tokenizer()
     splits = [corpora.split(d, tokenizer, seed) for d in tqdm(corpora.DOMAINS, desc="text", unit="domain")]
-    tokens = plan.blocks * plan.block_tokens
-    ids = torch.cat([split.fit[:tokens].view(-1, plan.block_tokens) for split in splits])
+    ids = torch.cat([spread_blocks(split.fit, plan.block_tokens, plan.blocks) for split in splits])
     carver = Carver(source.model(), ids, shape, plan, seed, folder / "state")
     carver.run()
     description = {
