@@ -24,8 +24,8 @@ attention, norms and embeddings are kept. Layer by layer (the idea is CMoE's, ar
 most often among the largest contributors become the shared expert, the others are clustered by their contributions
 into experts of one size; the router is the linear map that predicts the experts' energy best. Then the down
 projections get the correction, by ridge regression, that brings the layer's output back to the dense parent's,
-stored in 4 bits; not in {unrepaired} layer(s), where a few tokens' massive activations would decide it. {tokens:,} tokens;
-the parent is the only teacher: no language-model loss is used.
+stored in 4 bits; not in {unrepaired} layer(s), where a few tokens' massive activations would decide it.
+{tokens:,} tokens; the parent is the only teacher: no language-model loss is used.
 Seed {seed}; {seconds} s on {threads} thread(s).
 
 | Text | Packages |
