@@ -32,7 +32,7 @@ def train_model(
     seed: Annotated[int, typer.Option(help="Seed of the recipe.")] = 0,
     kind: Kind = "upcycled",
 ) -> None:
-    """Compute the recipe anew (upcycled: two hours, carved: half an hour; goes on where it stopped)."""
+    """Compute the recipe anew (upcycled: two hours, carved: ten minutes; goes on where it stopped)."""
     from workbench import reference_model
 
     Console().print(f"Recipe: [bold]{reference_model.train(out, seed=seed, kind=kind)}[/]", soft_wrap=True)
