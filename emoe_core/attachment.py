@@ -5,6 +5,7 @@ Nothing but the model's modules is changed, so another model in the process does
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,10 @@ from . import experts
 from .checkpoint import CheckpointIndex
 from .errors import IntegrationError
 from .loader import ExpertLoader
+from .lookahead import Lookahead
+
+# The norm between attention and the MoE block, as the families of transformers call it.
+NORM = "post_attention_layernorm"
 
 
 def attach_layers(
@@ -35,6 +40,21 @@ def attach_layers(
         experts.attach(module, handle)
         handles.append(handle)
     return handles
+
+
+def attach_lookahead(
+    model: PreTrainedModel, index: CheckpointIndex, handles: Sequence[experts.LayerHandle], distance: int
+) -> Lookahead:
+    """Let each layer fetch what the layer ``distance`` MoE layers further on is guessed to want; return the guesser."""
+    norms = []
+    for layer in index.layers:
+        # The decoder layer holds the MoE block, which holds the experts.
+        norm = getattr(model.get_submodule(layer.name.rsplit(".", 2)[0]), NORM, None)
+        norms.append(norm if isinstance(norm, torch.nn.Module) else None)
+    lookahead = Lookahead(handles[0].loader, [handle.choose for handle in handles], norms, distance)
+    for handle in handles:
+        handle.lookahead = lookahead
+    return lookahead
 
 
 def refuse_misuse(model: PreTrainedModel) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import experts, generation
-from .attachment import attach_layers, refuse_misuse
+from .attachment import attach_layers, attach_lookahead, refuse_misuse
 from .budget import SlotPlan, plan_slots
 from .cache import cache_dir
 from .checkpoint import CheckpointIndex, open_checkpoint
@@ -31,6 +31,7 @@ from .footprint import MemoryBreakdown, memory_breakdown
 from .forward_passes import ForwardPasses
 from .interval import make_interval
 from .loader import ExpertLoader
+from .lookahead import Lookahead
 from .metrics import RunStats
 from .options import EngineConfig, resolve_device
 from .pack import Progress, ensure_pack
@@ -101,6 +102,7 @@ class Engine:
         self.control = ControlLoop(self.loader, predictor, interval, config.replan, config.profile)
         self.recorder = TraceRecorder(len(layers), num_experts) if config.record else None
         self.passes = ForwardPasses(self.loader, self.control, self.recorder, self.tolerance)
+        self.lookahead: Lookahead | None = None
         self._closed = False
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase | None
@@ -225,6 +227,8 @@ class Engine:
                 f"{self.index.model_type} is served exactly only: no known routing rule explains the router of "
                 f"{unexplained[0]}. Load with tolerance=0 and no profile."
             )
+        if self.config.lookahead:
+            self.lookahead = attach_lookahead(self.model, self.index, handles, self.config.lookahead)
         self.model.register_forward_pre_hook(self.passes.begin, with_kwargs=True)
         self.model.register_forward_hook(self.passes.end, always_call=True)
         refuse_misuse(self.model)

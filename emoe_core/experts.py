@@ -14,7 +14,7 @@ batch agrees with stock within rounding on its real rows, an unpadded one bit fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .context import StepContext
 from .errors import IntegrationError, UnsupportedFamilyError
-from .loader import ExpertLoader, Lease
+from .lease import Lease
+from .loader import ExpertLoader
+from .lookahead import Lookahead
 from .rerouting import Choice, Rerouted, RoutingRule, find_rule, replaceable, substitute
 from .routing import TraceRecorder
 
@@ -61,6 +63,8 @@ class LayerHandle:
         self.rule: RoutingRule | None = None
         self.router: torch.nn.Module | None = None
         self.router_logits: torch.Tensor | None = None
+        self.choose: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.lookahead: Lookahead | None = None
         self._eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
 
     def attach_router(self, router: torch.nn.Module, logits_index: int, hidden_size: int) -> None:
@@ -77,6 +81,8 @@ class LayerHandle:
         if self.rule is None:
             return
         self.router = router
+        # Past the module's hooks, which would take the logits of a guess for the layer's own.
+        self.choose = lambda hidden: choice_of(router.forward(hidden)).index
 
         def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
             self.router_logits = output[logits_index]
@@ -116,6 +122,10 @@ class LayerHandle:
         if self.session.recorder is not None:
             self.session.recorder.layer(self.layer, index, weights, served_index)
         with self.loader.lease(self.layer, computed or [int(index.flatten()[0])]) as lease:
+            if self.lookahead is not None:
+                # What this layer lacks was asked for just now and is read first.
+                self.lookahead.score(self.layer, active)
+                self.lookahead.guess(self.layer, hidden, real)
             return self._eager(_ExpertsView(module, self.params, lease), hidden, served_index, served_weights)
 
     def _reroute(

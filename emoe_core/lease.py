@@ -95,7 +95,7 @@ class Lease:
         assert entry is not None, f"expert {expert} was asked for out of order"
         self._current = expert
         self._loader.wait(entry)
-        self._loader.table.touch(entry)
+        self._loader.serve(entry)
 
     def _advance(self) -> None:
         while self._absent:

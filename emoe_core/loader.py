@@ -57,6 +57,7 @@ class ExpertLoader:
         self.memory = SlotMemory(self.layers, storage, table.slots, device)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="emoe-load")
         self._loading: dict[tuple[int, int], Future[None]] = {}
+        self._ahead: set[tuple[int, int]] = set()
         self._counted_from = 0
         self._closed = False
 
@@ -110,6 +111,39 @@ class ExpertLoader:
         assert entry.pins > 0, entry
         entry.pins -= 1
         self.memory.released(entry)
+
+    def serve(self, entry: Entry) -> None:
+        """Note that an expert serves a request now."""
+        self.table.touch(entry)
+        if (entry.layer, entry.expert) in self._ahead:
+            self._ahead.remove((entry.layer, entry.expert))
+            self.counters.lookahead_used += 1
+
+    def fetch_ahead(self, layer: int, experts: Sequence[int]) -> int:
+        """Start loading what is absent of a guess, in its order; return the loads started.
+
+        The guess must fit the layer. None of its experts gives way to another, and the spare slot is not used.
+        """
+        assert len(experts) <= self.table.capacity[layer], (layer, experts)
+        kept = [entry for expert in experts if (entry := self.table.get(layer, expert)) is not None]
+        for entry in kept:
+            entry.pins += 1
+        loads = 0
+        for expert in experts:
+            if self.table.get(layer, expert) is not None:
+                continue
+            fetched = self.fetch(layer, expert, may_use_spare=False)
+            if fetched is None:
+                break
+            kept.append(fetched)
+            self._ahead.add((layer, expert))
+            loads += 1
+        for entry in kept:
+            # No device has computed with them since: nothing to wait for before they are overwritten.
+            entry.pins -= 1
+        self.counters.prefetches += loads
+        self.counters.lookahead_loads += loads
+        return loads
 
     def evict(self, entry: Entry) -> None:
         """Remove a ready, unpinned expert and count it."""
@@ -175,6 +209,7 @@ class ExpertLoader:
     def reset_counters(self) -> None:
         """Start counting anew; residents stay, and what was loaded before is no longer anybody's waste."""
         self.counters = Counters()
+        self._ahead.clear()
         self._counted_from = self.table.clock
 
     def close(self) -> None:
@@ -193,6 +228,9 @@ class ExpertLoader:
         self._count_waste(entry)
 
     def _count_waste(self, entry: Entry) -> None:
+        if (entry.layer, entry.expert) in self._ahead:
+            self._ahead.remove((entry.layer, entry.expert))
+            self.counters.lookahead_wasted += 1
         if not entry.served and entry.arrived > self._counted_from:
             self.counters.wasted_bytes += self.layers[entry.layer].record_bytes
 

@@ -34,6 +34,9 @@ class EngineConfig:
         the best sets of the same size would have covered.
     replan : str
         "admission" or "interval" (see `control.py`).
+    lookahead : int
+        While a MoE layer computes, fetch what the one this many layers further on is guessed to want (see
+        `lookahead.py`); 0 is off.
     policy : str
         Eviction on demand: "lru", "lfu", "least_stale", "static".
     profile : Profile or None
@@ -65,6 +68,7 @@ class EngineConfig:
     interval: int | str = 40
     min_coverage: float = 0.9
     replan: str = "admission"
+    lookahead: int = 0
     policy: str = "lru"
     profile: Profile | None = None
     device: str = "auto"
@@ -84,6 +88,8 @@ class EngineConfig:
         make_interval(self.interval, self.min_coverage)
         if self.replan not in ("admission", "interval"):
             raise OptionError(f"replan is {self.replan!r}: choose 'admission' or 'interval'")
+        if not isinstance(self.lookahead, int) or self.lookahead < 0:
+            raise OptionError(f"lookahead is {self.lookahead!r}: give a number of layers, 0 being off")
         if self.verify not in ("first", "always", "never"):
             raise OptionError(f"verify is {self.verify!r}: choose 'first', 'always' or 'never'")
         if self.tier not in ("disk", "host"):
