@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from emoe_core.errors import ExperimentError
-from workbench.measured_process import process_peak_bytes, reset_peak
+from workbench.measured_process import mapped_checkpoint_bytes, process_peak_bytes, reset_peak
 from workbench.memory import as_metrics, measure
 from workbench.reference_model.tiny import tiny_moe
 
@@ -50,3 +52,16 @@ def test_a_user_error_in_the_measured_process_is_reported_in_its_words(tmp_path:
     checkpoint = tiny_moe(tmp_path / "model", family="mixtral", seed=1)
     with pytest.raises(ExperimentError, match="budget"):
         measure(checkpoint, PROMPTS, TASKS, options={"budget": "1 bytes"})
+
+
+def test_mapped_pages_of_copied_weights_are_told_from_those_a_model_uses(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1024, 1024))
+    save_file({"weight": weight.detach()}, tmp_path / "model.safetensors")
+    mapped = load_file(tmp_path / "model.safetensors")["weight"]
+    mapped.sum()  # touches every page
+    user, copier = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    user.weight, copier.weight = torch.nn.Parameter(mapped), weight
+
+    assert mapped_checkpoint_bytes(tmp_path, copier) >= mapped.nbytes
+    assert mapped_checkpoint_bytes(tmp_path, user) < mapped.nbytes / 2
+    assert mapped_checkpoint_bytes(tmp_path / "elsewhere", copier) == 0

@@ -46,6 +46,9 @@ class MemoryMeasurement:
         Peak from then on; the whole life's where the kernel does not let a process reset its peak.
     serving_control_bytes : int
         The same of the control process.
+    mapped_bytes : int
+        Of the serving peak, pages of the checkpoint's files that stayed mapped after their weights were copied: the
+        system drops them when memory is short.
     device_peak_bytes : int
         CUDA allocator's peak; 0 on the CPU.
     slot_bytes, dense_bytes : int
@@ -69,6 +72,7 @@ class MemoryMeasurement:
     load_peak_bytes: int
     serving_peak_bytes: int
     serving_control_bytes: int
+    mapped_bytes: int
     device_peak_bytes: int
     slot_bytes: int
     dense_bytes: int
@@ -90,8 +94,8 @@ class MemoryMeasurement:
 
     @property
     def serving_bytes(self) -> int:
-        """Peak memory that the model is responsible for once it is loaded."""
-        return self.serving_peak_bytes - self.serving_control_bytes
+        """Peak memory that the model needs once it is loaded: without pages that the system may drop at no cost."""
+        return self.serving_peak_bytes - self.serving_control_bytes - self.mapped_bytes
 
 
 def measure(
