@@ -16,6 +16,7 @@ from emoe_core.errors import OptionError
 from emoe_core.lookahead import norm_scale
 from emoe_core.pack import Pack
 from emoe_core.slots import POLICIES
+from workbench.configuration import ExperimentConfig, as_params
 from workbench.reference_model.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 
 
@@ -150,3 +151,10 @@ def test_a_bad_lookahead_is_refused(value: object, tmp_path: Path) -> None:
     path = tiny_moe(tmp_path / "model", family="mixtral", seed=3)
     with pytest.raises(OptionError, match="0 being off"):
         emoe_core.load(path, lookahead=value)
+
+
+def test_an_experiment_can_vary_it() -> None:
+    config = ExperimentConfig(strategy="lru", lookahead=2)
+    assert config.engine_options()["lookahead"] == as_params(config)["lookahead"] == 2
+    with pytest.raises(OptionError, match="0 being off"):
+        ExperimentConfig(lookahead=-1)

@@ -34,6 +34,7 @@ class ExperimentConfig:
     interval: int | str = 40
     replan: str = "admission"
     skipping: bool = False
+    lookahead: int = 0
     n_prompts: int = 24
     tasks: tuple[str, ...] = TASK_TYPES
     mix: str = "uniform"
@@ -76,6 +77,7 @@ class ExperimentConfig:
             "interval": self.interval,
             "replan": self.replan,
             "policy": self.policy,
+            "lookahead": self.lookahead,
             "device": self.device,
             "dtype": self.dtype,
             "seed": self.seed,
