@@ -29,6 +29,7 @@ from .control import ControlLoop
 from .errors import OptionError, UnsupportedFamilyError
 from .footprint import MemoryBreakdown, memory_breakdown
 from .forward_passes import ForwardPasses
+from .heap import trim_during_prompts
 from .interval import make_interval
 from .loader import ExpertLoader
 from .lookahead import Lookahead
@@ -229,6 +230,7 @@ class Engine:
             )
         if self.config.lookahead:
             self.lookahead = attach_lookahead(self.model, self.index, handles, self.config.lookahead)
+        trim_during_prompts([self.model.get_submodule(layer.name) for layer in self.index.layers])
         self.model.register_forward_pre_hook(self.passes.begin, with_kwargs=True)
         self.model.register_forward_hook(self.passes.end, always_call=True)
         refuse_misuse(self.model)

@@ -131,7 +131,7 @@ def _kv_bytes_per_layer(config: Any, max_tokens: int, batch: int, item_bytes: in
 
 
 def _workspace_bytes(index: CheckpointIndex, config: Any, max_tokens: int, batch: int) -> int:
-    """Return the activations of one step over all tokens: the larger of attention and experts, beside the residual."""
+    """Return what the largest of these takes: attention or experts over all tokens, beside the residual; the head."""
     tokens = batch * max_tokens
     hidden, heads = config.hidden_size, config.num_attention_heads
     item_bytes = index.dtype.itemsize
@@ -148,4 +148,6 @@ def _workspace_bytes(index: CheckpointIndex, config: Any, max_tokens: int, batch
     most_experts = max(layer.num_experts for layer in index.layers)
     router = 3 * tokens * most_experts * FLOAT32_BYTES
     residual = 3 * tokens * hidden * item_bytes + tokens * hidden * FLOAT32_BYTES
-    return residual + max(attention, experts + router)
+    # One token against a 16-bit output head: the CPU's math library copies the whole head into its own order.
+    head = config.vocab_size * hidden * item_bytes if item_bytes == 2 else 0
+    return max(residual + max(attention, experts + router), head)

@@ -6,7 +6,6 @@ peak memory is the configuration's. It measures; it does not subtract, compare o
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import emoe_core
 from emoe_core.errors import EmoeError, ExperimentError
+from emoe_core.heap import return_free_memory
 from emoe_core.routing import RoutingTrace
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def reset_peak() -> bool:
     What loading freed goes back to the system first, so that the C library's heap does not count as the model's.
     """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    return_free_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
