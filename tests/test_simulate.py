@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +192,20 @@ def test_wrong_requests_are_refused_with_the_fix() -> None:
             replay_policy(accesses, "lru", capacity)
     with pytest.raises(OptionError, match="warm_prompts"):
         replay_policy(accesses, "pinned", [1, 1])
+
+
+def test_the_command_prints_every_policy_as_json_and_refuses_an_unknown_one(model: Path, tmp_path: Path) -> None:
+    def emoe(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "workbench.cli", "simulate", str(model), *arguments]
+        environment = {**os.environ, "EMOE_CACHE": str(tmp_path)}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    refused = emoe("--policy", "clock")
+    assert refused.returncode == 2 and "choose one of lru" in refused.stderr
+    small = ("--prompts", "2", "--warm-prompts", "2", "--max-new-tokens", "3", "--source", "fixture", "--mix", "sticky")
+    found = emoe(*small, "--budget", "3 slots", "--policy", "lfu", "--policy", "pinned", "--json")
+    assert found.returncode == 0, found.stderr
+    rows = {row["policy"]: row for row in json.loads(found.stdout)}
+    assert sorted(rows) == ["lfu", "lru", "min", "pinned"]
+    assert rows["min"]["gap_closed"] == 1.0 and rows["lru"]["slots"] == 3.0
+    assert rows["pinned"]["loads"] == rows["pinned"]["misses"] + 9, "three slots in each of three layers"

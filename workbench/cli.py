@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from emoe_core.errors import EmoeError
-from workbench.commands import checkpoints, experiments, material, predictors
+from workbench.commands import checkpoints, experiments, material, predictors, simulate
 
 DEBUG_OPTION = "--debug"
 USER_ERROR_EXIT_CODE = 2
@@ -45,6 +45,7 @@ app.add_typer(material.model_app, name="model")
 app.add_typer(material.data_app, name="data")
 app.command("profile")(material.profile)
 app.add_typer(predictors.predictor_app, name="predictor")
+app.command("simulate")(simulate.simulate)
 app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
 
