@@ -55,6 +55,15 @@ def test_training_refuses_a_predictor_too_large_for_its_model(checkpoint: Path, 
         stored_predictor(checkpoint)
 
 
+def test_what_cannot_work_is_refused_before_anything_is_recorded(checkpoint: Path) -> None:
+    for asked, hint in (
+        (["train", str(checkpoint), "--variant", "Z"], "choose 'A' or 'L'"),
+        (["evaluate", str(checkpoint), "--slots", "99"], "--slots 99"),
+    ):
+        found = CliRunner().invoke(app, ["predictor", *asked, "--source", "no such source"])
+        assert isinstance(found.exception, OptionError) and hint in str(found.exception)
+
+
 def test_a_trained_predictor_is_found_compared_and_used(checkpoint: Path, recording: Recording) -> None:
     found = CliRunner().invoke(app, ["predictor", "train", str(checkpoint), *OPTIONS, "--width", "8"])
     assert found.exit_code == 0, found.exception

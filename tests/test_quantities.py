@@ -12,6 +12,7 @@ from workbench.quantities import column_texts, show, show_seconds, unit_of, word
     [
         ("peak_bytes", 1.18e9, "1.18 GB"),
         ("peak_bytes", 999, "999 B"),
+        ("bytes_loaded", 4.4e9, "4.4 GB"),
         ("tpot_s", 0.0421, "42.1 ms"),
         ("load_s", 12.34, "12.3 s"),
         ("load_s", 0.0, "0 s"),

@@ -1,6 +1,6 @@
 """Numbers with units as people read them.
 
-A metric's unit is the end of its name: ``_bytes``, ``_s``, ``_share``, ``_rate``. `words_of` and `unit_of` split a
+A metric's unit is the end of its name: ``_bytes``, ``_s``, ``_share``, ``_rate`` (or a leading ``bytes_``). `words_of` and `unit_of` split a
 name, `show` formats one value, `column_texts` many in the same unit. Bytes are decimal (1 MB = 1,000,000 bytes), as
 storage is sold and as budgets are given.
 """
@@ -16,7 +16,7 @@ SHARE_ENDINGS = ("_share", "_rate", "_agreement", "_mass")
 
 def unit_of(name: str) -> str:
     """Return the unit that a metric's name ends with, an empty text when it has none."""
-    if name.endswith("_bytes"):
+    if name.endswith("_bytes") or name.startswith("bytes_"):
         return "bytes"
     if name.endswith("_tokens_per_s"):
         return "tokens/s"

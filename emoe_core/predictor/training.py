@@ -22,7 +22,7 @@ import torch
 from ..errors import DataError, OptionError
 from ..tasks import UNKNOWN
 from .history import History
-from .network import NetworkShape, ShareNetwork
+from .network import VARIANTS, NetworkShape, ShareNetwork
 from .shares import shares_of
 from .transformer import PredictorHeader, TransformerPredictor
 
@@ -73,6 +73,8 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise OptionError(f"unknown variant {self.variant!r} of the trained predictor: choose 'A' or 'L'")
         if self.epochs < 1 or self.patience < 1 or self.streams < 1 or self.longest < 2:
             raise OptionError("epochs, patience and streams must be 1 or more, longest 2 or more")
         if not 0 < self.held_out < 1 or not 0 <= self.unknown_share <= 1:

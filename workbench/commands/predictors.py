@@ -66,12 +66,19 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the streams.")] = 0,
 ) -> None:
     """Compare all predictors by replay of recorded routing (records what is missing)."""
+    from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.errors import OptionError
+    from workbench.models import resolve_model
     from workbench.prediction import compare, factories
     from workbench.predictor_training import predictor_path
     from workbench.progress import stage_bars
     from workbench.quantities import show_bytes
     from workbench.recording import RecordingConfig, record
 
+    experts = min(layer.num_experts for layer in open_checkpoint(resolve_model(model)).layers)
+    wrong = [number for number in slots or [] if not 1 <= number <= experts]
+    if wrong:
+        raise OptionError(f"--slots {wrong[0]}: a layer of this model has {experts} experts, so give 1 to {experts}")
     config = RecordingConfig(
         model,
         warm_prompts=warm_prompts,
