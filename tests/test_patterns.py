@@ -96,8 +96,10 @@ def test_figures_show_every_task_stream_and_policy() -> None:
     tasks = {name: np.full((3, 4), 0.25) for name in ("a", "b", "c", "d")}
     maps = figures_patterns.share_maps(tasks)
     assert [axis.get_title() for axis in maps.axes if axis.get_visible()][:4] == list(tasks)
-    arrows = figures_patterns.transition_map({"a": np.eye(4), "b": np.eye(4)}, layer=2)
+    arrows = figures_patterns.transition_map({"a": np.eye(4) * 40, "b": np.diag([40, 40, 40, 3])}, layer=2)
     assert arrows.axes[0].get_ylabel() == "first choice in layer 2"
+    shown = np.asarray(arrows.axes[1].images[0].get_array().filled(np.nan))
+    assert shown[0, 0] == 1.0 and np.isnan(shown[3]).all(), "three tokens say nothing"
     lags = figures_patterns.lag_figure(pd.DataFrame({"routing": [0.5, 0.4]}, index=[1, 2]), pd.Series({1: 0.6}), 0.3)
     assert lags.axes[1].get_ylim()[0] == 0
     mass = pd.DataFrame({name: [0.5, 1.0] for name in ("own", "task", "stream", "even")}, index=[1, 2])

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+FEWEST_TOKENS = 20
 BOUNDS = {"lru": ("LRU", "o", "-"), "min": ("Belady's MIN (hindsight)", "^", "--"), "random": ("random", "x", ":")}
 
 
@@ -33,10 +34,13 @@ def share_maps(shares: Mapping[str, np.ndarray]) -> Figure:
 
 
 def transition_map(counts: Mapping[str, np.ndarray], layer: int) -> Figure:
-    """Draw, per task, where tokens go from each expert of one layer (rows sum to 1; compare Fig. 3)."""
+    """Draw, per task, where tokens go from each expert of one layer; rows of few tokens are blank (compare Fig. 3)."""
     figure = Figure(figsize=(3.6 * len(counts) + 1.0, 3.6), layout="constrained", dpi=96)
     axes = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
-    shares = {task: values / np.maximum(values.sum(axis=1, keepdims=True), 1) for task, values in counts.items()}
+    shares = {}
+    for task, values in counts.items():
+        total = values.sum(axis=1, keepdims=True)
+        shares[task] = np.where(total >= FEWEST_TOKENS, values / np.maximum(total, 1), np.nan)
     for axis, (task, values) in zip(axes, shares.items(), strict=True):
         image = axis.imshow(values, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(task, fontsize=11)
@@ -75,6 +79,7 @@ def lag_figure(prompts: pd.DataFrame, tokens: pd.Series, chance: float) -> Figur
     axes[1].legend(frameon=False, fontsize=9)
     for axis in axes:
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -116,6 +121,7 @@ def miss_curves(found: pd.DataFrame, policies: list[str]) -> Figure:
             )  # fmt: skip
         axis.set_title(f"{stream} stream", fontsize=11)
         axis.set_xlabel("slots in each layer")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("misses per expert request")
