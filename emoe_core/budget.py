@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -194,6 +195,19 @@ def plan_slots(index: CheckpointIndex, budget: Budget | str | int | float) -> Sl
     largest = max(layer.record_bytes for layer in index.layers)
     layers = tuple(replace(layer, record_bytes=largest) for layer in index.layers)
     return plan_layers(layers, index.top_k, Budget.parse(budget))
+
+
+def plan_given(index: CheckpointIndex, slots_per_layer: Sequence[int], text: str) -> SlotPlan:
+    """Return the plan that gives each layer a number of slots; ``text`` says for people where they come from."""
+    record_bytes = max(layer.record_bytes for layer in index.layers)
+    experts = tuple(layer.num_experts for layer in index.layers)
+    slots = tuple(slots_per_layer)
+    if len(slots) != len(experts) or not all(1 <= count <= most for count, most in zip(slots, experts, strict=True)):
+        raise BudgetError(f"{list(slots)} slots do not fit {len(experts)} MoE layers: give each 1 up to its experts")
+    spare = int(slots != experts)
+    limit_bytes = (sum(slots) + spare) * record_bytes
+    sizes = (record_bytes,) * len(experts)
+    return SlotPlan(Budget("bytes", limit_bytes, text), limit_bytes, slots, spare, sizes, experts, index.top_k)
 
 
 def plan_layers(layers: tuple[MoeLayer, ...], top_k: int, budget: Budget) -> SlotPlan:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import experts, generation
 from .attachment import attach_layers, attach_lookahead, refuse_misuse
-from .budget import SlotPlan, plan_slots
+from .budget import SlotPlan, plan_given, plan_slots
 from .cache import cache_dir
 from .checkpoint import CheckpointIndex, open_checkpoint
 from .control import ControlLoop
@@ -37,6 +37,7 @@ from .metrics import RunStats
 from .options import EngineConfig, resolve_device
 from .pack import Progress, ensure_pack
 from .predictor import make_predictor
+from .quality_target import QualityPlan, choose
 from .routing import RoutingTrace, TraceRecorder
 from .slots import SlotTable
 from .storage import HostMemory, PackedFile
@@ -79,9 +80,7 @@ class Engine:
         self.config = config
         self.tolerance = config.tolerance
         self.device = resolve_device(config.device)
-        self.plan: SlotPlan = plan_slots(index, config.budget)
-        if config.profile is not None:
-            config.profile.require_model(index.source_hash)
+        self.plan, self.quality = plan_engine(index, config)
         layers = index.layers
         num_experts = max(layer.num_experts for layer in layers)
         predictor = make_predictor(
@@ -100,9 +99,11 @@ class Engine:
             storage.close()
             raise
         interval = make_interval(config.interval, config.min_coverage)
-        self.control = ControlLoop(self.loader, predictor, interval, config.replan, config.profile)
+        # A quality target decides by itself who may reroute; of the profile, output lengths remain.
+        profile = config.profile if config.profile is None or self.quality is None else config.profile.without_masks()
+        self.control = ControlLoop(self.loader, predictor, interval, config.replan, profile)
         self.recorder = TraceRecorder(len(layers), num_experts) if config.record else None
-        self.passes = ForwardPasses(self.loader, self.control, self.recorder, self.tolerance)
+        self.passes = ForwardPasses(self.loader, self.control, self.recorder, self.tolerance, self.quality)
         self.lookahead: Lookahead | None = None
         self._closed = False
         self.model: PreTrainedModel
@@ -208,7 +209,7 @@ class Engine:
 
     def _repr_html_(self) -> str:
         head = f"<b>{self.index.model_type}</b> {self.index.path.name}, {self.index.dtype}, {self.device}"
-        return f"<p>{head}, budget {self.config.budget}, tolerance {self.tolerance}</p>{self.stats()._repr_html_()}"
+        return f"<p>{head}, budget {self.plan.budget.text}, tolerance {self.tolerance}</p>{self.stats()._repr_html_()}"
 
     def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
         """Admit requests whose rows the next prefill will hold; see `ForwardPasses.admit`."""
@@ -221,8 +222,9 @@ class Engine:
     def _attach(self) -> None:
         handles = attach_layers(self.model, self.index, self.loader, self.passes)
         unexplained = [self.index.layers[handle.layer].name for handle in handles if handle.rule is None]
-        profile = self.config.profile
+        profile = self.control.profile
         skips = profile is not None and not all(all(task.sensitive) for task in profile.tasks.values())
+        skips = skips or bool(self.config.max_quality_loss)
         if unexplained and (skips or self.tolerance > 0):
             raise UnsupportedFamilyError(
                 f"{self.index.model_type} is served exactly only: no known routing rule explains the router of "
@@ -234,6 +236,27 @@ class Engine:
         self.model.register_forward_pre_hook(self.passes.begin, with_kwargs=True)
         self.model.register_forward_hook(self.passes.end, always_call=True)
         refuse_misuse(self.model)
+
+
+def plan_engine(index: CheckpointIndex, config: EngineConfig) -> tuple[SlotPlan, QualityPlan | None]:
+    """Return the slots that options come to, and what their quality target, if any, allows.
+
+    Raises
+    ------
+    BudgetError, ProfileError, OptionError
+        As `load`.
+    """
+    profile, target = config.profile, config.max_quality_loss
+    if profile is not None:
+        profile.require_model(index.source_hash)
+    budget = "100%" if config.budget is None and target is None else config.budget
+    given = None if budget is None else plan_slots(index, budget)
+    if profile is None or target is None:
+        assert given is not None
+        return given, None
+    experts = [layer.num_experts for layer in index.layers]
+    quality = choose(profile, target, experts, index.top_k, None if given is None else given.slots_per_layer)
+    return given or plan_given(index, quality.slots_per_layer, f"a quality loss of at most {target:.2%}"), quality
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:

@@ -19,6 +19,7 @@ from .context import StepContext
 from .control import ControlLoop
 from .errors import IntegrationError
 from .loader import ExpertLoader
+from .quality_target import QualityPlan
 from .routing import TraceRecorder
 from .tasks import UNKNOWN
 
@@ -35,6 +36,8 @@ class ForwardPasses:
         Told when a pass ends.
     tolerance : float
         Miss tolerance where no profile says otherwise.
+    quality : QualityPlan or None
+        Given, it alone decides the tolerance of every (task, layer).
 
     Attributes
     ----------
@@ -43,13 +46,19 @@ class ForwardPasses:
     """
 
     def __init__(
-        self, loader: ExpertLoader, control: ControlLoop, recorder: TraceRecorder | None, tolerance: float
+        self,
+        loader: ExpertLoader,
+        control: ControlLoop,
+        recorder: TraceRecorder | None,
+        tolerance: float,
+        quality: QualityPlan | None = None,
     ) -> None:
         self.recorder = recorder
         self.step: StepContext | None = None
         self._loader = loader
         self._control = control
         self._tolerance = tolerance
+        self._quality = quality
         self._forward = 0
         self._assigned: list[int] | None = None
         self._open: list[int] = []
@@ -63,6 +72,8 @@ class ForwardPasses:
 
     def tolerance_of(self, task: str, layer: int) -> float:
         """Miss tolerance of a (task, layer) in [0, 1]."""
+        if self._quality is not None:
+            return self._quality.tolerance(task, layer)
         return self._control.tolerance(task, layer, self._tolerance)
 
     def observe(self, layer: int, chosen: torch.Tensor, step: StepContext | None) -> None:

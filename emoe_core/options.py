@@ -19,8 +19,9 @@ class EngineConfig:
 
     Attributes
     ----------
-    budget : str, int or float
-        Expert memory: bytes ("300MB", 300000000), a share of expert bytes ("40%", 0.4) or "3 slots" per layer.
+    budget : str, int, float or None
+        Expert memory: bytes ("300MB", 300000000), a share of expert bytes ("40%", 0.4) or "3 slots" per layer. None:
+        all experts, or as few as ``max_quality_loss`` allows.
     tolerance : float
         Miss tolerance in [0, 1]: 0 is exact, 1 the paper's eMoE.
     predictor : str or None
@@ -41,6 +42,9 @@ class EngineConfig:
         Eviction on demand: "lru", "lfu", "least_stale", "static".
     profile : Profile or None
         Task profile; given, insensitive (task, layer) pairs take whatever is resident.
+    max_quality_loss : float or None
+        Allowed rise of perplexity (0.01 for 1%) in place of a tolerance: the profile then says how many slots each
+        layer gets where no budget is given, and which (task, layer) pairs reroute (see `quality_target.py`).
     device, dtype : str
         "auto" takes CUDA where there is one, and the checkpoint's dtype.
     tier : str
@@ -61,7 +65,7 @@ class EngineConfig:
         As in transformers.
     """
 
-    budget: str | int | float = "100%"
+    budget: str | int | float | None = None
     tolerance: float = 0.0
     predictor: str | None = "frequency"
     predictor_path: Path | None = None
@@ -71,6 +75,7 @@ class EngineConfig:
     lookahead: int = 0
     policy: str = "lru"
     profile: Profile | None = None
+    max_quality_loss: float | None = None
     device: str = "auto"
     dtype: str = "auto"
     tier: str = "disk"
@@ -85,6 +90,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.tolerance, int | float) or not 0.0 <= self.tolerance <= 1.0:
             raise OptionError(f"tolerance is {self.tolerance}: it must lie in [0, 1], 0 being exact")
+        if self.max_quality_loss is not None:
+            if self.tolerance:
+                raise OptionError("give a tolerance or max_quality_loss, not both: the target chooses the tolerance")
+            if self.profile is None:
+                raise OptionError(
+                    "max_quality_loss needs a task profile of this model: measure one with `emoe profile MODEL` and "
+                    "pass it as profile=Profile.load(path)"
+                )
         make_interval(self.interval, self.min_coverage)
         if self.replan not in ("admission", "interval"):
             raise OptionError(f"replan is {self.replan!r}: choose 'admission' or 'interval'")

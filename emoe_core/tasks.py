@@ -26,7 +26,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,7 +36,9 @@ TaskType = Literal["qa", "summarization", "classification", "comparison", "conve
 TASK_TYPES: tuple[str, ...] = get_args(TaskType)
 UNKNOWN = "unknown"
 DEFAULT_SIMILARITY_THRESHOLD = 0.85
-PROFILE_FORMAT = 2
+PROFILE_FORMAT = 3
+# Format 2 has no `coverage` and `loss_scale`: it is read as a profile that did not measure them.
+READABLE_FORMATS = (2, 3)
 LENGTH_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 _NUMBERS = re.compile(r"\[[\s\d.,eE+a-z\-\[\]]*\]")
 
@@ -125,6 +127,11 @@ class TaskProfile:
         Divergence, nats per token, when one layer alone is routed at random.
     n_prompts, n_kl_prompts : int
         Prompts behind the lengths and similarities, and behind the divergences.
+    coverage : tuple of tuple of float, length 0 or MoE layers
+        Per layer, for 0..E slots: share of routed choices that the task's most frequent experts cover on prompts they
+        were not counted on.
+    loss_scale : float or None
+        Measured loss over the loss that divergences and coverage add up to (`quality_target.py`); None: not measured.
     """
 
     task: str
@@ -139,6 +146,8 @@ class TaskProfile:
     layer_kl_nats: tuple[float, ...] = ()
     n_prompts: int = 0
     n_kl_prompts: int = 0
+    coverage: tuple[tuple[float, ...], ...] = ()
+    loss_scale: float | None = None
 
     def __post_init__(self) -> None:
         layers = len(self.sensitive)
@@ -155,6 +164,9 @@ class TaskProfile:
             len(self.similarities) == len(self.depths)
             and len(self.similarity_intervals) in (0, len(self.depths))
             and len(self.layer_kl_nats) in (0, layers)
+            and len(self.coverage) in (0, layers)
+            and all(row and all(0.0 <= share <= 1.0 for share in row) for row in self.coverage)
+            and (self.loss_scale is None or (math.isfinite(self.loss_scale) and self.loss_scale >= 0))
             and len(self.length_quantiles_tokens) in (0, len(LENGTH_QUANTILES))
             and in_order
             and (not self.depths or self.depths[-1] <= layers)
@@ -236,6 +248,11 @@ class Profile:
         profile = self.tasks.get(task)
         return default if profile is None else profile.expected_output_tokens
 
+    def without_masks(self) -> Profile:
+        """Return the same profile with every (task, layer) sensitive: for use where something else decides."""
+        every = (True,) * self.n_layers
+        return replace(self, tasks={name: replace(task, sensitive=every) for name, task in self.tasks.items()})
+
     def require_model(self, model_hash: str) -> None:
         """Raise `ProfileError` when the profile was measured on another model."""
         if model_hash != self.model_hash:
@@ -276,9 +293,9 @@ class Profile:
         except (OSError, ValueError) as error:
             raise ProfileError(f"{source} cannot be read as a task profile ({error}); measure it again.") from error
         found = content.pop("format", None) if isinstance(content, dict) else None
-        if found != PROFILE_FORMAT:
+        if found not in READABLE_FORMATS:
             raise ProfileError(
-                f"{source} has profile format {found}, this version reads {PROFILE_FORMAT}: "
+                f"{source} has profile format {found}, this version reads {READABLE_FORMATS}: "
                 f"measure it again with `emoe profile`."
             )
         try:
