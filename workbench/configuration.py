@@ -24,16 +24,19 @@ class ExperimentConfig:
 
     ``warm_prompts`` prompts of the profile split teach the predictor before the run; 0 is a cold start.
     ``skipping`` uses the model's task profile: insensitive (task, layer) pairs take whatever is resident.
+    ``max_quality_loss`` is a target that the model's task profile turns into tolerances, and slots where ``budget`` is
+    None; ``tolerance`` must then be 0.
     """
 
     model: str = "reference"
-    budget: str = "60%"
+    budget: str | None = "60%"
     tolerance: float = 1.0
     strategy: str = "frequency"
     policy: str = "lru"
     interval: int | str = 40
     replan: str = "admission"
     skipping: bool = False
+    max_quality_loss: float | None = None
     lookahead: int = 0
     n_prompts: int = 24
     tasks: tuple[str, ...] = TASK_TYPES
@@ -69,7 +72,7 @@ class ExperimentConfig:
         )
 
     def engine_options(self) -> dict[str, Any]:
-        """Return the options of `emoe_core.load`, without the profile."""
+        """Return the options of `emoe_core.load`, without the profile and the target that it is needed for."""
         return {
             "budget": self.budget,
             "tolerance": self.tolerance,

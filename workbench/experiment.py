@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 
 import emoe_core
+from emoe_core.errors import ExperimentError
 from emoe_core.options import resolve_device
 from emoe_core.predictor import TRAINED
 from emoe_core.routing import RoutingTrace
@@ -85,7 +86,7 @@ def run_experiment(
     ----------
     config : ExperimentConfig
     profile : Profile, optional
-        Task profile for ``skipping``; the model's own is used when missing.
+        Task profile for ``skipping`` and ``max_quality_loss``; the model's own is used when missing.
     measure_memory : bool
         Also measure memory and times, of this configuration and of stock transformers, in fresh processes.
     timing_prompts, timing_tokens : int
@@ -95,13 +96,18 @@ def run_experiment(
     progress : callable, optional
         Called with (stage, done, total).
     """
+    if measure_memory and config.max_quality_loss is not None:
+        raise ExperimentError(
+            "memory under a quality target is not measured in a fresh process: measure the budget that it comes to"
+        )
     checkpoint = resolve_model(config.model)
     prompts = prompt_stream(config.stream())
     reference = _reference(config, checkpoint, prompts, "reference", progress)
     warm = _warm_trace(config, checkpoint, progress)
     options = config.engine_options()
-    if config.skipping:
+    if config.skipping or config.max_quality_loss is not None:
         options["profile"] = profile or _stored_profile(checkpoint)
+        options["max_quality_loss"] = config.max_quality_loss
     if config.strategy == TRAINED:
         options["predictor_path"] = str(stored_predictor(checkpoint))
     with emoe_core.load(checkpoint, **options) as engine:
@@ -110,6 +116,8 @@ def run_experiment(
         rows = _score_all(engine, prompts, reference, progress)
         answers = _answer(engine, prompts[: config.answers], reference, config.max_new_tokens)
         stats = engine.stats().to_dict()
+        predicted = {} if engine.quality is None else dict(engine.quality.predicted_loss)
+        exact_layers = {} if engine.quality is None else {t: len(v) for t, v in engine.quality.exact.items()}
         found = {"model_hash": engine.index.source_hash, "dtype": str(engine.index.dtype).removeprefix("torch.")}
     requests = pd.DataFrame(rows)
     identity: dict[str, Any] = found | {
@@ -128,6 +136,8 @@ def run_experiment(
         stock_options = {"implementation": "stock", "dtype": timing_dtype, "device": config.device}
         stock = measure(checkpoint, texts, tasks, options=stock_options, **common)
     metrics = _metrics(requests, answers, stats, memory, stock)
+    metrics |= {f"predicted_loss_{task}": value for task, value in predicted.items()}
+    metrics |= {f"exact_layers_{task}": float(count) for task, count in exact_layers.items()}
     return Result(config, metrics, requests, answers, stats, identity, memory, stock)
 
 

@@ -6,7 +6,8 @@ With every expert resident, three things are measured per task on the profile sp
 * the curve of the paper's section 3.4 (Fig. 5): the first j MoE layers are routed at random and prompts are answered
   greedily; the similarity of those answers to the undisturbed ones;
 * a finer one: each layer alone routed at random, and the KL divergence (nats per token) of the output distribution,
-  scored on the undisturbed answer.
+  scored on the undisturbed answer;
+* for quality targets: coverage and a loss scale (`coverage.py`); `extend_profile` adds them to a profile without.
 
 Undisturbed answers are `reference_outputs`. What is measured is kept cell by cell (a task, a depth and a batch of
 prompts; or a prompt's divergences), so an interrupted profile goes on where it stopped and a longer one reuses it.
@@ -30,10 +31,11 @@ from emoe_core.cache import cache_dir
 from emoe_core.checkpoint import open_checkpoint
 from emoe_core.errors import DataError, OptionError
 from emoe_core.tasks import DEFAULT_SIMILARITY_THRESHOLD, LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
+from workbench.coverage import extend
 from workbench.disturbance import layer_divergences, random_routing
 from workbench.models import resolve_model
 from workbench.quality import bootstrap_interval
-from workbench.reference_outputs import ReferenceOutput, reference_outputs
+from workbench.reference_outputs import Reference, ReferenceOutput, reference_outputs
 from workbench.similarity import similarity
 from workbench.workloads import StreamConfig, prompt_stream
 
@@ -94,6 +96,11 @@ class ProfileConfig:
         stream = StreamConfig((task,), self.prompts, "uniform", 8.0, self.seed, "profile", self.source)  # type: ignore[arg-type]
         return [prompt.text for prompt in prompt_stream(stream)]
 
+    def loss_slots(self, checkpoint: str | Path) -> tuple[int, ...]:
+        """Return the slots a layer at which the loss scale is measured: half of the experts, at least top-k."""
+        index = open_checkpoint(checkpoint)
+        return (max(index.top_k, max(layer.num_experts for layer in index.layers) // 2),)
+
     def settings(self) -> dict[str, Any]:
         """Return what the profile file records about how it was measured."""
         kept = ("max_new_tokens", "length_cap_tokens", "source", "dtype", "seed")
@@ -112,7 +119,8 @@ def measure_profile(config: ProfileConfig, progress: Progress | None = None) -> 
     checkpoint = resolve_model(config.model)
     texts = {task: config.texts(task) for task in config.tasks}
     # Before the engine is loaded, so that two copies of the model are never resident at once.
-    outputs = {task: _undisturbed(config, checkpoint, task, texts[task], progress) for task in config.tasks}
+    references = _undisturbed(config, checkpoint, texts, progress)
+    outputs = {task: reference.outputs for task, reference in references.items()}
     with emoe_core.load(checkpoint, budget="100%", predictor=None, dtype=config.dtype) as engine:
         layers = len(engine.index.layers)
         depths = sorted({max(1, round(layers * (step + 1) / config.depths)) for step in range(config.depths)})
@@ -135,15 +143,47 @@ def measure_profile(config: ProfileConfig, progress: Progress | None = None) -> 
             measured[task] |= {"layer_kl_nats": means, "n_kl_prompts": len(rows)}
         digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
         profiles = {task: _task_profile(config, task, layers, outputs[task], measured[task]) for task in config.tasks}
-        return Profile(engine.index.source_hash, digest, layers, profiles, config.threshold, config.settings())
+        profile = Profile(engine.index.source_hash, digest, layers, profiles, config.threshold, config.settings())
+    return extend(checkpoint, profile, references, config.loss_slots(checkpoint), {"dtype": config.dtype}, progress)
+
+
+def extend_profile(profile: Profile, config: ProfileConfig, progress: Progress | None = None) -> Profile:
+    """Return a stored profile with coverage and loss scales measured; its other measurements are not repeated.
+
+    Parameters
+    ----------
+    profile : Profile
+        Of the model that ``config`` names.
+    config : ProfileConfig
+        Of its fields, only model, prompts, length_cap_tokens, source, dtype, seed and tasks matter.
+    progress : callable, optional
+        Called with (stage, done, total).
+    """
+    checkpoint = resolve_model(config.model)
+    profile.require_model(open_checkpoint(checkpoint).source_hash)
+    tasks = [task for task in profile.tasks if task in config.tasks]
+    references = _undisturbed(config, checkpoint, {task: config.texts(task) for task in tasks}, progress)
+    extended = extend(
+        checkpoint,
+        replace(profile, tasks={task: profile.tasks[task] for task in tasks}),
+        references,
+        config.loss_slots(checkpoint),
+        {"dtype": config.dtype},
+        progress,
+    )
+    return replace(profile, tasks={**profile.tasks, **extended.tasks})
 
 
 def _undisturbed(
-    config: ProfileConfig, checkpoint: str | Path, task: str, texts: Sequence[str], progress: Progress | None
-) -> tuple[ReferenceOutput, ...]:
-    report = None if progress is None else partial(progress, f"answers, {task}")
+    config: ProfileConfig, checkpoint: str | Path, texts: dict[str, list[str]], progress: Progress | None
+) -> dict[str, Reference]:
+    """Return each task's all-resident answers of at most ``length_cap_tokens``."""
+    report = None if progress is None else partial(progress, "answers")
     options: dict[str, Any] = {"max_new_tokens": config.length_cap_tokens, "dtype": config.dtype, "progress": report}
-    return reference_outputs(checkpoint, texts, [task] * len(texts), **options).outputs
+    # All at once first: what is missing is then answered in one process.
+    pairs = [(text, task) for task, some in texts.items() for text in some]
+    reference_outputs(checkpoint, *zip(*pairs, strict=True), **options)
+    return {task: reference_outputs(checkpoint, some, [task] * len(some), **options) for task, some in texts.items()}
 
 
 def _task_profile(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,12 +19,20 @@ if TYPE_CHECKING:
 
 MODEL_HELP = "Folder of a Hugging Face checkpoint, or an embedded model: 'reference' or 'carved' (built on first use)."
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(help="Memory for experts: '40%', '300MB' or '3 slots'.  [default: 40%, or as the target asks]"),
+]
+QualityOption = Annotated[
+    float | None, typer.Option(help="Allowed rise of perplexity, 0.01 for 1%; needs the model's task profile.")
+]
 
 
 def run(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    budget: Annotated[str, typer.Option(help="Memory for experts: '40%', '300MB' or '3 slots'.")] = "40%",
+    budget: BudgetOption = None,
+    max_quality_loss: QualityOption = None,
     tolerance: Annotated[float, typer.Option(help="0 is exact; 1 never waits for an expert.")] = 0.0,
     task: Annotated[str | None, typer.Option(help="Task type of the prompt; found from its words if missing.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
@@ -41,7 +49,12 @@ def run(
     console = Console(highlight=False)
     with progress_bar("writing experts to a pack, once") as progress:
         engine = emoe_core.load(
-            checkpoint, progress=progress, budget=budget, tolerance=tolerance, device=device, dtype=dtype
+            checkpoint,
+            progress=progress,
+            tolerance=tolerance,
+            device=device,
+            dtype=dtype,
+            **_memory_options(checkpoint, budget, max_quality_loss),
         )
     with engine:
         if engine.plan.warning:
@@ -97,7 +110,8 @@ def pack(
 
 def estimate(
     model: ModelArgument,
-    budget: Annotated[str, typer.Option(help="Memory for experts: '40%', '300MB' or '3 slots'.")] = "40%",
+    budget: BudgetOption = None,
+    max_quality_loss: QualityOption = None,
     max_tokens: Annotated[int, typer.Option(help="Longest sequence, prompt and answer together.")] = 1024,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
@@ -105,17 +119,24 @@ def estimate(
     """Say what a budget buys and what memory the model needs, without loading it."""
     from emoe_core.budget import plan_slots
     from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.engine import plan_engine
     from emoe_core.footprint import memory_breakdown
+    from emoe_core.options import EngineConfig
     from workbench.models import resolve_model
     from workbench.quantities import show_bytes
 
-    index = open_checkpoint(resolve_model(model), dtype)
-    plan = plan_slots(index, budget)
+    checkpoint = resolve_model(model)
+    index = open_checkpoint(checkpoint, dtype)
+    plan, quality = plan_engine(index, EngineConfig(**_memory_options(checkpoint, budget, max_quality_loss)))
     least = plan_slots(index, "1 slot")
     console = Console()
     table = Table(title=f"{index.model_type}, {str(index.dtype).removeprefix('torch.')}", show_header=False)
     for term, value in [*plan.rows(), ("smallest exact budget", show_bytes(least.slot_bytes))]:
         table.add_row(term, value)
+    if quality is not None:
+        table.add_section()
+        for term, value in quality.rows():
+            table.add_row(term, value)
     table.add_section()
     for term, value in memory_breakdown(index, plan, max_tokens, batch).rows():
         table.add_row(term, value)
@@ -155,6 +176,15 @@ def cache(
         console.print(f"Removed {show_bytes(sum(sizes.values()))}.")
     else:
         raise OptionError(f"emoe cache {action}: give 'list' or 'clear'.")
+
+
+def _memory_options(checkpoint: str | Path, budget: str | None, max_quality_loss: float | None) -> dict[str, Any]:
+    """Return the options of `emoe_core.load` that a budget, a quality target or both come to."""
+    if max_quality_loss is None:
+        return {"budget": budget or "40%"}
+    from workbench.profiling import stored_profile
+
+    return {"budget": budget, "max_quality_loss": max_quality_loss, "profile": stored_profile(checkpoint)}
 
 
 def pack_dir() -> Path:

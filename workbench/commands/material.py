@@ -120,11 +120,15 @@ def profile(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of the answers that are compared.")] = 32,
     length_cap: Annotated[int, typer.Option(help="Tokens at most when the length of answers is measured.")] = 96,
     source: Annotated[str, typer.Option(help="Prompts: 'embedded', 'fixture' or 'hub'.")] = "embedded",
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Keep the stored profile; measure what only quality targets need.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="File to write; the cache when not given.")] = None,
 ) -> None:
     """Measure output lengths, and which layers' routing a task depends on (goes on where it stopped)."""
     from emoe_core.tasks import DEFAULT_SIMILARITY_THRESHOLD
-    from workbench.profiling import ProfileConfig, measure_profile, profile_path
+    from workbench.models import resolve_model
+    from workbench.profiling import ProfileConfig, extend_profile, measure_profile, profile_path, stored_profile
     from workbench.progress import stage_bars
 
     config = ProfileConfig(
@@ -138,8 +142,11 @@ def profile(
         source=source,
     )
     with stage_bars() as progress:
-        found = measure_profile(config, progress)
-    table = Table(title=f"Task profile, similarity threshold {config.threshold:g}")
+        if extend:
+            found = extend_profile(stored_profile(resolve_model(model)), config, progress)
+        else:
+            found = measure_profile(config, progress)
+    table = Table(title=f"Task profile, similarity threshold {found.threshold:g}")
     for heading in ("task", "output tokens", "reached the cap", "similarity, all layers random", "insensitive layers"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     for task, entry in found.tasks.items():
