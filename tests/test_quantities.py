@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from workbench.quantities import column_texts, show, show_seconds, unit_of, words_of
+from workbench.quantities import column_texts, metric_table, show, show_seconds, unit_of, words_of
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,8 @@ def test_a_column_has_one_unit_and_one_number_of_decimals(
     name: str, values: list[float | None], expected: tuple[str, list[str]]
 ) -> None:
     assert column_texts(name, values) == expected
+
+
+def test_a_metric_table_has_words_and_units_and_a_dash_for_what_is_missing() -> None:
+    table = metric_table({"slot_bytes": 2e9, "hit_rate": 0.5}, ["slot_bytes", "hit_rate", "kl_nats"])
+    assert table[""].to_dict() == {"slot bytes": "2 GB", "hit rate": "50.0%", "kl": "–"}

@@ -1,14 +1,18 @@
 """Numbers with units as people read them.
 
-A metric's unit is the end of its name: ``_bytes``, ``_s``, ``_share``, ``_rate`` (or a leading ``bytes_``). `words_of` and `unit_of` split a
-name, `show` formats one value, `column_texts` many in the same unit. Bytes are decimal (1 MB = 1,000,000 bytes), as
-storage is sold and as budgets are given.
+A metric's unit is the end of its name: ``_bytes``, ``_s``, ``_share``, ``_rate`` (or a leading ``bytes_``). `words_of`
+and `unit_of` split a name, `show` formats one value, `column_texts` many in the same unit, `metric_table` a choice of
+metrics. Bytes are decimal (1 MB = 1,000,000 bytes), as storage is sold and as budgets are given.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 SHARE_ENDINGS = ("_share", "_rate", "_agreement", "_mass")
@@ -48,6 +52,15 @@ def show(name: str, value: float | None) -> str:
     if unit == "%":
         return f"{100 * value:.1f}%"
     return f"{show_number(value)} {unit}".strip()
+
+
+def metric_table(metrics: Mapping[str, float], names: Sequence[str]) -> pd.DataFrame:
+    """Return some metrics as a table of words and values with units, for people; a missing one is a dash."""
+    import pandas as pd
+
+    # "slot" alone would not say what of the slots is meant.
+    words = [name.replace("_", " ") if unit_of(name) == "bytes" else words_of(name) for name in names]
+    return pd.DataFrame({"": [show(name, metrics.get(name)) for name in names]}, index=words)
 
 
 def column_texts(name: str, values: Sequence[float | None]) -> tuple[str, list[str]]:
