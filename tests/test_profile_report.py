@@ -1,0 +1,60 @@
+"""A profile's tables say what the profile says, and its figures can be drawn for any number of tasks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from emoe_core.tasks import Profile, TaskProfile
+from workbench import profile_report
+from workbench.profile_report import OUR_RULE, PAPER_RULE
+
+QA = TaskProfile(
+    "qa",
+    (True,) * 4,
+    12.0,
+    length_quantiles_tokens=(1.0, 4.0, 9.0, 16.0, 32.0),
+    length_cap_tokens=40,
+    depths=(2, 4),
+    similarities=(0.9, 0.4),
+    similarity_intervals=((0.8, 0.95), (0.3, 0.5)),
+    layer_kl_nats=(0.01, 0.2, 0.001, 0.005),
+)
+PROFILE = Profile(
+    "model", "data", 4, {"qa": QA, "code": replace(QA, task="code", capped_share=0.8, similarities=(0.8, 0.9))}
+)
+
+
+def test_both_masks_are_held_against_what_they_free_and_cost() -> None:
+    table = profile_report.mask_table(PROFILE, 0.01).set_index(["task", "rule"])
+    assert table.loc[("qa", PAPER_RULE), "free_layers"] == 2
+    assert table.loc[("qa", PAPER_RULE), "kl_nats"] == pytest.approx(0.21)
+    assert table.loc[("qa", OUR_RULE), "free_layers"] == 2
+    assert table.loc[("qa", OUR_RULE), "kl_nats"] == pytest.approx(0.006)
+    assert table.loc[("code", PAPER_RULE), "free_share"] == 0.0
+
+
+def test_masks_follow_the_rule_that_is_asked_for() -> None:
+    assert profile_report.with_mask(PROFILE, PAPER_RULE, 0.01).tasks["qa"].sensitive == (False, False, True, True)
+    assert profile_report.with_mask(PROFILE, OUR_RULE, 0.01).tasks["qa"].sensitive == (True, True, False, False)
+
+
+def test_the_table_beside_the_paper_holds_this_profiles_figures() -> None:
+    table = profile_report.beside_paper(PROFILE).set_index("what")
+    assert "qa 90% with half random, qa 40% with all" in table.loc["Fig. 5, question answering", "here"]
+    assert "code" in table.loc["Fig. 4, output lengths", "why they differ"]
+    assert table.loc["most sensitive first", "here"] == "qa, code"
+    assert "not measured" in table.loc["Fig. 5, classification and comparison, every layer random", "here"]
+
+
+@pytest.mark.parametrize("profile", [PROFILE, replace(PROFILE, tasks={"qa": QA})])
+def test_every_figure_has_labelled_axes(profile: Profile) -> None:
+    for figure in (
+        profile_report.lengths_figure(profile),
+        profile_report.curves_figure(profile),
+        profile_report.divergence_figure(profile),
+        profile_report.masks_figure(profile, 0.01),
+    ):
+        assert figure.axes[0].get_xlabel()
+    assert list(profile_report.length_table(profile)["mean"]) == [12.0] * len(profile.tasks)
