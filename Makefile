@@ -22,7 +22,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 ifneq ($(NOTEBOOKS),)
 	$(BIN)/emoe model build
-	$(BIN)/python -m pytest -p no:xdist -p no:cacheprovider --nbval-lax --nbval-cell-timeout=60 $(NOTEBOOKS)
+	$(BIN)/python -m pytest -p no:xdist -p no:cacheprovider --nbval-lax --nbval-cell-timeout=120 $(NOTEBOOKS)
 endif
 
 lab: $(READY)

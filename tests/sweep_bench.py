@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,7 +43,13 @@ class Bench:
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start the command line in this project without waiting."""
-        return subprocess.Popen([*COMMAND, *arguments], env=self._environment(), stderr=subprocess.DEVNULL)
+        # A shell ignores interrupts for what it runs in the background, and children inherit that.
+        return subprocess.Popen(
+            [*COMMAND, *arguments],
+            env=self._environment(),
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     def current(self) -> list[Any]:
         """Return the current runs of the newest sweep in the order of its file."""
