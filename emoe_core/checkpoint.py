@@ -22,9 +22,9 @@ from emoe_core.conversion import ParamSource, match_sources, target_dtype
 from emoe_core.dense import build_dense_model, meta_model
 from emoe_core.errors import CheckpointError, OptionError, UnsupportedFamilyError
 from emoe_core.model_config import expert_count, find_model, read_config, top_k
-from emoe_core.shards import Shard, TensorRef, find_shards, fingerprint
+from emoe_core.shards import ALIGNMENT, Shard, TensorRef, find_shards, fingerprint
 
-PARAM_ALIGN_BYTES = 64
+PARAM_ALIGN_BYTES = ALIGNMENT
 RECORD_ALIGN_BYTES = 4096
 _DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
@@ -231,8 +231,11 @@ def _layer(index: int, name: str, params: Mapping[str, torch.Tensor], sources: M
     specs = []
     offset = 0
     for key, parameter in params.items():
-        dtype = sources[f"{name}.{key}"].dtype
+        source = sources[f"{name}.{key}"]
+        dtype = source.dtype
         nbytes = parameter[0].numel() * dtype.itemsize
+        # As aligned as in stock transformers: see `shards.empty_as_mapped`.
+        offset += (source.mapped_offset_bytes or 0) % PARAM_ALIGN_BYTES
         specs.append(ParamSpec(key, tuple(parameter.shape[1:]), dtype, offset, nbytes))
         offset = _round_up(offset + nbytes, PARAM_ALIGN_BYTES)
     num_experts = next(iter(params.values())).shape[0]

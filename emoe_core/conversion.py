@@ -70,6 +70,17 @@ class ParamSource:
         }
         return self._convert(collected, expert)
 
+    @property
+    def mapped_offset_bytes(self) -> int | None:
+        """Where the stacked parameter starts in its file if stock transformers computes with a view of it, else None.
+
+        Whatever is stacked from several tensors, converted or cast is memory of its own.
+        """
+        if not self.fused or len(self.sources) != 1 or (self.converter is not None and self.converter.operations):
+            return None
+        (ref,) = next(iter(self.sources.values()))
+        return ref.offset_bytes if ref.dtype == self.dtype else None
+
     def check_shapes(self) -> None:
         """Raise CheckpointError unless every expert's tensors convert to the parameter's shape; reads nothing."""
         for refs in self.sources.values():
