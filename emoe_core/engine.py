@@ -132,10 +132,14 @@ class Engine:
         return generation.generate(self, prompts, tasks, max_new_tokens, batch_size, chat, on_token)
 
     def score(
-        self, sequences: Sequence[generation.TokenPair], tasks: Sequence[str | None] | None = None
+        self,
+        sequences: Sequence[generation.TokenPair],
+        tasks: Sequence[str | None] | None = None,
+        *,
+        stepwise: bool = False,
     ) -> list[generation.Scored]:
         """Return teacher-forced log-probabilities of given continuations; see `generation.score`."""
-        return generation.score(self, sequences, tasks)
+        return generation.score(self, sequences, tasks, stepwise)
 
     def warm_start(self, trace: RoutingTrace) -> int:
         """Teach the predictor a recorded workload, request by request; return how many it saw."""

@@ -133,8 +133,13 @@ def generate(
     return done
 
 
-def score(engine: Engine, sequences: Sequence[TokenPair], tasks: Sequence[str | None] | None = None) -> list[Scored]:
-    """Return the log-probabilities of given continuations, one forward pass per sequence.
+def score(
+    engine: Engine,
+    sequences: Sequence[TokenPair],
+    tasks: Sequence[str | None] | None = None,
+    stepwise: bool = False,
+) -> list[Scored]:
+    """Return the log-probabilities of given continuations.
 
     Parameters
     ----------
@@ -143,6 +148,9 @@ def score(engine: Engine, sequences: Sequence[TokenPair], tasks: Sequence[str | 
         Both non-empty.
     tasks : sequence of str or None, optional
         Task type of each sequence; None is "unknown".
+    stepwise : bool
+        False: one forward pass per sequence. True: a pass for the prompt, then one for each token of the continuation,
+        so that experts are asked for as they are while generating.
     """
     if tasks is not None and len(tasks) != len(sequences):
         raise OptionError(f"{len(sequences)} sequences came with {len(tasks)} task types: give one each, or none")
@@ -154,21 +162,27 @@ def score(engine: Engine, sequences: Sequence[TokenPair], tasks: Sequence[str | 
         task = (tasks[place] if tasks is not None else None) or UNKNOWN
         started = time.perf_counter()
         ids = torch.tensor([[*prompt, *continuation]], device=engine.device)
-        extra: dict[str, Any] = {"logits_to_keep": len(continuation) + 1} if "logits_to_keep" in accepts else {}
         numbers = engine.admit([task], [ids.shape[1]])
         seen: list[torch.Tensor] = []
         watch = engine.model.get_output_embeddings().register_forward_pre_hook(
             lambda _, args, seen=seen: seen.append(args[0])
         )
+        # The first pass ends with the prompt's last token, or with the whole sequence; the last row predicts nothing.
+        first = len(prompt) if stepwise else ids.shape[1]
+        rows, parts, cache = first - len(prompt) + 1, [], None
         try:
             with torch.no_grad():
-                output = engine.model(input_ids=ids, use_cache=False, **extra)
+                for start, end in [(0, first), *((place, place + 1) for place in range(first, ids.shape[1] - 1))]:
+                    extra: dict[str, Any] = {"logits_to_keep": rows} if "logits_to_keep" in accepts else {}
+                    output = engine.model(
+                        input_ids=ids[:, start:end], past_key_values=cache, use_cache=stepwise, **extra
+                    )
+                    parts.append((output.logits[0, -rows:].float().cpu(), seen[-1][0, -rows:].cpu()))
+                    rows, cache = 1, output.past_key_values if stepwise else None
         finally:
             watch.remove()
             engine.finish(numbers)
-        scored_rows = slice(-len(continuation) - 1, -1)
-        logits = output.logits[0, scored_rows].float().cpu()
-        hidden = seen[-1][0, scored_rows].cpu()
+        logits, hidden = (torch.cat(part)[: len(continuation)] for part in zip(*parts, strict=True))
         targets = torch.tensor(continuation, dtype=torch.long).unsqueeze(-1)
         logprobs = logits.log_softmax(dim=-1).gather(1, targets).squeeze(-1)
         scored.append(Scored(numbers[0], logprobs, logits, hidden, time.perf_counter() - started))
