@@ -1,7 +1,8 @@
 """The frozen configuration of one run of the bench, and how a tracker records it.
 
 A *strategy* says who decides which experts are resident: a predictor by name (predict, plan, swap; ``frequency`` is the
-default, ``random`` the sanity bound, ``transformer`` the trained one), or ``lru`` (on demand; what most systems do).
+default, ``random`` the sanity bound, ``transformer`` the trained one), ``oracle`` (hindsight, the upper bound: knows
+the routing of every prompt to come), or ``lru`` (on demand; what most systems do).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from emoe_core.errors import OptionError
 from emoe_core.options import EngineConfig
 from emoe_core.predictor import PREDICTORS, TRAINED
 from emoe_core.tasks import TASK_TYPES
+from workbench.labels import check_labels
 from workbench.workloads import StreamConfig
 
-STRATEGIES = (*sorted(PREDICTORS), TRAINED, "lru")
+ORACLE = "oracle"
+STRATEGIES = (*sorted(PREDICTORS), TRAINED, ORACLE, "lru")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class ExperimentConfig:
     ``skipping`` uses the model's task profile: insensitive (task, layer) pairs take whatever is resident.
     ``max_quality_loss`` is a target that the model's task profile turns into tolerances, and slots where ``budget`` is
     None; ``tolerance`` must then be 0.
+    ``labels`` and ``label_error`` say what the engine is told of each prompt's task type (`labels.py`).
     """
 
     model: str = "reference"
@@ -44,6 +48,8 @@ class ExperimentConfig:
     session_length: float = 8.0
     source: str = "embedded"
     split: str = "test"
+    labels: str = "given"
+    label_error: float = 0.0
     warm_prompts: int = 24
     max_new_tokens: int = 32
     answers: int = 0
@@ -56,6 +62,9 @@ class ExperimentConfig:
             raise OptionError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
         if self.warm_prompts < 0 or self.answers < 0 or self.max_new_tokens < 1:
             raise OptionError("warm_prompts and answers must be 0 or more, max_new_tokens 1 or more")
+        if self.strategy == ORACLE and self.answers:
+            raise OptionError("the oracle knows the scored prompts only: set answers to 0")
+        check_labels(self.labels, self.label_error)
         self.stream()
         EngineConfig(**self.engine_options())
 
@@ -76,7 +85,8 @@ class ExperimentConfig:
         return {
             "budget": self.budget,
             "tolerance": self.tolerance,
-            "predictor": None if self.strategy == "lru" else self.strategy,
+            # The oracle is no engine's: the experiment brings it.
+            "predictor": None if self.strategy in ("lru", ORACLE) else self.strategy,
             "interval": self.interval,
             "replan": self.replan,
             "policy": self.policy,

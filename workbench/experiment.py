@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ import torch
 import emoe_core
 from emoe_core.errors import ExperimentError
 from emoe_core.options import resolve_device
-from emoe_core.predictor import TRAINED
+from emoe_core.predictor import TRAINED, OraclePredictor
 from emoe_core.routing import RoutingTrace
 from emoe_core.tasks import Profile
-from workbench.configuration import ExperimentConfig
+from workbench.configuration import ORACLE, ExperimentConfig
+from workbench.labels import told_tasks
 from workbench.memory import MemoryMeasurement, as_metrics, measure
 from workbench.models import resolve_model
 from workbench.predictor_training import stored_predictor
@@ -102,19 +103,24 @@ def run_experiment(
         )
     checkpoint = resolve_model(config.model)
     prompts = prompt_stream(config.stream())
-    reference = _reference(config, checkpoint, prompts, "reference", progress)
-    warm = _warm_trace(config, checkpoint, progress)
+    reference = all_resident(config, checkpoint, prompts, "reference", progress)
+    warm = warm_trace(config, checkpoint, progress)
     options = config.engine_options()
     if config.skipping or config.max_quality_loss is not None:
         options["profile"] = profile or _stored_profile(checkpoint)
         options["max_quality_loss"] = config.max_quality_loss
     if config.strategy == TRAINED:
         options["predictor_path"] = str(stored_predictor(checkpoint))
+    told = told_tasks(prompts, config.labels, config.label_error, config.seed)
     with emoe_core.load(checkpoint, **options) as engine:
+        if config.strategy == ORACLE:
+            future = [(task, reference.trace.counts(place)) for place, task in enumerate(told)]
+            window = config.interval if config.replan == "interval" and isinstance(config.interval, int) else 1
+            engine.control.predictor = OraclePredictor(future, window)
         if warm is not None:
             engine.warm_start(warm)
-        rows = _score_all(engine, prompts, reference, progress)
-        answers = _answer(engine, prompts[: config.answers], reference, config.max_new_tokens)
+        rows = _score_all(engine, prompts, told, reference, progress)
+        answers = _answer(engine, prompts[: config.answers], told, reference, config.max_new_tokens)
         stats = engine.stats().to_dict()
         predicted = {} if engine.quality is None else dict(engine.quality.predicted_loss)
         exact_layers = {} if engine.quality is None else {t: len(v) for t, v in engine.quality.exact.items()}
@@ -130,7 +136,7 @@ def run_experiment(
         if progress is not None:
             progress("memory", 0, 1)
         common: dict[str, Any] = {"max_new_tokens": timing_tokens}
-        texts, tasks = [p.text for p in prompts[: timing_prompts + 1]], [p.task for p in prompts[: timing_prompts + 1]]
+        texts, tasks = [prompt.text for prompt in prompts[: timing_prompts + 1]], told[: timing_prompts + 1]
         own = {name: value for name, value in options.items() if name != "profile"} | {"dtype": timing_dtype}
         memory = measure(checkpoint, texts, tasks, options=own, warm_trace=warm, **common)
         stock_options = {"implementation": "stock", "dtype": timing_dtype, "device": config.device}
@@ -141,9 +147,10 @@ def run_experiment(
     return Result(config, metrics, requests, answers, stats, identity, memory, stock)
 
 
-def _reference(
+def all_resident(
     config: ExperimentConfig, checkpoint: str | Path, prompts: list[Prompt], stage: str, progress: Progress | None
 ) -> Reference:
+    """Return the all-resident outputs of a run's prompts."""
     return reference_outputs(
         checkpoint,
         [prompt.text for prompt in prompts],
@@ -155,14 +162,19 @@ def _reference(
     )
 
 
-def _warm_trace(config: ExperimentConfig, checkpoint: str | Path, progress: Progress | None) -> RoutingTrace | None:
-    if config.warm_prompts == 0 or config.strategy in ("random", "lru"):
+def warm_trace(
+    config: ExperimentConfig, checkpoint: str | Path, progress: Progress | None = None
+) -> RoutingTrace | None:
+    """Return the routing that a run's predictor learns from first; None where there is nothing to learn."""
+    if config.warm_prompts == 0 or config.strategy in ("random", "lru", ORACLE):
         return None
     # One session per task in turn would teach the last task best: the warm-up is always a uniform mix.
     stream = StreamConfig(
         config.tasks, config.warm_prompts, "uniform", 8.0, config.seed, "profile", config.stream().source
     )
-    return _reference(config, checkpoint, prompt_stream(stream), "warm-up", progress).trace
+    prompts = prompt_stream(stream)
+    trace = all_resident(config, checkpoint, prompts, "warm-up", progress).trace
+    return replace(trace, tasks=dict(enumerate(told_tasks(prompts, config.labels))))
 
 
 def _stored_profile(checkpoint: str | Path) -> Profile:
@@ -172,20 +184,20 @@ def _stored_profile(checkpoint: str | Path) -> Profile:
 
 
 def _score_all(
-    engine: emoe_core.Engine, prompts: list[Prompt], reference: Reference, progress: Progress | None
+    engine: emoe_core.Engine, prompts: list[Prompt], told: list[str], reference: Reference, progress: Progress | None
 ) -> list[dict[str, Any]]:
     head = engine.model.get_output_embeddings()
     rows = []
-    for place, (prompt, expected) in enumerate(zip(prompts, reference.outputs, strict=True)):
+    for place, (prompt, task, expected) in enumerate(zip(prompts, told, reference.outputs, strict=True)):
         before = engine.stats().counters
         started = time.perf_counter()
-        scored = engine.score([(expected.prompt_ids, expected.token_ids)], [prompt.task])[0]
+        scored = engine.score([(expected.prompt_ids, expected.token_ids)], [task])[0]
         elapsed_s = time.perf_counter() - started
         counters = engine.stats().counters.since(before)
         with torch.no_grad():
             both = [head(states.to(engine.device)).float().cpu() for states in (expected.hidden, scored.hidden)]
         quality = compare(both[0], both[1], torch.tensor(expected.token_ids))
-        rows.append(_row(prompt, expected.prompt_ids, quality, counters, elapsed_s))
+        rows.append({**_row(prompt, expected.prompt_ids, quality, counters, elapsed_s), "told_task": task})
         if progress is not None:
             progress("score", place + 1, len(prompts))
     return rows
@@ -198,10 +210,7 @@ def _row(
         "request": prompt.request_id,
         "task": prompt.task,
         "prompt_tokens": len(prompt_ids),
-        "output_tokens": len(quality),
-        "kl_nats": float(quality.kl_nats.mean()),
-        "log_ratio_nats": float(quality.log_ratio_nats.mean()),
-        "top1_agreement": float(quality.agree.mean()),
+        **quality.row(),
         "hit_rate": counters.hit_rate,
         "token_hit_rate": counters.token_hit_rate,
         "loads": counters.loads,
@@ -213,13 +222,15 @@ def _row(
     }
 
 
-def _answer(engine: emoe_core.Engine, prompts: list[Prompt], reference: Reference, max_new_tokens: int) -> pd.DataFrame:
+def _answer(
+    engine: emoe_core.Engine, prompts: list[Prompt], told: list[str], reference: Reference, max_new_tokens: int
+) -> pd.DataFrame:
     if not prompts:
         return pd.DataFrame(columns=["task", "prompt", "all_resident", "answer", "similarity"])
     from workbench.similarity import similarity
 
     texts = [prompt.text for prompt in prompts]
-    answers = engine.generate(texts, [prompt.task for prompt in prompts], max_new_tokens=max_new_tokens)
+    answers = engine.generate(texts, told[: len(prompts)], max_new_tokens=max_new_tokens)
     expected = [output.text for output in reference.outputs[: len(prompts)]]
     given = [answer.text for answer in answers]
     return pd.DataFrame(
@@ -235,17 +246,12 @@ def _answer(engine: emoe_core.Engine, prompts: list[Prompt], reference: Referenc
     )
 
 
-def _metrics(
-    requests: pd.DataFrame,
-    answers: pd.DataFrame,
-    stats: dict[str, Any],
-    memory: MemoryMeasurement | None,
-    stock: MemoryMeasurement | None,
-) -> dict[str, float]:
+def quality_metrics(requests: pd.DataFrame) -> dict[str, float]:
+    """Return the quality of a run: means over tokens of its table of prompts, and a 95% interval over prompts."""
     tokens = requests["output_tokens"].to_numpy()
     loss = requests["log_ratio_nats"].to_numpy()
     low, high = bootstrap_interval(loss, tokens)
-    metrics = {
+    return {
         "perplexity_ratio": perplexity_ratio(np.repeat(loss, tokens)),
         "perplexity_ratio_low": float(np.exp(low)),
         "perplexity_ratio_high": float(np.exp(high)),
@@ -254,6 +260,16 @@ def _metrics(
         "scored_tokens": float(tokens.sum()),
         "prompts": float(len(requests)),
     }
+
+
+def _metrics(
+    requests: pd.DataFrame,
+    answers: pd.DataFrame,
+    stats: dict[str, Any],
+    memory: MemoryMeasurement | None,
+    stock: MemoryMeasurement | None,
+) -> dict[str, float]:
+    metrics = quality_metrics(requests)
     for name in ("hit_rate", "token_hit_rate", "slot_share", "slot_bytes", "expert_bytes", "dense_bytes"):
         metrics[name] = float(stats[name])
     for name in ("requests", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "evictions"):

@@ -29,6 +29,15 @@ class TokenQuality:
     def __len__(self) -> int:
         return len(self.kl_nats)
 
+    def row(self) -> dict[str, float]:
+        """Return the number of tokens and the means over them, as a table of prompts has it."""
+        return {
+            "output_tokens": len(self),
+            "kl_nats": float(self.kl_nats.mean()),
+            "log_ratio_nats": float(self.log_ratio_nats.mean()),
+            "top1_agreement": float(self.agree.mean()),
+        }
+
 
 def compare(reference_logits: torch.Tensor, run_logits: torch.Tensor, tokens: torch.Tensor) -> TokenQuality:
     """Compare two output distributions over the same n tokens.

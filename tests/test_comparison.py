@@ -1,0 +1,134 @@
+"""Comparisons on a tiny model: controls read what they must, pairs are paired, and reports say what tables say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from emoe_core.errors import ExperimentError, OptionError
+from workbench import interval_report, memory_report, task_report
+from workbench.comparison import Comparison, listed, paired_difference, period, run_quantized, run_variants
+from workbench.configuration import ORACLE, ExperimentConfig
+from workbench.reference_model.tiny import tiny_moe
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("EMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        checkpoint = tiny_moe(tmp_path_factory.mktemp("compared"), family="mixtral", seed=3)
+        yield ExperimentConfig(
+            str(checkpoint),
+            budget="3 slots",
+            interval=1,
+            n_prompts=4,
+            warm_prompts=4,
+            max_new_tokens=3,
+            source="fixture",
+        )
+
+
+@pytest.fixture(scope="module")
+def found(base: ExperimentConfig) -> Comparison:
+    variants = {name: replace(base, strategy=name) for name in ("frequency", "random", ORACLE)}
+    variants["all resident"] = replace(base, budget="100%")
+    variants["on demand"] = replace(base, strategy="lru", tolerance=0.0)
+    variants["agnostic"] = replace(base, labels="none")
+    return run_variants(variants)
+
+
+def test_controls_lose_exactly_nothing(found: Comparison) -> None:
+    rows = found.summary.set_index("label")
+    for label in ("all resident", "on demand"):
+        assert rows.loc[label, "perplexity_ratio"] == 1.0
+        assert rows.loc[label, "kl_nats"] == 0.0
+        assert rows.loc[label, "top1_agreement"] == 1.0
+    assert (rows.loc[["frequency", "random", ORACLE], "kl_nats"] > 0).all()
+
+
+def test_the_oracle_covers_what_prompts_will_use(found: Comparison) -> None:
+    covered = found.summary.set_index("label")["token_hit_rate"]
+    # What residents serve in one layer changes what the next ones see, so hindsight is a bound within noise only.
+    assert covered[ORACLE] > covered["random"] + 0.1
+    assert covered[ORACLE] > covered[["frequency", "agnostic"]].max() - 0.02
+
+
+def test_the_engine_is_told_what_the_labels_say(found: Comparison) -> None:
+    told = found.requests.groupby("label")["told_task"].agg(set)
+    assert told["agnostic"] == {"unknown"}
+    assert told["frequency"] == set(found.requests["task"])
+
+
+def test_a_difference_is_taken_prompt_by_prompt(found: Comparison) -> None:
+    assert paired_difference(found.requests, "random", "random", "kl_nats") == (0.0, 0.0, 0.0)
+    mean, low, high = paired_difference(found.requests, "random", "on demand", "kl_nats")
+    assert low <= mean <= high
+    rows = found.requests[found.requests["label"] == "random"]
+    assert mean == pytest.approx(np.average(rows["kl_nats"], weights=rows["output_tokens"]))
+    with pytest.raises(ExperimentError, match="no prompt in common"):
+        paired_difference(found.requests, "random", "nobody", "kl_nats")
+
+
+def test_quantised_experts_stand_in_the_same_table(base: ExperimentConfig, found: Comparison) -> None:
+    together = found + run_quantized(base, ["q8_0", "q4_0"])
+    share = memory_report.expert_memory_share(together.summary).set_axis(together.summary["label"])
+    assert share["q8_0"] == 8.5 / 16 and share["all resident"] == 1.0
+    kl = together.summary.set_index("label")["kl_nats"]
+    assert 0 < kl["q8_0"] < kl["q4_0"]
+    assert memory_report.accuracy_figure(together.summary).axes[0].get_xlabel()
+    table = memory_report.beside_paper(together.summary).set_index("what")
+    assert (
+        f"x{together.summary.set_index('label').loc['q4_0', 'perplexity_ratio']:.3f}"
+        in table.loc["Table 3, 4-bit experts", "here"]
+    )
+
+
+def test_broken_bounds_are_named_at_their_budget() -> None:
+    rows = [
+        (strategy, n, kl + n / 100)
+        for strategy, kl in (("oracle", 0.1), ("frequency", 0.2), ("random", 0.3))
+        for n in range(5)
+    ]
+    requests = pd.DataFrame(rows, columns=["label", "request", "kl_nats"]).assign(output_tokens=4)
+    names = ["oracle", "frequency", "random"]
+    summary = pd.DataFrame({"label": names, "strategy": names}).assign(
+        tolerance=1.0, budget="50%", mix="uniform", seed=0
+    )
+    assert memory_report.broken_bounds(summary, requests) == []
+    swapped = requests.replace({"label": {"frequency": "oracle", "oracle": "frequency"}})
+    assert memory_report.broken_bounds(summary, swapped) == ["frequency is better than oracle at 50%"]
+    swapped = requests.replace({"label": {"frequency": "random", "random": "frequency"}})
+    assert memory_report.broken_bounds(summary, swapped) == ["frequency is worse than random at 50%"]
+
+
+def test_reports_of_intervals_and_tasks_hold_the_runs_figures(base: ExperimentConfig, found: Comparison) -> None:
+    swept = run_variants({f"p={p}": replace(base, interval=p, replan="interval") for p in (1, 2, "adaptive")})
+    table = interval_report.beside_paper(swept.summary)
+    assert f"p=2: {swept.summary['perplexity_ratio'].iloc[1]:.3f}" in table["here"].iloc[0]
+    assert interval_report.interval_figure(swept.summary).axes[0].get_xlabel()
+    overhead = interval_report.overhead_share(swept.summary, swept.requests)
+    assert (overhead["overhead_share"] > 0).all() and (overhead["overhead_share"] < 1).all()
+
+    tasks = task_report.task_table(found.requests, "frequency", "agnostic")
+    assert set(tasks["task"]) == set(found.requests["task"])
+    errors = found.summary[found.summary["label"].isin(["frequency", "random"])].assign(
+        label_error=[0.0, 0.5], request_s=[1.0, 1.5]
+    )
+    assert task_report.awareness_figure(tasks, "frequency", "agnostic").axes[0].get_xlabel()
+    assert task_report.error_figure(errors).axes[0].get_xlabel()
+    assert "x1.50" in task_report.beside_paper(tasks, errors)["here"].iloc[1]
+
+
+def test_notebook_parameters_are_read_as_lists() -> None:
+    assert listed(" 50%, 60% ,") == ["50%", "60%"]
+    assert period("8") == 8 and period("adaptive") == "adaptive"
+
+
+def test_what_cannot_be_compared_is_refused(base: ExperimentConfig) -> None:
+    with pytest.raises(OptionError):
+        run_variants({})
+    with pytest.raises(OptionError, match="oracle"):
+        replace(base, strategy=ORACLE, answers=1)

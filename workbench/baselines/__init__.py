@@ -1,0 +1,1 @@
+"""What users would pick instead of an expert cache, measured the same way."""

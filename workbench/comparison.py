@@ -1,0 +1,221 @@
+"""Several configurations on the same prompts, in one table: what a notebook that argues a claim starts from.
+
+Quality is compared prompt by prompt (`paired_difference`), so that hard prompts do not hide what a method does. Times
+are compared in rounds (`timed`): every variant once a round, in fresh processes, so that a machine that slows down
+slows all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from emoe_core.errors import ExperimentError, OptionError
+from workbench.baselines.quantized import BITS_PER_WEIGHT, score_quantized
+from workbench.configuration import ExperimentConfig
+from workbench.experiment import all_resident, quality_metrics, run_experiment, warm_trace
+from workbench.memory import MemoryMeasurement, measure
+from workbench.models import resolve_model
+from workbench.quality import bootstrap_interval
+from workbench.workloads import prompt_stream
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Variants that were run on the same prompts.
+
+    Attributes
+    ----------
+    summary : DataFrame
+        One row a variant: ``label``, the fields of its configuration, its metrics.
+    requests : DataFrame
+        One row a (variant, prompt): ``label``, and as `Result.requests`.
+    answers : DataFrame
+        One row a (variant, answered prompt); empty when none were asked for.
+    identity : dict
+        Model hash, data hash, dtype, seed; of the last stream where variants differ in it.
+    """
+
+    summary: pd.DataFrame
+    requests: pd.DataFrame
+    answers: pd.DataFrame
+    identity: dict[str, Any]
+
+    def __add__(self, other: Comparison) -> Comparison:
+        """Put two comparisons in one."""
+        pairs = ((self.summary, other.summary), (self.requests, other.requests), (self.answers, other.answers))
+        # An empty table has no columns: joining it would only change types.
+        summary, requests, answers = (
+            pd.concat([frame for frame in pair if len(frame)] or [pair[0]], ignore_index=True) for pair in pairs
+        )
+        return Comparison(summary, requests, answers, self.identity | other.identity)
+
+
+def run_variants(variants: Mapping[str, ExperimentConfig], progress: Progress | None = None) -> Comparison:
+    """Run configurations one after another.
+
+    Parameters
+    ----------
+    variants : mapping of str to ExperimentConfig
+        By label.
+    progress : callable, optional
+        Called with (stage, done, total); the stage "variants" counts those that are through.
+    """
+    if not variants:
+        raise OptionError("there is nothing to compare: name at least one variant")
+    rows, requests, answers = [], [], []
+    identity: dict[str, Any] = {}
+    for done, (label, config) in enumerate(variants.items()):
+        result = run_experiment(config)
+        rows.append({"label": label, **_fields(config), **result.metrics})
+        requests.append(result.requests.assign(label=label))
+        if len(result.answers):
+            answers.append(result.answers.assign(label=label))
+        identity |= result.identity
+        if progress is not None:
+            progress("variants", done + 1, len(variants))
+    return Comparison(
+        pd.DataFrame(rows),
+        pd.concat(requests, ignore_index=True),
+        pd.concat(answers, ignore_index=True) if answers else pd.DataFrame(),
+        identity,
+    )
+
+
+def run_quantized(config: ExperimentConfig, formats: Iterable[str], progress: Progress | None = None) -> Comparison:
+    """Run the prompts of a configuration with every expert resident in a quantised format instead.
+
+    ``expert_memory_share`` of the summary is the format's size over 16-bit experts.
+    """
+    prompts = prompt_stream(config.stream())
+    checkpoint = resolve_model(config.model)
+    reference = all_resident(config, checkpoint, prompts, "reference", progress)
+    rows, requests, answers = [], [], []
+    for name in formats:
+        scored, texts = score_quantized(
+            checkpoint, name, prompts, reference,
+            answers=config.answers, max_new_tokens=config.max_new_tokens, dtype=config.dtype, progress=progress,
+        )  # fmt: skip
+        metrics = quality_metrics(scored)
+        if texts:
+            from workbench.similarity import similarity
+
+            expected = [output.text for output in reference.outputs[: len(texts)]]
+            found = {"task": [p.task for p in prompts[: len(texts)]], "all_resident": expected, "answer": texts}
+            answers.append(pd.DataFrame({**found, "similarity": similarity(expected, texts)}).assign(label=name))
+            metrics |= {"similarity": float(answers[-1]["similarity"].mean()), "similarity_prompts": float(len(texts))}
+        size = {"expert_memory_share": BITS_PER_WEIGHT[name] / 16}
+        rows.append({"label": name, **_fields(replace(config, strategy="lru")), "strategy": name, **metrics, **size})
+        requests.append(scored.assign(label=name))
+    return Comparison(
+        pd.DataFrame(rows),
+        pd.concat(requests, ignore_index=True) if requests else pd.DataFrame(),
+        pd.concat(answers, ignore_index=True) if answers else pd.DataFrame(),
+        {},
+    )
+
+
+def paired_difference(requests: pd.DataFrame, label: str, baseline: str, column: str) -> tuple[float, float, float]:
+    """Return the mean difference of two variants over their common prompts, and its 95% bootstrap interval.
+
+    Parameters
+    ----------
+    requests : DataFrame
+        Of a `Comparison`.
+    label, baseline : str
+        The result is label minus baseline.
+    column : str
+        ``kl_nats``, ``log_ratio_nats``, ...; weighted by output tokens.
+    """
+    first, second = (requests[requests["label"] == name].set_index("request") for name in (label, baseline))
+    common = first.index.intersection(second.index)
+    if common.empty:
+        raise ExperimentError(f"{label!r} and {baseline!r} have no prompt in common: they cannot be compared")
+    difference = (first.loc[common, column] - second.loc[common, column]).to_numpy(dtype=float)
+    tokens = first.loc[common, "output_tokens"].to_numpy(dtype=float)
+    low, high = bootstrap_interval(difference, tokens)
+    return float(np.average(difference, weights=tokens)), low, high
+
+
+def timed(
+    variants: Mapping[str, Mapping[str, Any]],
+    config: ExperimentConfig,
+    *,
+    prompts: int,
+    tokens: int,
+    rounds: int,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Measure memory and times of variants in fresh processes, interleaved.
+
+    Parameters
+    ----------
+    variants : mapping of str to options
+        Options of `emoe_core.load` by label, or ``{"implementation": "stock"}``. The first is the one that the others
+        are compared with.
+    config : ExperimentConfig
+        Names the model and the prompts; predictors are warmed with its warm-up.
+    prompts, tokens : int
+        Prompts timed after one to warm up, and tokens generated for each.
+    rounds : int
+        How often each variant is measured.
+
+    Returns
+    -------
+    DataFrame
+        One row a variant: medians over rounds of ``serving_bytes, ttft_s, tpot_s, stall_share, bytes_loaded``, the
+        spread ``tpot_low_s, tpot_high_s`` over rounds, ``page_cache``, and ratios to the first variant.
+    """
+    stream = prompt_stream(config.stream(n_prompts=prompts + 1))
+    checkpoint = resolve_model(config.model)
+    warm = warm_trace(config, checkpoint)
+    found: dict[str, list[MemoryMeasurement]] = {label: [] for label in variants}
+    for number in range(rounds):
+        for place, (label, options) in enumerate(variants.items()):
+            uses_history = options.get("predictor") is not None
+            found[label].append(
+                measure(
+                    checkpoint,
+                    [prompt.text for prompt in stream],
+                    [prompt.task for prompt in stream],
+                    options=dict(options),
+                    warm_trace=warm if uses_history else None,
+                    max_new_tokens=tokens,
+                )
+            )
+            if progress is not None:
+                progress("timed processes", number * len(variants) + place + 1, rounds * len(variants))
+    rows = []
+    for label, measured in found.items():
+        middle = {
+            name: float(np.median([getattr(one, name) for one in measured]))
+            for name in ("serving_bytes", "ttft_s", "tpot_s", "stall_share", "bytes_loaded")
+        }
+        speeds = [one.tpot_s for one in measured]
+        spread = {"tpot_low_s": min(speeds), "tpot_high_s": max(speeds)}
+        rows.append({"label": label, **middle, **spread, "page_cache": measured[0].page_cache, "rounds": rounds})
+    table = pd.DataFrame(rows)
+    for name in ("serving_bytes", "ttft_s", "tpot_s"):
+        table[f"{name.removesuffix('_s').removesuffix('_bytes')}_ratio"] = table[name] / table[name].iloc[0]
+    return table
+
+
+def listed(text: str) -> list[str]:
+    """Return the items of a comma-separated notebook parameter."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _fields(config: ExperimentConfig) -> dict[str, Any]:
+    kept = ("model", "budget", "tolerance", "strategy", "interval", "replan", "mix", "labels", "label_error", "seed")
+    return {name: getattr(config, name) for name in kept}
+
+
+def period(text: str) -> int | str:
+    """Return a prediction interval given as text: a number of prompts, or "adaptive"."""
+    return int(text) if text.isdigit() else text

@@ -1,0 +1,100 @@
+"""Figure and closing table of a comparison of prediction intervals (Fig. 10 of the eMoE paper).
+
+Nothing here measures.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from workbench.figures import MEGABYTE
+
+MARKERS = "os^D"
+
+
+def interval_figure(summary: pd.DataFrame) -> Figure:
+    """Draw quality and bytes moved over the prediction interval, one line a task order.
+
+    Parameters
+    ----------
+    summary : DataFrame
+        Of a `Comparison` whose variants differ in ``interval`` and ``mix``; "adaptive" stands apart at the right.
+    """
+    fixed = sorted({int(value) for value in summary["interval"] if str(value).isdigit()})
+    ticks = [str(value) for value in fixed] + (["adaptive"] if (summary["interval"] == "adaptive").any() else [])
+    figure = Figure(layout="constrained", dpi=96, figsize=(11, 4.2))
+    axes = figure.subplots(1, 2)
+    for number, (mix, group) in enumerate(summary.groupby("mix")):
+        rows = group.assign(tick=group["interval"].astype(str)).set_index("tick").reindex(ticks)
+        look = {"color": sns.color_palette("colorblind")[number], "marker": MARKERS[number % 4]}
+        ratio = rows["perplexity_ratio"]
+        spread = [ratio - rows["perplexity_ratio_low"], rows["perplexity_ratio_high"] - ratio]
+        moved = rows["bytes_loaded"] / rows["prompts"] / MEGABYTE
+        # A line joins what lies on one scale; "adaptive" is no number.
+        joined = len(fixed)
+        shift = 0.06 * (number - 0.5)
+        place = np.arange(len(ticks)) + shift
+        axes[0].errorbar(
+            place, ratio, yerr=np.maximum(spread, 0), capsize=3, linestyle="none", label=f"{mix} stream", **look
+        )
+        axes[0].plot(place[:joined], ratio.iloc[:joined], color=look["color"])
+        axes[1].plot(place, moved, linestyle="none", **look)
+        axes[1].plot(place[:joined], moved.iloc[:joined], color=look["color"])
+    axes[0].axhline(1.0, color="0.4", linestyle=":", linewidth=1.2)
+    axes[0].set_ylabel("perplexity ratio to all-resident\n(95% interval over prompts)")
+    axes[1].set_ylabel("expert bytes loaded (MB a prompt)")
+    axes[1].set_ylim(bottom=0)
+    for axis in axes:
+        axis.set_xticks(range(len(ticks)), ticks)
+        axis.set_xlabel("prediction interval p (prompts)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def overhead_share(summary: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFrame:
+    """Return what predicting and swapping cost, as a share of the time that requests took.
+
+    Parameters
+    ----------
+    summary, requests : DataFrame
+        Of a `Comparison`.
+
+    Returns
+    -------
+    DataFrame
+        One row a variant: ``label, prediction_s, swap_s, stall_s`` in all, ``request_s`` (time to score the prompts),
+        ``overhead_share``: (prediction + swap) / request time. Waiting for swapped experts is a stall, listed apart.
+    """
+    spent = requests.groupby("label")["score_s"].sum()
+    table = summary[["label", "prediction_s", "swap_s", "stall_s"]].copy()
+    table["request_s"] = table["label"].map(spent)
+    table["overhead_share"] = (table["prediction_s"] + table["swap_s"]) / table["request_s"]
+    return table
+
+
+def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the table "paper, here, why they differ" for Fig. 10, with this run's figures."""
+    rows = []
+    for mix, group in summary.groupby("mix"):
+        fixed = group[group["interval"].astype(str).str.isdigit()].copy()
+        fixed["interval"] = fixed["interval"].astype(int)
+        fixed = fixed.sort_values("interval")
+        here = ", ".join(f"p={row.interval}: {row.perplexity_ratio:.3f}" for row in fixed.itertuples())
+        rise = (
+            "rises from the start: an interval holds prompts of several tasks, a plan serves their mix"
+            if mix == "uniform"
+            else "follows how many sessions of one task an interval spans"
+        )
+        rows.append((f"Fig. 10, {mix} stream, perplexity ratio", "flat up to p = 40, rises from 60", here, rise))
+        adaptive = group[group["interval"].astype(str) == "adaptive"]
+        if len(adaptive):
+            one = adaptive.iloc[0]
+            told = f"{one['perplexity_ratio']:.3f} with {one['predictions']:.0f} predictions"
+            rows.append(
+                (f"adaptive interval, {mix} stream", "not in the paper", told, "predicts when the plan stops fitting")
+            )
+    return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])
