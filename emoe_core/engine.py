@@ -26,6 +26,7 @@ from .budget import SlotPlan, plan_given, plan_slots
 from .cache import cache_dir
 from .checkpoint import CheckpointIndex, open_checkpoint
 from .control import ControlLoop
+from .demand_table import make_table
 from .errors import OptionError, UnsupportedFamilyError
 from .footprint import MemoryBreakdown, memory_breakdown
 from .forward_passes import ForwardPasses
@@ -39,7 +40,6 @@ from .pack import Progress, ensure_pack
 from .predictor import make_predictor
 from .quality_target import QualityPlan, choose
 from .routing import RoutingTrace, TraceRecorder
-from .slots import SlotTable
 from .storage import HostMemory, PackedFile
 
 
@@ -87,7 +87,7 @@ class Engine:
             config.predictor, len(layers), num_experts, config.seed, config.predictor_path, index.source_hash
         )
         pack = ensure_pack(index, config.pack_dir or cache_dir() / "packs", progress)
-        table = SlotTable(self.plan.slots_per_layer, self.plan.spare_slots, config.policy)
+        table = make_table(self.plan.slots_per_layer, self.plan.spare_slots, config.policy, num_experts)
         storage: PackedFile | HostMemory
         if config.tier == "disk":
             storage = PackedFile(pack, config.direct, config.verify)  # type: ignore[arg-type]

@@ -109,6 +109,7 @@ class LayerHandle:
         wanted = index if real is None else index[real]
         demand = torch.bincount(wanted.flatten(), minlength=self.num_experts).tolist()
         active = [expert for expert, tokens in enumerate(demand) if tokens]
+        self.loader.table.begin(self.layer, demand)
         resident = self.loader.table.resident(self.layer)
         absent = [expert for expert in active if expert not in resident]
         rerouted = None

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from .demand_table import require_policy
 from .errors import OptionError
 from .interval import make_interval
-from .slots import policy_by_name
 from .tasks import Profile
 
 
@@ -39,7 +39,7 @@ class EngineConfig:
         While a MoE layer computes, fetch what the one this many layers further on is guessed to want (see
         `lookahead.py`); 0 is off.
     policy : str
-        Eviction on demand: "lru", "lfu", "least_stale", "static".
+        Eviction on demand: "lru", "lfu", "least_stale", "static", "decayed_demand" (see `demand_table.py`).
     profile : Profile or None
         Task profile; given, insensitive (task, layer) pairs take whatever is resident.
     max_quality_loss : float or None
@@ -109,7 +109,7 @@ class EngineConfig:
             raise OptionError(f"tier is {self.tier!r}: choose 'disk' or 'host'")
         if self.threads < 1:
             raise OptionError(f"threads is {self.threads}: at least one thread must read experts")
-        policy_by_name(self.policy)
+        require_policy(self.policy)
 
 
 def resolve_device(name: str) -> torch.device:

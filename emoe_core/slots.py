@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .errors import OptionError
 
 
@@ -113,6 +115,9 @@ class SlotTable:
     def clock(self) -> int:
         """The latest tick: whatever arrived later has a higher ``arrived``."""
         return self._clock
+
+    def begin(self, layer: int, tokens: Sequence[int] | np.ndarray) -> None:
+        """Hear what a layer's pass needs: tokens that chose each expert, [E]. The policies here do not ask."""
 
     def resident(self, layer: int) -> set[int]:
         """Experts of a layer that are in a slot or on their way into one."""

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import emoe_core
+from emoe_core.demand_table import POLICY_NAMES
 from workbench.reference_model.tiny import tiny_moe
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
@@ -66,7 +67,7 @@ def test_zero_tolerance_is_bit_identical_to_eager(case, budget: str, tmp_path: P
         assert stats.counters.evictions > 0
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "least_stale", "static"])
+@pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_every_policy_is_exact(policy: str, tmp_path: Path) -> None:
     path = tiny_moe(tmp_path / "model", family="mixtral", seed=3, dtype=torch.float32)
     ids = prompt_ids(stock(path, torch.float32).config.vocab_size)

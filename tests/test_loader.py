@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from emoe_core.budget import plan_slots
 from emoe_core.checkpoint import open_checkpoint
+from emoe_core.demand_table import POLICY_NAMES, make_table
 from emoe_core.errors import PackError
 from emoe_core.loader import ExpertLoader
 from emoe_core.pack import Pack, write_pack
-from emoe_core.slots import POLICIES, SlotTable
+from emoe_core.slots import SlotTable
 from emoe_core.storage import PackedFile
 from workbench.reference_model.tiny import EXPERTS, LAYERS, tiny_moe
 
@@ -44,7 +45,7 @@ class Flaky(PackedFile):
 
 
 def make(pack: Pack, capacity: int = 3, spare: int = 1, policy: str = "lru", threads: int = 2) -> ExpertLoader:
-    table = SlotTable([capacity] * LAYERS, spare, policy)
+    table = make_table([capacity] * LAYERS, spare, policy, EXPERTS)
     layers = [packed.spec for packed in pack.layers]
     return ExpertLoader(layers, Flaky(pack), table, torch.device("cpu"), threads)
 
@@ -72,6 +73,7 @@ def check_all(pack: Pack, loader: ExpertLoader) -> None:
 
 def borrow(pack: Pack, loader: ExpertLoader, layer: int, experts: list[int]) -> None:
     """Go through a lease as a forward pass does, comparing every expert's bytes while it is held."""
+    loader.table.begin(layer, [int(expert in experts) for expert in range(EXPERTS)])
     with loader.lease(layer, experts) as lease:
         for expert in experts:
             tensors = lease[expert]
@@ -96,7 +98,7 @@ EVENTS = st.one_of(
 @given(
     st.lists(EVENTS, max_size=12),
     st.integers(1, 4),
-    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from(POLICY_NAMES),
 )
 def test_bytes_are_right_after_any_leases_swaps_and_failures(pack: Pack, events, capacity: int, policy: str) -> None:
     loader = make(pack, capacity, policy=policy)
@@ -129,7 +131,7 @@ def test_bytes_are_right_after_any_leases_swaps_and_failures(pack: Pack, events,
     loader.counters.check()
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_one_slot_streams_all_experts_in_order(pack: Pack, policy: str) -> None:
     loader = make(pack, capacity=1, policy=policy)
     for _ in range(2):

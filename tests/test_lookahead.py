@@ -12,10 +12,10 @@ from test_engine_exact import FAMILIES, prefill_and_decode, prompt_ids, stock
 from test_loader import check_all, make, pack  # noqa: F401
 
 import emoe_core
+from emoe_core.demand_table import POLICY_NAMES
 from emoe_core.errors import OptionError
 from emoe_core.lookahead import norm_scale
 from emoe_core.pack import Pack
-from emoe_core.slots import POLICIES
 from workbench.configuration import ExperimentConfig, as_params
 from workbench.reference_model.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 
@@ -86,7 +86,7 @@ def test_a_set_that_does_not_fit_is_not_guessed(tmp_path: Path) -> None:
     st.sets(st.integers(0, EXPERTS - 1), max_size=4).map(sorted),
     st.lists(st.integers(0, EXPERTS - 1), unique=True, min_size=1, max_size=4),
     st.integers(0, 4),
-    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from(POLICY_NAMES),
 )
 def test_a_guess_evicts_nothing_in_use_and_nothing_guessed(
     pack: Pack,  # noqa: F811

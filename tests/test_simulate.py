@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import emoe_core
+from emoe_core.demand_table import POLICY_NAMES as ENGINE_POLICIES
+from emoe_core.demand_table import DemandTable
 from emoe_core.errors import OptionError
 from emoe_core.routing import RoutingTrace
-from emoe_core.slots import POLICIES
 from workbench.reference_model.tiny import tiny_moe
 from workbench.reference_outputs import reference_outputs
 from workbench.simulate import replay_policy, replay_table, simulate
 from workbench.simulate_accesses import Accesses, accesses_of, accesses_of_reference
 from workbench.simulate_bound import fewest_misses
-from workbench.simulate_policies import POLICY_NAMES, DemandTable
+from workbench.simulate_policies import POLICY_NAMES
 
 PROMPTS = ["A heron waits.", "Two and two", "Why is the sky blue at noon?"]
 
@@ -49,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_moe(tmp_path_factory.mktemp("simulated") / "model", "mixtral", seed=5)
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(ENGINE_POLICIES))
 @pytest.mark.parametrize(("budget", "batch_size"), [("1 slot", 1), ("3 slots", 1), ("5 slots", 2), ("8 slots", 1)])
 def test_the_replay_counts_what_the_engine_counts(model: Path, policy: str, budget: str, batch_size: int) -> None:
     packs = model.parent / "packs"

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from emoe_core.demand_table import POLICY_NAMES, make_table, require_policy
 from emoe_core.errors import OptionError
-from emoe_core.slots import POLICIES, Entry, SlotTable, policy_by_name
+from emoe_core.slots import Entry, SlotTable
 
 
 class AnyUseOfTheTable(RuleBasedStateMachine):
@@ -17,10 +18,10 @@ class AnyUseOfTheTable(RuleBasedStateMachine):
     @initialize(
         capacity=st.lists(st.integers(1, 3), min_size=1, max_size=3),
         spare=st.integers(0, 1),
-        policy=st.sampled_from(sorted(POLICIES)),
+        policy=st.sampled_from(POLICY_NAMES),
     )
     def make(self, capacity: list[int], spare: int, policy: str) -> None:
-        self.table = SlotTable(capacity, spare, policy)
+        self.table = make_table(capacity, spare, policy, 7)
 
     def pick(self, data: st.DataObject, wanted) -> Entry | None:
         entries = [entry for entry in self.table.entries() if wanted(entry)]
@@ -46,6 +47,13 @@ class AnyUseOfTheTable(RuleBasedStateMachine):
         assert entry.pins == 1 and not entry.ready
         if not may_use_spare:
             assert len(self.table.resident(layer)) <= max(self.table.capacity[layer], len(before))
+
+    @rule(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        layer = data.draw(st.integers(0, len(self.table.capacity) - 1))
+        before = self.table.resident(layer)
+        self.table.begin(layer, data.draw(st.lists(st.integers(0, 5), min_size=7, max_size=7)))
+        assert self.table.resident(layer) == before
 
     @rule(data=st.data())
     def arrive(self, data: st.DataObject) -> None:
@@ -85,7 +93,7 @@ TestAnyUseOfTheTable = AnyUseOfTheTable.TestCase
 
 
 def filled(policy: str, experts: int = 3) -> SlotTable:
-    table = SlotTable([experts], 1, policy)
+    table = make_table([experts], 1, policy, 7)
     for expert in range(experts):
         admitted = table.admit(0, expert)
         assert admitted is not None
@@ -137,9 +145,9 @@ def test_static_never_evicts_a_planned_resident_on_demand() -> None:
     assert table.overdrawn(0) is None
 
 
-@given(st.sampled_from(sorted(POLICIES)))
+@given(st.sampled_from(POLICY_NAMES))
 def test_a_layer_pinned_full_without_spare_admits_nobody(policy: str) -> None:
-    table = SlotTable([2], 0, policy)
+    table = make_table([2], 0, policy, 7)
     for expert in range(2):
         table.admit(0, expert)[0].ready = True
     assert table.admit(0, 5) is None
@@ -147,8 +155,8 @@ def test_a_layer_pinned_full_without_spare_admits_nobody(policy: str) -> None:
 
 
 def test_an_unknown_policy_names_the_known_ones() -> None:
-    with pytest.raises(OptionError, match="least_stale, lfu, lru, static"):
-        policy_by_name("clock")
+    with pytest.raises(OptionError, match="decayed_demand, least_stale, lfu, lru, static"):
+        require_policy("clock")
 
 
 def test_table_refuses_to_evict_pinned_and_loading_experts() -> None:

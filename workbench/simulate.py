@@ -29,7 +29,7 @@ from emoe_core.lease import Lease
 from emoe_core.slots import Entry, SlotTable
 from workbench.simulate_accesses import Accesses
 from workbench.simulate_bound import fewest_misses
-from workbench.simulate_policies import BOUND, PINNED, POLICY_NAMES, TABLES, DemandTable, require_policy
+from workbench.simulate_policies import BOUND, PINNED, POLICY_NAMES, TABLES, require_policy
 
 if TYPE_CHECKING:
     from emoe_core.loader import ExpertLoader
@@ -142,8 +142,7 @@ def replay_table(accesses: Accesses, policy: str, table: SlotTable) -> Replay:
             active = np.flatnonzero(tokens).tolist()
             if not active:
                 continue
-            if isinstance(table, DemandTable):
-                table.begin(layer, tokens)
+            table.begin(layer, tokens)
             before = loader.counters.loads
             with Lease(lender, layer, active) as lease:
                 for expert in active:
