@@ -109,6 +109,14 @@ def test_settings_are_refused_where_they_are_made(options: dict[str, object]) ->
         SearchConfig(**options)  # type: ignore[arg-type]
 
 
+def test_there_is_no_ratio_to_a_number_that_only_the_cap_set() -> None:
+    trials = Computed({STOCK: 0, "emoe 100%": 0})
+    config = SearchConfig(base_tokens=10, max_tokens=20, max_batch=2, batch_prompt_tokens=10)
+    found = search(trials, config, configurations("40%", ["stock", "all"]), 500 * MEGABYTE)  # type: ignore[arg-type]
+    assert found["tokens_capped"].all() and found["tokens_ratio"].isna().all() and found["batch_ratio"].isna().all()
+    assert found["speed_ratio"].tolist() == [1.0, 1.0]
+
+
 def test_unknown_configurations_are_refused() -> None:
     with pytest.raises(OptionError, match="choose of stock"):
         configurations("40%", ["stock", "half"])

@@ -106,6 +106,12 @@ def configurations(budget: str, names: Sequence[str] = ("stock", "all", "exact",
     return [known[name] for name in names]
 
 
+def require_host(device: str) -> None:
+    """Refuse a device whose memory a control group does not limit."""
+    if device not in ("cpu", "auto"):
+        raise OptionError(f"device {device!r}: a control group limits host memory only, so models run on the CPU here")
+
+
 def checkpoint_of(model: str) -> str:
     """Return the checkpoint of a model name; "tiny" is a random model that only shows that everything runs."""
     if model != TINY:
@@ -168,12 +174,20 @@ def search(
 
 
 def with_ratios(found: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with ``tokens_ratio``, ``batch_ratio`` and ``speed_ratio`` to stock's row; NaN without it."""
+    """Return the table with ``tokens_ratio``, ``batch_ratio`` and ``speed_ratio`` to stock's row.
+
+    NaN where stock was not tried, survived nothing, or was stopped by the search's cap: its number is not known then.
+    """
     stock = found[found["configuration"] == STOCK]
-    names = {"tokens_ratio": "longest_tokens", "batch_ratio": "largest_batch", "speed_ratio": "decode_tokens_per_s"}
+    names = (
+        ("tokens_ratio", "longest_tokens", "tokens_capped"),
+        ("batch_ratio", "largest_batch", "batch_capped"),
+        ("speed_ratio", "decode_tokens_per_s", None),
+    )
     ratios = {}
-    for ratio, column in names.items():
-        base = pd.to_numeric(stock[column]).iloc[0] if len(stock) else 0
+    for ratio, column, capped in names:
+        known = len(stock) > 0 and not (capped and stock[capped].iloc[0])
+        base = float(pd.to_numeric(stock[column]).iloc[0]) if known else 0.0
         ratios[ratio] = pd.to_numeric(found[column]) / (base if base else float("nan"))
     return found.assign(**ratios)
 
@@ -222,4 +236,7 @@ def _largest(
             progress(stage, asked, max(asked, most))
         return found.survived
 
-    return largest_that_holds(survives, *bounds)
+    found = largest_that_holds(survives, *bounds)
+    if progress is not None:
+        progress(stage, max(asked, most), max(asked, most))
+    return found

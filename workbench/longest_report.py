@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from workbench.limit_trials import STOCK
 
@@ -44,6 +46,7 @@ def limits_figure(found: pd.DataFrame, batch_prompt_tokens: int) -> Figure:
                           va="center", fontsize=9)  # fmt: skip
         axis.set_xlabel(label.format(tokens=batch_prompt_tokens))
         axis.set_xlim(0, 1.55 * max(values.max(), 1e-9) if values.notna().any() else 1)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=capped is not None))
         axis.grid(False, axis="y")
     figure.axes[0].invert_yaxis()
     limit_bytes = int(found["limit_bytes"].iloc[0])
@@ -100,3 +103,15 @@ def beside_paper(found: pd.DataFrame) -> pd.DataFrame:
         ),
     ]
     return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])
+
+
+def as_metrics(found: pd.DataFrame) -> dict[str, float | None]:
+    """Return the limit and each configuration's results as metrics, named after the configuration."""
+    metrics: dict[str, float | None] = {"limit_bytes": float(found["limit_bytes"].iloc[0])}
+    kept = ("longest_tokens", "largest_batch", "tokens_ratio", "batch_ratio", "speed_ratio", "decode_tokens_per_s")
+    for _, row in found.iterrows():
+        name = re.sub(r"[^0-9a-z]+", "_", str(row["configuration"]).lower()).strip("_")
+        for column in kept:
+            value = float(pd.to_numeric(row[column]))
+            metrics[f"{name}_{column}"] = None if math.isnan(value) else value
+    return metrics
