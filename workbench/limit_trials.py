@@ -6,8 +6,8 @@ memory, or when it was still running after ``timeout_s`` with its limit reached 
 program's files again and again instead of killing it). Any other failure is an error, and counts as nothing. Before a
 trial the checkpoint's files are dropped from the page cache, so that their pages are the trial's own.
 
-Finished trials are kept in the cache directory by what they depend on, so an interrupted search goes on. Only host
-memory is limited: models run on the CPU here.
+Finished trials, but for the slow ones, are kept in the cache directory by what they depend on, so an interrupted search
+goes on. Only host memory is limited: models run on the CPU here.
 """
 
 from __future__ import annotations
@@ -137,10 +137,12 @@ class Trials:
             trial = Trial(**{**json.loads(stored.read_text()), "configuration": configuration.name})
         else:
             trial = self._fresh(configuration.name, spec, limit_bytes)
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            partial = stored.with_suffix(f".{os.getpid()}.part")
-            partial.write_text(json.dumps(asdict(trial)))
-            partial.replace(stored)
+            # Whether it was too slow also depends on what else the machine did: that is asked again.
+            if trial.outcome != TOO_SLOW:
+                stored.parent.mkdir(parents=True, exist_ok=True)
+                partial = stored.with_suffix(f".{os.getpid()}.part")
+                partial.write_text(json.dumps(asdict(trial)))
+                partial.replace(stored)
         if trial not in self.done:
             self.done.append(trial)
         return trial
