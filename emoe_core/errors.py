@@ -43,3 +43,7 @@ class DataError(EmoeError):
 
 class ExperimentError(EmoeError):
     """A sweep file, a notebook parameter or a recorded run is not usable."""
+
+
+class LimitError(EmoeError):
+    """No hard memory limit can be set on this machine, or a process cannot be put under it."""

@@ -1,0 +1,137 @@
+"""Hard memory limits: a process over its limit is ended and told apart, groups do not stay, no limit is feigned."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from emoe_core.errors import LimitError
+from workbench.control_groups import PREFIX, Controller, Group, find_controller, limited_group
+from workbench.hard_limit import run_limited
+
+MIB = 2**20
+LIMIT_BYTES = 96 * MIB
+ALLOCATE = "import sys; block = bytearray(int(sys.argv[1])); block[::4096] = b'x' * len(block[::4096]); print('done')"
+
+
+@pytest.fixture
+def controller() -> Controller:
+    try:
+        return find_controller()
+    except LimitError as error:
+        pytest.skip(str(error))
+
+
+def groups(controller: Controller) -> list[Path]:
+    return list(controller.parent.glob(f"{PREFIX}{os.getpid()}-*"))
+
+
+def python(code: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-S", "-c", code, *map(str, arguments)]
+
+
+def test_a_process_over_its_limit_is_reported_as_killed_by_it(controller: Controller) -> None:
+    found = run_limited(python(ALLOCATE, 4 * LIMIT_BYTES), LIMIT_BYTES, controller=controller)
+    assert found.killed_by_limit and found.returncode == -9 and not found.timed_out
+    assert found.output == "" and found.limit_hits > 0
+    assert found.peak_bytes is None or 0.9 * LIMIT_BYTES < found.peak_bytes <= LIMIT_BYTES
+    assert groups(controller) == []
+
+
+def test_a_process_that_fits_runs_as_usual(controller: Controller) -> None:
+    found = run_limited(python(ALLOCATE, 32 * MIB), LIMIT_BYTES, controller=controller)
+    assert (found.returncode, found.output, found.killed_by_limit) == (0, "done\n", False), found.errors
+    assert found.limit_bytes == LIMIT_BYTES
+    assert found.peak_bytes is None or 32 * MIB < found.peak_bytes < LIMIT_BYTES
+    assert groups(controller) == []
+
+
+def test_the_command_is_a_member_from_its_start(controller: Controller) -> None:
+    found = run_limited(["cat", "/proc/self/cgroup"], LIMIT_BYTES, controller=controller)
+    assert PREFIX in found.output
+
+
+def test_other_deaths_are_not_put_down_to_the_limit(controller: Controller) -> None:
+    killed = run_limited(python("import os; os.kill(os.getpid(), 9)"), LIMIT_BYTES, controller=controller)
+    assert killed.returncode == -9 and not killed.killed_by_limit
+    failed = run_limited(python("raise SystemExit('a reason')"), LIMIT_BYTES, controller=controller)
+    assert failed.returncode == 1 and failed.errors == "a reason\n" and not failed.killed_by_limit
+
+
+def test_a_process_that_takes_too_long_is_ended_with_its_children(controller: Controller) -> None:
+    code = "import subprocess, sys; print('on', flush=True); subprocess.run([sys.executable, '-c', 'input()'], stdin=0)"
+    waiting = python(f"import os; r, w = os.pipe(); os.dup2(r, 0); {code}")
+    found = run_limited(waiting, 4 * LIMIT_BYTES, controller=controller, timeout_s=1.0)
+    assert found.timed_out and not found.killed_by_limit and found.output == "on\n"
+    assert groups(controller) == []
+
+
+def test_the_group_is_removed_after_an_error(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Group, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_limited(["true"], LIMIT_BYTES, controller=controller)
+    assert groups(controller) == []
+
+
+def test_a_process_that_cannot_be_put_under_the_limit_never_runs(
+    controller: Controller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Group, "members", [])
+    with pytest.raises(LimitError, match="did not arrive"):
+        run_limited(["touch", str(tmp_path / "ran")], LIMIT_BYTES, controller=controller)
+    assert not (tmp_path / "ran").exists()
+
+
+def fake_proc(folder: Path, mount: str) -> Path:
+    (folder / "cgroup").write_text("4:memory:/own\n0::/own\n")
+    (folder / "mountinfo").write_text(f"{mount}\n" if mount else "")
+    return folder
+
+
+def test_no_controller_is_an_error_that_names_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(LimitError, match=r"no cgroup file system .* Run as root"):
+        find_controller(fake_proc(tmp_path, ""))
+
+
+@pytest.mark.parametrize("kind", ["cgroup", "cgroup2"])
+def test_a_folder_that_is_no_control_group_is_never_taken_for_one(tmp_path: Path, kind: str) -> None:
+    mount = tmp_path / "mount"
+    (mount / "own").mkdir(parents=True)
+    for folder in (mount, mount / "own"):
+        (folder / "cgroup.subtree_control").write_text("memory\n")
+    proc = fake_proc(tmp_path, f"35 31 0:32 / {mount} rw,relatime - {kind} {kind} rw,memory")
+    with pytest.raises(LimitError, match=r"have no memory\.(limit_in_bytes|max)"):
+        find_controller(proc)
+    assert list(mount.rglob(f"{PREFIX}*")) == []
+
+
+def test_version_2_is_used_below_the_nearest_group_that_hands_memory_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount = tmp_path / "mount"
+    (mount / "own").mkdir(parents=True)
+    (mount / "own" / "cgroup.subtree_control").write_text("")
+    (mount / "cgroup.subtree_control").write_text("cpu memory\n")
+    made = []
+
+    def stand_in(group: Group, limit_bytes: int) -> None:
+        made.append((group.controller.version, group.path.parent))
+
+    monkeypatch.setattr("workbench.control_groups._set_limit", stand_in)
+    found = find_controller(fake_proc(tmp_path, f"41 31 0:38 / {mount} rw,relatime - cgroup2 cgroup2 rw"))
+    assert found == Controller(2, mount) and made == [(2, mount)]
+
+
+def test_a_limit_above_that_of_the_group_around_it_is_refused(controller: Controller) -> None:
+    with limited_group(controller, LIMIT_BYTES) as outer:
+        inside = Controller(controller.version, outer.path)
+        if controller.version == 2:
+            (outer.path / "cgroup.subtree_control").write_text("+memory")
+        with pytest.raises(LimitError, match="does not hold"), limited_group(inside, 2 * LIMIT_BYTES):
+            pass

@@ -1,0 +1,116 @@
+"""One trial: a configuration reads prompts of a length and a batch size and decodes a few tokens, in its own process.
+
+Started by `longest.py`, under a hard memory limit, as ``python -m workbench.longest_trial SPEC RESULT``. Prompts are
+random token ids, so that any length can be made; end-of-text is not heeded, so that every trial decodes the same number
+of tokens. Stock transformers and emoe run the same code here: a pass over the prompts that keeps the last position's
+logits only, then one pass a token, greedily, with a KV cache. Exit code 3 says that memory could not be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import emoe_core
+from emoe_core.errors import EmoeError
+
+if TYPE_CHECKING:
+    import torch
+
+NO_MEMORY = 3
+
+
+@contextlib.contextmanager
+def _loaded(spec: dict[str, Any]) -> Iterator[Any]:
+    if spec["options"] is None:
+        from transformers import AutoModelForCausalLM
+
+        yield AutoModelForCausalLM.from_pretrained(
+            spec["checkpoint"], dtype=spec["dtype"], experts_implementation="eager"
+        ).eval()
+    else:
+        options = {"device": "cpu", "dtype": spec["dtype"], **spec["options"]}
+        with emoe_core.load(spec["checkpoint"], **options) as engine:
+            yield engine.model
+
+
+def read_and_decode(model: Any, token_ids: torch.Tensor, new_tokens: int) -> dict[str, float]:
+    """Read prompts and decode greedily.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    token_ids : torch.Tensor
+        int64 [batch, tokens], without padding.
+    new_tokens : int
+        Passes after the prompts'; each gives a token a row.
+
+    Returns
+    -------
+    dict
+        ``ttft_s``, ``decode_tokens_per_s`` (all rows together, at the median pass), ``decode_read_bytes`` (from the
+        disk, in all passes after the prompts').
+    """
+    import torch
+
+    with torch.no_grad():
+        started = time.perf_counter()
+        output = model(input_ids=token_ids, use_cache=True, logits_to_keep=1)
+        chosen = output.logits[:, -1:].argmax(-1)
+        passes, before = [time.perf_counter()], _read_bytes()
+        for _ in range(new_tokens):
+            output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+            chosen = output.logits[:, -1:].argmax(-1)
+            passes.append(time.perf_counter())
+    return {
+        "ttft_s": passes[0] - started,
+        "decode_tokens_per_s": token_ids.shape[0] / statistics.median(b - a for a, b in itertools.pairwise(passes)),
+        "decode_read_bytes": float(_read_bytes() - before),
+    }
+
+
+def _read_bytes() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/io").read_text().splitlines():
+            if line.startswith("read_bytes:"):
+                return int(line.split()[1])
+    return 0
+
+
+def _trial(spec: dict[str, Any]) -> dict[str, float]:
+    import torch
+
+    started = time.perf_counter()
+    with _loaded(spec) as model:
+        load_s = time.perf_counter() - started
+        shape = (spec["batch"], spec["prompt_tokens"])
+        generator = torch.Generator().manual_seed(spec["seed"])
+        ids = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator)
+        return {"load_s": load_s, **read_and_decode(model, ids, spec["new_tokens"])}
+
+
+def _main(source: Path, target: Path) -> int:
+    try:
+        result = _trial(json.loads(source.read_text()))
+    except MemoryError:
+        return NO_MEMORY
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        return NO_MEMORY
+    except EmoeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    target.write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(Path(sys.argv[1]), Path(sys.argv[2])))
