@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,3 +138,32 @@ def test_a_limit_above_that_of_the_group_around_it_is_refused(controller: Contro
             (outer.path / "cgroup.subtree_control").write_text("+memory")
         with pytest.raises(LimitError, match="does not hold"), limited_group(inside, 2 * LIMIT_BYTES):
             pass
+
+
+def test_the_command_does_not_outlive_a_killed_parent(controller: Controller, tmp_path: Path) -> None:
+    written = tmp_path / "pid"
+    inner = f"import os, time; open({str(written)!r}, 'w').write(str(os.getpid()) + ' '); time.sleep(60)"
+    start = f"run_limited([sys.executable, '-c', {inner!r}], {LIMIT_BYTES})"
+    outer = f"import sys; from workbench.hard_limit import run_limited; {start}"
+    parent = subprocess.Popen([sys.executable, "-c", outer])
+    until(lambda: written.exists() and written.read_text().endswith(" "))
+    parent.kill()
+    parent.wait()
+    until(lambda: gone(int(written.read_text())))
+    for left in controller.parent.glob(f"{PREFIX}{parent.pid}-*"):
+        until(lambda left=left: not (left / "cgroup.procs").read_text())
+        left.rmdir()
+
+
+def until(holds: Callable[[], bool], patience_s: float = 30.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

@@ -7,7 +7,8 @@ Where the limit or the membership does not hold, `LimitError` is raised and the 
 What counts in the group: anonymous memory, kernel memory, and the page cache of files that the group was the first to
 read. The kernel drops clean page cache before it kills, so cached files do not fail a command, they slow it down near
 the limit. Pages that another group read first (shared libraries in use elsewhere, a checkpoint already cached) are not
-charged here: `drop_cached` a file first where that matters. Memory of a GPU is not limited.
+charged here: `drop_cached` a file first where that matters, and have no other process map it. Memory of a GPU is not
+limited.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +24,15 @@ from pathlib import Path
 
 from workbench.control_groups import Controller, find_controller, limited_group
 
-# Waits for a line: until it comes, the process belongs to nobody's limit; if it never comes, it ends.
-_BOOTSTRAP = 'read -r go && exec "$@"'
+# Dies with its parent (PR_SET_PDEATHSIG), which could no longer end it. Waits for a byte: until it comes, the process
+# is under no limit; if it never comes, it ends. Python ignores SIGPIPE, which a command would inherit.
+_BOOTSTRAP = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+if os.read(0, 1):
+    os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def run_limited(
     with limited_group(controller or find_controller(), limit_bytes) as group:
         started = time.perf_counter()
         process = subprocess.Popen(
-            ["/bin/sh", "-c", _BOOTSTRAP, "sh", *command],
+            [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -102,7 +111,7 @@ def run_limited(
         try:
             group.join(process.pid)
             try:
-                output, errors = process.communicate(b"go\n", timeout=timeout_s)
+                output, errors = process.communicate(b"\n", timeout=timeout_s)
             except subprocess.TimeoutExpired:
                 timed_out = True
                 group.kill()

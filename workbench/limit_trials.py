@@ -4,7 +4,8 @@ A *trial* is a fresh process (`longest_trial.py`) under the limit (`hard_limit.p
 *survives* when it ends by itself with exit code 0. It does not when the limit's killer ended it, when it could not get
 memory, or when it was still running after ``timeout_s`` with its limit reached (near the limit the kernel may read a
 program's files again and again instead of killing it). Any other failure is an error, and counts as nothing. Before a
-trial the checkpoint's files are dropped from the page cache, so that their pages are the trial's own.
+trial the checkpoint's files are dropped from the page cache, so that their pages are the trial's own; that fails while
+another process maps them, so nothing else should have the model loaded.
 
 Finished trials, but for the slow ones, are kept in the cache directory by what they depend on, so an interrupted search
 goes on. Only host memory is limited: models run on the CPU here.
