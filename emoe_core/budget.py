@@ -84,6 +84,10 @@ class Budget:
         if match := _SLOTS.fullmatch(text):
             return Budget("slots", int(match[1]), text)
         match = _BYTES.fullmatch(text)
+        if match and not match[2] and 0 < _number(match[1]) <= 100:
+            # Nobody means 40 bytes.
+            share = _number(match[1]) * (100 if _number(match[1]) <= 1 else 1)
+            raise BudgetError(f'the budget "{text}" has no unit: did you mean "{share:g}%"? Else {_EXAMPLES}')
         if match and match[2].upper() in _UNITS:
             return Budget("bytes", math.floor(_number(match[1]) * _UNITS[match[2].upper()]), text)
         raise BudgetError(f"cannot understand the budget {value!r}: {_EXAMPLES}")

@@ -117,7 +117,10 @@ def generate(
     """
     tokenizer = engine.tokenizer
     if tokenizer is None:
-        raise OptionError(f"{engine.index.path} has no tokenizer: call engine.model.generate with token ids instead")
+        raise OptionError(
+            f"{engine.index.path} has no tokenizer: save one beside the weights, or call engine.model.generate with "
+            f"token ids"
+        )
     if max_new_tokens < 1 or batch_size < 1:
         raise OptionError("max_new_tokens and batch_size must be 1 or more")
     if isinstance(prompts, str):

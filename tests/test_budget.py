@@ -75,6 +75,12 @@ def test_other_budgets_are_refused_with_examples(written: object) -> None:
         Budget.parse(written)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("written", "meant"), [("40", "40%"), ("0.4", "40%"), ("100", "100%"), ("1", "100%")])
+def test_a_number_without_a_unit_is_asked_about(written: str, meant: str) -> None:
+    with pytest.raises(BudgetError, match=f'did you mean "{meant}"'):
+        Budget.parse(written)
+
+
 @given(layer_shapes, st.integers(1, 4 * 16 * 12 * 8 * PAGE))
 def test_a_plan_never_exceeds_its_budget_and_every_layer_has_a_slot(shapes: list, given_bytes: int) -> None:
     layers = layers_of(*shapes)

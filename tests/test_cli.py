@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,11 @@ def test_every_command_explains_itself(
     assert "Usage: emoe" in capsys.readouterr().out
 
 
+def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert emoe(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == version("emoe-workbench")
+
+
 def test_help_loads_none_of_the_heavy_libraries(bench: Bench) -> None:
     import subprocess
 
@@ -44,6 +50,8 @@ def test_help_loads_none_of_the_heavy_libraries(bench: Bench) -> None:
         (["sweep", "/no/such.yaml"], "no sweep file at /no/such.yaml"),
         (["cache", "shred"], "give 'list' or 'clear'"),
         (["run", "reference", "Hello", "--max-new-tokens", "0"], "give at least 1"),
+        (["run", "reference", " "], "the prompt is empty"),
+        (["run", "reference", "Hello", "--task", "poetry"], "the task types are qa"),
         (["report"], "holds no sweep"),
     ],
 )

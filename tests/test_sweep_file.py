@@ -63,6 +63,12 @@ def test_a_stage_without_a_grid_is_one_run(project: Path) -> None:
     assert [point.label for point in points(project)] == ["dummy"]
 
 
+def test_a_stages_label_tells_runs_of_one_notebook_apart_and_does_not_redo_them(project: Path) -> None:
+    plain, labelled = points(project)[0], points(project, label="lossy")[0]
+    assert labelled.label == "dummy lossy"
+    assert labelled.digest == plain.digest
+
+
 def test_several_stages_follow_one_another(project: Path) -> None:
     stage = {"notebook": str(NOTEBOOK), "kind": "timing"}
     content = {"name": "s", "stages": [stage | {"grid": {"seed": [1]}}, stage | {"grid": {"seed": [0]}}]}

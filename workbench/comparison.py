@@ -170,7 +170,8 @@ def timed(
     -------
     DataFrame
         One row a variant: medians over rounds of ``serving_bytes, ttft_s, tpot_s, stall_share, bytes_loaded``, the
-        spread ``tpot_low_s, tpot_high_s`` over rounds, ``page_cache``, and ratios to the first variant.
+        largest ``others_cpu_share``, the spread ``tpot_low_s, tpot_high_s`` over rounds, ``page_cache``, and ratios to
+        the first variant.
     """
     stream = prompt_stream(config.stream(n_prompts=prompts + 1))
     checkpoint = resolve_model(config.model)
@@ -199,7 +200,17 @@ def timed(
         }
         speeds = [one.tpot_s for one in measured]
         spread = {"tpot_low_s": min(speeds), "tpot_high_s": max(speeds)}
-        rows.append({"label": label, **middle, **spread, "page_cache": measured[0].page_cache, "rounds": rounds})
+        busiest = max(one.others_cpu_share for one in measured)
+        rows.append(
+            {
+                "label": label,
+                **middle,
+                **spread,
+                "others_cpu_share": busiest,
+                "page_cache": measured[0].page_cache,
+                "rounds": rounds,
+            }
+        )
     table = pd.DataFrame(rows)
     for name in ("serving_bytes", "ttft_s", "tpot_s"):
         table[f"{name.removesuffix('_s').removesuffix('_bytes')}_ratio"] = table[name] / table[name].iloc[0]

@@ -286,4 +286,5 @@ def _metrics(
         metrics["memory_ratio"] = memory.serving_bytes / stock.serving_bytes
         metrics["tpot_ratio"] = memory.tpot_s / stock.tpot_s
         metrics["ttft_ratio"] = memory.ttft_s / stock.ttft_s
+        metrics["others_cpu_share"] = max(memory.others_cpu_share, stock.others_cpu_share)
     return metrics

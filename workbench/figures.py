@@ -17,6 +17,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from workbench.busy import busy_warning
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -72,7 +74,8 @@ def memory_quality_time(runs: pd.DataFrame) -> Figure | None:
         color="0.3",
     )
     axes[0].set_title("Quality (95% interval over prompts)", fontsize=11)
-    axes[1].set_title("Speed (label: expert budget)", fontsize=11)
+    warning = busy_warning(table["others_cpu_share"].max()) if "others_cpu_share" in table else None
+    axes[1].set_title(warning or "Speed (label: expert budget)", fontsize=9 if warning else 11)
     _legend_below(figure, axes[1])
     return figure
 

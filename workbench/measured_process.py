@@ -20,6 +20,7 @@ import emoe_core
 from emoe_core.errors import EmoeError, ExperimentError
 from emoe_core.heap import return_free_memory
 from emoe_core.routing import RoutingTrace
+from workbench.busy import OtherWork
 
 if TYPE_CHECKING:
     import torch
@@ -84,14 +85,16 @@ def _run_emoe(spec: dict[str, Any]) -> dict[str, Any]:
         ask = {"max_new_tokens": spec["max_new_tokens"]}
         engine.generate(spec["prompts"][:1], spec["tasks"][:1], **ask)
         before = engine.stats().counters
-        begun = time.perf_counter()
+        others, begun = OtherWork(), time.perf_counter()
         answers = engine.generate(spec["prompts"][1:], spec["tasks"][1:], **ask)
         timed_s = time.perf_counter() - begun
+        others_share = others.share()
         counters = engine.stats().counters.since(before)
         storage = engine.loader.storage
         direct = bool(getattr(storage, "direct", False))
         return {
             **_times([answer.ttft_s for answer in answers], [answer.tpot_s for answer in answers]),
+            "others_cpu_share": others_share,
             "load_s": load_s,
             "load_peak_bytes": load_peak_bytes,
             "mapped_bytes": 0,
@@ -123,7 +126,10 @@ def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
     load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()
     reset_peak()
     ttft, tpot, tokens = [], [], 0
-    for prompt in spec["prompts"]:
+    others = OtherWork()
+    for place, prompt in enumerate(spec["prompts"]):
+        if place == 1:
+            others = OtherWork()
         ids = torch.tensor([encode(tokenizer, prompt)], device=model.device)
         watch, started = TokenWatch(tokenizer, ids.shape[1], set()), time.perf_counter()
         with torch.no_grad():
@@ -137,9 +143,11 @@ def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
         ttft.append(watch.times[0] - started)
         tpot.append((watch.times[-1] - watch.times[0]) / (len(watch.times) - 1) if len(watch.times) > 1 else None)
         tokens += output.shape[1]
+    others_share = others.share()
     index = open_checkpoint(spec["checkpoint"], options.get("dtype", "auto"))
     return {
         **_times(ttft[1:], tpot[1:]),
+        "others_cpu_share": others_share,
         "load_s": load_s,
         "load_peak_bytes": load_peak_bytes,
         "mapped_bytes": mapped_checkpoint_bytes(Path(spec["checkpoint"]), model),

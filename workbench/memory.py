@@ -6,7 +6,8 @@ and is not used), once over the process's life and once from the moment the mode
 so that what remains is the model's. On CUDA the allocator's peak stands beside it.
 
 Times come from the same process: prompts one after the other, one warm-up prompt first. Whether reads went past the
-page cache is stated; with direct reads the file's cached pages do not matter.
+page cache is stated; with direct reads the file's cached pages do not matter. Where other processes took more than
+a part of the machine meanwhile, times are not to be trusted (`busy.py`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class MemoryMeasurement:
         Seconds to load (the pack already written).
     ttft_s, ttft_spread_s, tpot_s, tpot_spread_s : float
         Median over prompts, and the distance of the quartiles.
+    others_cpu_share : float
+        Share of the machine's processor time that other processes took meanwhile.
     stall_share : float
         Share of the timed seconds that the model waited for experts.
     bytes_loaded, tokens : int
@@ -81,6 +84,7 @@ class MemoryMeasurement:
     ttft_spread_s: float
     tpot_s: float
     tpot_spread_s: float
+    others_cpu_share: float
     stall_share: float
     bytes_loaded: int
     tokens: int

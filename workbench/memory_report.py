@@ -11,6 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from workbench.busy import busy_warning
 from workbench.comparison import paired_difference
 
 # Bounds are drawn in grey, dashed.
@@ -89,6 +90,9 @@ def time_figure(times: pd.DataFrame) -> Figure:
     axes[0].invert_yaxis()
     axes[0].set_xlabel(f"time per output token, ratio to {times['label'].iloc[0]} (range over rounds)")
     axes[1].set_xlabel("measured memory while serving, ratio")
+    warning = busy_warning(float(times["others_cpu_share"].max()))
+    if warning:
+        axes[0].set_title(warning, fontsize=9, color="#b00020", loc="left")
     for axis in axes:
         axis.axvline(1.0, color="0.4", linestyle=":", linewidth=1.2)
     return figure

@@ -109,7 +109,8 @@ def read_section(client: MlflowClient, notebook: str, runs: list[MlflowRun]) -> 
     texts = [{name: short(decode(text)) for name, text in item.data.params.items()} for item in runs]
     names = list(dict.fromkeys(name for row in texts for name in row))
     axes = list(dict.fromkeys(a for item in runs for a in item.data.tags.get("emoe.axes", "").split(",") if a))
-    varying = axes + [n for n in names if n not in axes and len({row.get(n, "") for row in texts}) > 1]
+    # A run that was cut short has not said everything: what it lacks is no difference.
+    varying = axes + [n for n in names if n not in axes and len({row[n] for row in texts if n in row}) > 1]
     parameters = [Column(n, n.replace("_", " "), "parameter", [row.get(n, "–") for row in texts]) for n in varying]
     tags = [item.data.tags.get(METRICS_TAG, "") for item in runs]
     named = list(dict.fromkeys(name for text in tags for name in text.split(",") if name))

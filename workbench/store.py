@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,11 +60,13 @@ def store_uri() -> str:
 
 
 def ui_command() -> str:
-    """Return the shell command that opens the MLflow user interface on this store.
+    """Return the shell command that opens the MLflow user interface on this store, as it can be pasted.
 
     Job execution is off: it starts a dozen idle worker processes that a local store has no use for.
     """
-    return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri {store_uri()}"
+    beside = Path(sys.executable).with_name("mlflow")
+    program = beside if beside.exists() else "mlflow"
+    return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program} ui --backend-store-uri {store_uri()}"
 
 
 @contextlib.contextmanager

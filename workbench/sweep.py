@@ -31,6 +31,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from emoe_core.errors import ExperimentError, OptionError
+from workbench.busy import busy_warning
 from workbench.environment import available_cores, git_revision
 from workbench.quantities import show, show_seconds, words_of
 from workbench.store import (
@@ -180,6 +181,7 @@ class _Sweep:
     def run(self, fresh: bool) -> SweepResult:
         todo = self._prepare(fresh)
         status = "KILLED"
+        self._announce([point for _, point in todo])
         try:
             with self._progress() as bar:
                 task = bar.add_task(self.sweep.name, total=len(todo))
@@ -227,6 +229,14 @@ class _Sweep:
                 self.screen.print(f"[yellow]Some come from another commit ({listing});[/] --fresh runs all again.")
         return [(index, point) for index, point in enumerate(self.points) if point.digest not in finished]
 
+    def _announce(self, todo: Sequence[Point]) -> None:
+        if not todo:
+            return
+        seconds = [expected_seconds(self.client, point) for point in todo]
+        known = sum(value for value in seconds if value)
+        about = f", about {show_seconds(known)}" if all(seconds) else ""
+        self.screen.print(f"{len(todo)} runs to do{about}.")
+
     def _progress(self) -> Progress:
         return Progress(
             TextColumn("{task.description}"),
@@ -266,6 +276,9 @@ class _Sweep:
                 time.sleep(POLL_S)
 
     def _start(self, index: int, point: Point, jobs: int) -> None:
+        if not self.screen.is_terminal:
+            # A terminal shows it in the bar.
+            self.screen.print(f"started  {escape(point.label)}")
         tags = {
             OWNER_TAG: owner_tag(),
             SWEEP_TAG: self.sweep.name,
@@ -346,7 +359,9 @@ class _Sweep:
     def _key_metrics(self, item: Active) -> str:
         metrics = self.client.get_run(item.run_id).data.metrics
         names = [name for name in item.point.stage.metrics if name in metrics] or sorted(metrics)[:SHOWN_METRICS]
-        return ", ".join(f"{words_of(name)} {show(name, metrics[name])}" for name in names)
+        told = ", ".join(f"{words_of(name)} {show(name, metrics[name])}" for name in names)
+        warning = busy_warning(metrics.get("others_cpu_share"))
+        return f"{told}  [yellow]{warning}[/]" if warning else told
 
     def _stop_active(self) -> None:
         """Kill what still runs, kernels included, and record it as KILLED."""

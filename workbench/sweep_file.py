@@ -12,6 +12,7 @@ such run. ::
         grid: {budget: ["20%", "60%"], tolerance: [0.0, 1.0]}
         exclude: [{budget: "20%", tolerance: 0.0}]
         metrics: [peak_bytes, perplexity_ratio]   # shown as runs finish
+        label: lossy                  # part of the runs' names, where stages of one notebook differ in what is fixed
         seconds_per_run: 60           # for the estimate, until the store knows better
 
 A file with a single stage may put these keys beside `name`. Points keep the order of the file: the first axis varies
@@ -54,6 +55,7 @@ class Stage(BaseModel):
     grid: dict[str, list[Scalar]] = Field(default_factory=dict)
     exclude: list[dict[str, Scalar]] = Field(default_factory=list)
     metrics: list[str] = Field(default_factory=list)
+    label: str = ""
     seconds_per_run: float | None = Field(default=None, gt=0, strict=False)
 
     @field_validator("grid")
@@ -115,9 +117,9 @@ class Point:
 
     @property
     def label(self) -> str:
-        """Return a short name: the notebook and the values of the axes."""
-        varying = " ".join(f"{name}={short(value)}" for name, value in self.axes.items())
-        return f"{self.notebook.stem} {varying}".strip()
+        """Return a short name: the notebook, the stage's label and the values of the axes."""
+        varying = [f"{name}={short(value)}" for name, value in self.axes.items()]
+        return " ".join(part for part in (self.notebook.stem, self.stage.label, *varying) if part)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ def run(
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     budget: BudgetOption = None,
     max_quality_loss: QualityOption = None,
-    tolerance: Annotated[float, typer.Option(help="0 is exact; 1 never waits for an expert.")] = 0.0,
+    tolerance: Annotated[
+        float, typer.Option(help="0 is exact; 1 loads only while slots are empty, then replaces.")
+    ] = 0.0,
     task: Annotated[str | None, typer.Option(help="Task type of the prompt; found from its words if missing.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     device: Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.")] = "auto",
@@ -42,12 +44,17 @@ def run(
     """Answer a prompt under a memory budget, and say what the budget did."""
     if max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens {max_new_tokens}: give at least 1.")
+    if not prompt.strip():
+        raise OptionError("the prompt is empty: say what to ask.")
     import emoe_core
+    from emoe_core.tasks import TASK_TYPES
     from workbench.models import resolve_model
 
+    if task is not None and task not in TASK_TYPES:
+        raise OptionError(f"--task {task}: the task types are {', '.join(TASK_TYPES)}.")
     checkpoint = resolve_model(model)
     console = Console(highlight=False)
-    with progress_bar("writing experts to a pack, once") as progress:
+    with progress_bar("loading the model", "writing experts to a pack, once") as progress:
         engine = emoe_core.load(
             checkpoint,
             progress=progress,
@@ -181,7 +188,7 @@ def cache(
 def _memory_options(checkpoint: str | Path, budget: str | None, max_quality_loss: float | None) -> dict[str, Any]:
     """Return the options of `emoe_core.load` that a budget, a quality target or both come to."""
     if max_quality_loss is None:
-        return {"budget": budget or "40%"}
+        return {"budget": "40%" if budget is None else budget}
     from workbench.profiling import stored_profile
 
     return {"budget": budget, "max_quality_loss": max_quality_loss, "profile": stored_profile(checkpoint)}
@@ -195,11 +202,14 @@ def pack_dir() -> Path:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar while something counts up; yields the function to call with (done, all)."""
+def progress_bar(what: str, counted: str | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar while something counts up; yields the function to call with (done, all).
+
+    ``counted`` is shown instead of ``what`` once something is counted.
+    """
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total, description=counted or what)
 
 
 def _size_bytes(path: Path) -> int:

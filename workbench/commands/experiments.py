@@ -29,7 +29,7 @@ def sweep(
 
     result = run_sweep(file, fresh=fresh, jobs=jobs, console=console)
     console.print(_summary(result))
-    console.print(f"Look at the runs: [bold]{ui_command()}[/]", soft_wrap=True)
+    console.print(f"Look at the runs: [bold]{ui_command()}[/]\n(the sweep's name, tab Runs)", soft_wrap=True)
     raise typer.Exit(result.exit_code)
 
 
@@ -48,6 +48,7 @@ def report(
     if hints:
         console.print("Notebooks:   [bold]make lab[/]  (.venv/bin/jupyter lab notebooks)")
         console.print(f"MLflow runs: [bold]make ui[/]   ({ui_command()})")
+        console.print("             then http://127.0.0.1:5000/#/experiments, the sweep's name, tab Runs")
 
 
 def _summary(result: SweepResult) -> str:

@@ -74,11 +74,14 @@ def simulate(
     for column in ("misses", "over prompts", "hit rate", "loaded", "gap closed"):
         table.add_column(column, justify="right")
     for row in found.sort_values(["stream", "slots", "loads"], ascending=[True, True, False]).itertuples():
-        gap = "" if row.gap_closed != row.gap_closed else f"{row.gap_closed:.0%}"
+        gap = "" if row.gap_closed != row.gap_closed else f"{row.gap_closed:.0%}" if row.gap_closed >= 0 else "< 0"
         table.add_row(
             row.stream, row.size, f"{row.slots:.3g}", row.policy, f"{row.misses:,}", f"{row.prefill_misses:,}",
             f"{row.hit_rate:.1%}", show_bytes(row.loaded_bytes), gap,
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print("[dim]gap closed: 0% is LRU, 100% is Belady's MIN (hindsight). No time is simulated.[/]")
+    console.print(
+        "[dim]gap closed: from LRU's loads (0%) to those of Belady's MIN (hindsight, 100%); < 0 is worse than LRU.\n"
+        "Loads count what 'pinned' holds from the start, misses do not. No time is simulated.[/]"
+    )
