@@ -95,8 +95,10 @@ def mass_figure(mass: pd.DataFrame) -> Figure:
     axis = figure.subplots()
     palette = sns.color_palette("colorblind")
     for place, (name, label) in enumerate(names.items()):
-        look = {"color": "0.4", "linestyle": ":"} if name == "even" else {"color": palette[place]}
-        axis.plot(mass.index, mass[name], marker="osD."[place], label=label, **look)
+        look = {"color": "0.4"} if name == "even" else {"color": palette[place]}
+        # Curves may coincide: each can be seen through the next one's line.
+        look |= {"linestyle": ("-", "--", "-.", ":")[place], "marker": "osD."[place], "markersize": 9 - 2 * place}
+        axis.plot(mass.index, mass[name], label=label, **look)
     axis.set_xlabel("experts kept in each layer")
     axis.set_ylabel("share of choices covered")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -123,7 +125,8 @@ def miss_curves(found: pd.DataFrame, policies: list[str]) -> Figure:
         axis.set_xlabel("slots in each layer")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.set_ylim(bottom=0)
+    # Panels share the axis, so its limits are set once all of them are drawn: a limit set earlier cuts later curves.
+    axes[0].set_ylim(0, 1.05 * float((found["misses"] / found["requests"])[found["policy"].isin(policies)].max()))
     axes[0].set_ylabel("misses per expert request")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
