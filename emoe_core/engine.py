@@ -103,7 +103,9 @@ class Engine:
         profile = config.profile if config.profile is None or self.quality is None else config.profile.without_masks()
         self.control = ControlLoop(self.loader, predictor, interval, config.replan, profile)
         self.recorder = TraceRecorder(len(layers), num_experts) if config.record else None
-        self.passes = ForwardPasses(self.loader, self.control, self.recorder, self.tolerance, self.quality)
+        self.passes = ForwardPasses(
+            self.loader, self.control, self.recorder, self.tolerance, config.cache_bias, self.quality
+        )
         self.lookahead: Lookahead | None = None
         self._closed = False
         self.model: PreTrainedModel

@@ -20,13 +20,12 @@ from typing import Any, Protocol
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .alternatives import replaceable_by_bias, substitute_similar
 from .context import StepContext
 from .errors import IntegrationError, UnsupportedFamilyError
 from .lease import Lease
 from .loader import ExpertLoader
 from .lookahead import Lookahead
-from .rerouting import Choice, Rerouted, RoutingRule, find_rule, replaceable, substitute
+from .rerouting import Choice, Rerouted, RoutingRule, find_rule, outbid, replaceable, substitute
 from .routing import TraceRecorder
 
 IMPLEMENTATION = "emoe"
@@ -38,6 +37,7 @@ class Session(Protocol):
 
     step: StepContext | None
     recorder: TraceRecorder | None
+    cache_bias: float
 
     def tolerance_of(self, task: str, layer: int) -> float:
         """Miss tolerance of a (task, layer) in [0, 1]."""
@@ -66,8 +66,6 @@ class LayerHandle:
         self.router_logits: torch.Tensor | None = None
         self.choose: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.lookahead: Lookahead | None = None
-        self.bias = 0.0
-        self.rank: torch.Tensor | None = None
         self._eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
 
     def attach_router(self, router: torch.nn.Module, logits_index: int, hidden_size: int) -> None:
@@ -163,19 +161,16 @@ class LayerHandle:
         missing = ~present[index]
         if real is not None:
             missing &= real.unsqueeze(-1)
-        if logits is not None and self.bias > 0:
-            choice = Choice(logits.reshape(index.shape[0], -1), weights, index)
-            replace = replaceable_by_bias(choice, missing, present, self.bias, self.rule, self.router)
-        else:
-            replace = replaceable(weights, missing, tolerance.to(index.device))
+        choice = Choice(logits.reshape(index.shape[0], -1), weights, index)
+        candidates = missing
+        if self.session.cache_bias > 0:
+            candidates = missing & outbid(choice, present, self.session.cache_bias, self.rule, self.router)
+        replace = replaceable(weights, candidates, tolerance.to(index.device))
         present[index[missing & ~replace]] = True
         # What is loaded for one token serves every other that chose it.
         replace &= ~present[index]
         if not bool(replace.any()):
             return None
-        choice = Choice(logits.reshape(index.shape[0], -1), weights, index)
-        if self.rank is not None:
-            return substitute_similar(choice, replace, present, self.rank.to(index.device))
         return substitute(choice, replace, present, self.rule, self.router)
 
     def _count(

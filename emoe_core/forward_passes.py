@@ -36,6 +36,8 @@ class ForwardPasses:
         Told when a pass ends.
     tolerance : float
         Miss tolerance where no profile says otherwise.
+    cache_bias : float
+        Bonus of available experts that decides who may be replaced; 0 is off.
     quality : QualityPlan or None
         Given, it alone decides the tolerance of every (task, layer).
 
@@ -51,9 +53,11 @@ class ForwardPasses:
         control: ControlLoop,
         recorder: TraceRecorder | None,
         tolerance: float,
+        cache_bias: float = 0.0,
         quality: QualityPlan | None = None,
     ) -> None:
         self.recorder = recorder
+        self.cache_bias = cache_bias
         self.step: StepContext | None = None
         self._loader = loader
         self._control = control

@@ -24,6 +24,9 @@ class EngineConfig:
         all experts, or as few as ``max_quality_loss`` allows.
     tolerance : float
         Miss tolerance in [0, 1]: 0 is exact, 1 the paper's eMoE.
+    cache_bias : float
+        0 is off. Above: an absent expert is replaced only where an available one comes close enough, this share of the
+        spread of the router's values (`rerouting.outbid`), and the loss is within the tolerance; else it is loaded.
     predictor : str or None
         A name of `predictor.PREDICTORS`, "transformer" (trained for this model), or None for on demand only.
     predictor_path : Path or None
@@ -67,6 +70,7 @@ class EngineConfig:
 
     budget: str | int | float | None = None
     tolerance: float = 0.0
+    cache_bias: float = 0.0
     predictor: str | None = "frequency"
     predictor_path: Path | None = None
     interval: int | str = 40
@@ -90,6 +94,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.tolerance, int | float) or not 0.0 <= self.tolerance <= 1.0:
             raise OptionError(f"tolerance is {self.tolerance}: it must lie in [0, 1], 0 being exact")
+        if not isinstance(self.cache_bias, int | float) or not 0.0 <= self.cache_bias < float("inf"):
+            raise OptionError(f"cache_bias is {self.cache_bias}: give 0 (off) or more, 0.2 being mild")
+        if self.cache_bias and not self.tolerance and self.profile is None:
+            raise OptionError(
+                "cache_bias only matters where experts may be replaced: give a tolerance, 1.0 for no limit"
+            )
         if self.max_quality_loss is not None:
             if self.tolerance:
                 raise OptionError("give a tolerance or max_quality_loss, not both: the target chooses the tolerance")

@@ -161,3 +161,30 @@ def test_what_is_loaded_for_one_token_serves_every_other(mixtral: Path, tmp_path
     # Both rows choose alike: all experts of the exact row are loaded, so the tolerant row loses nothing.
     assert np.array_equal(trace.chosen, trace.served)
     assert counters.reroutes == 0
+
+
+def test_a_cache_bias_loads_less_than_exact_and_more_than_rerouting_everything(tmp_path: Path) -> None:
+    path = tiny_moe(tmp_path / "model", family="mixtral", seed=5)
+    ids = torch.arange(24).unsqueeze(0)
+    loads = {}
+    for name, options in {
+        "exact": {"tolerance": 0.0},
+        "biased": {"tolerance": 1.0, "cache_bias": 0.3},
+        "all": {"tolerance": 1.0},
+    }.items():
+        with emoe_core.load(path, budget="3 slots", predictor=None, pack_dir=tmp_path, verify="always", **options) as e:
+            with torch.no_grad():
+                for place in range(ids.shape[1]):
+                    e.model(input_ids=ids[:, place : place + 1], use_cache=False)
+            e.stats().counters.check()
+            loads[name] = e.stats().counters.loads
+    assert loads["all"] < loads["biased"] < loads["exact"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"cache_bias": -0.1, "tolerance": 1.0}, "give 0"), ({"cache_bias": 0.2}, "give a tolerance")],
+)
+def test_a_cache_bias_that_makes_no_sense_is_refused(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        emoe_core.load(tmp_path, **options)

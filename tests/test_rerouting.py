@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import emoe_core
 from emoe_core.errors import UnsupportedFamilyError
-from emoe_core.rerouting import RULES, Choice, group_limit, replaceable, shares_of, substitute
+from emoe_core.rerouting import RULES, Choice, group_limit, outbid, replaceable, shares_of, substitute
 from workbench.reference_model.tiny import tiny_moe
 
 SOFTMAX = next(rule for rule in RULES if rule.name == "softmax")
@@ -44,6 +44,27 @@ def test_loss_stays_within_tolerance_and_smallest_weights_go_first(
         assert torch.equal(replace, absent)
     if tolerance == 0:
         assert not bool(replace.any())
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.sets(st.integers(0, 7)), st.floats(0, 5), st.floats(0, 5))
+def test_a_higher_bias_outbids_more_but_never_the_best_nor_what_is_there(
+    seed: int, k: int, resident: set[int], one: float, other: float
+) -> None:
+    choice = top_k_choice(16, 8, k, seed)
+    available = torch.zeros(8, dtype=torch.bool)
+    available[sorted(resident)] = True
+    low, high = (outbid(choice, available, bias, SOFTMAX, torch.nn.Identity()) for bias in sorted((one, other)))
+    assert not bool((low & ~high).any())
+    assert not bool(high[:, 0].any()), "the best expert is kept"
+    assert not bool((high & available[choice.index]).any())
+    assert bool((high.sum(-1) <= len(resident)).all()), "nobody falls out without somebody to take the place"
+    # A bonus beyond the spread lets every available expert pass every other but the best.
+    every = outbid(choice, available, 1.01, SOFTMAX, torch.nn.Identity())
+    free = (available.sum() - available[choice.index].sum(-1)).clamp_min(0)
+    absent = ~available[choice.index]
+    absent[:, 0] = False
+    assert torch.equal(every.sum(-1), torch.minimum(absent.sum(-1), free))
 
 
 def test_zero_tolerance_never_replaces_even_a_zero_weight() -> None:

@@ -35,6 +35,7 @@ class ExperimentConfig:
     model: str = "reference"
     budget: str | None = "60%"
     tolerance: float = 1.0
+    cache_bias: float = 0.0
     strategy: str = "frequency"
     policy: str = "lru"
     interval: int | str = 40
@@ -85,6 +86,7 @@ class ExperimentConfig:
         return {
             "budget": self.budget,
             "tolerance": self.tolerance,
+            "cache_bias": self.cache_bias,
             # The oracle is no engine's: the experiment brings it.
             "predictor": None if self.strategy in ("lru", ORACLE) else self.strategy,
             "interval": self.interval,
