@@ -1,8 +1,8 @@
 """Open a Hugging Face MoE checkpoint: which experts it has, how one is read, and the model without its experts.
 
 Terms. A *record* is one expert's bytes: its slice of every stacked parameter of the experts module, in the module's
-own layout and dtype, each at a 64-byte boundary, padded to a multiple of 4 KiB. A *MoE layer* is one experts module;
-layers are numbered 0, 1, ... among MoE layers only. *Dense* is everything that is not a routed expert.
+own layout and dtype, each as aligned as stock transformers has it, padded to a multiple of 4 KiB. A *MoE layer* is one
+experts module; layers are numbered 0, 1, ... among MoE layers only. *Dense* is all but routed experts.
 
 The checkpoint is only read, never changed, and no code from it is run. Quantised checkpoints are refused.
 """
@@ -235,7 +235,8 @@ def _layer(index: int, name: str, params: Mapping[str, torch.Tensor], sources: M
         dtype = source.dtype
         nbytes = parameter[0].numel() * dtype.itemsize
         # As aligned as in stock transformers: see `shards.empty_as_mapped`.
-        offset += (source.mapped_offset_bytes or 0) % PARAM_ALIGN_BYTES
+        lead = (source.mapped_offset_bytes or 0) % PARAM_ALIGN_BYTES
+        offset += lead - lead % dtype.itemsize
         specs.append(ParamSpec(key, tuple(parameter.shape[1:]), dtype, offset, nbytes))
         offset = _round_up(offset + nbytes, PARAM_ALIGN_BYTES)
     num_experts = next(iter(params.values())).shape[0]

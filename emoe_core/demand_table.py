@@ -42,7 +42,7 @@ class DemandTable(SlotTable):
         super().__init__(capacity, spare)
         self._decay = 0.5 ** (1.0 / half_life)
         self._scores = np.zeros((len(self.capacity), experts))
-        self._keepers: set[int] = set()
+        self._keepers: list[set[int]] = [set() for _ in self.capacity]
         self._incoming: int | None = None
 
     def begin(self, layer: int, tokens: Sequence[int] | np.ndarray) -> None:
@@ -52,11 +52,14 @@ class DemandTable(SlotTable):
         # A layer may have fewer experts than the largest one.
         scores[: len(tokens)] += np.sqrt(tokens)
         there = self.resident(layer).union(np.flatnonzero(tokens).tolist())
-        self._keepers = set(sorted(there, key=lambda expert: -scores[expert])[: self.capacity[layer]])
+        self._keepers[layer] = set(sorted(there, key=lambda expert: -scores[expert])[: self.capacity[layer]])
 
     def admit(self, layer: int, expert: int, *, may_use_spare: bool = True) -> tuple[Entry, Entry | None] | None:
-        """As `SlotTable.admit`; the victim depends on who comes."""
-        self._incoming = expert
+        """As `SlotTable.admit`; the victim depends on who comes.
+
+        Who may not use the spare slot comes ahead of need and takes any slot that its own layer can free.
+        """
+        self._incoming = expert if may_use_spare else None
         try:
             return super().admit(layer, expert, may_use_spare=may_use_spare)
         finally:
@@ -66,11 +69,11 @@ class DemandTable(SlotTable):
         """Return who leaves next: not a keeper, if that can wait."""
         entries = list(self._layers[layer].values())
         candidates = [entry for entry in entries if entry.ready and not entry.pins]
-        leaving = [entry for entry in candidates if entry.expert not in self._keepers]
+        leaving = [entry for entry in candidates if entry.expert not in self._keepers[layer]]
         incoming = self._incoming
         # Experts are computed in ascending order: while a lower one is still pinned, the newcomer is only read ahead.
         ahead = incoming is not None and any(entry.pins and entry.expert < incoming for entry in entries)
-        spare_is_free = incoming is not None and len(entries) <= self.capacity[layer] and self.spare > 0
+        spare_is_free = incoming is not None and self._lent() < self.spare
         if not leaving and (ahead or spare_is_free):
             return None
         scores = self._scores[layer]

@@ -183,7 +183,7 @@ class Engine:
             cold_start=self.control.cold,
             storage=self.loader.storage.description,
             requests_served=self.control.finished,
-            extra={"prediction_s": self.control.prediction_s},
+            extra={"prediction_s": self.control.prediction_s, "cache_bias": self.config.cache_bias},
         )
 
     def memory(self, max_tokens: int = 2048, batch: int = 1) -> MemoryBreakdown:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from .classifier import classify
-from .errors import OptionError
+from .errors import OptionError, UnsupportedFamilyError
 from .tasks import UNKNOWN
 
 if TYPE_CHECKING:
@@ -182,6 +182,11 @@ def score(
                     )
                     parts.append((output.logits[0, -rows:].float().cpu(), seen[-1][0, -rows:].cpu()))
                     rows, cache = 1, output.past_key_values if stepwise else None
+                    if stepwise and cache is None:
+                        raise UnsupportedFamilyError(
+                            f"{type(engine.model).__name__} keeps no cache, so it cannot be scored step by step: use "
+                            f"stepwise=False"
+                        )
         finally:
             watch.remove()
             engine.finish(numbers)

@@ -103,6 +103,8 @@ def empty_as_mapped(shape: tuple[int, ...], dtype: torch.dtype, offset_bytes: in
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
     start = (offset_bytes - memory.data_ptr()) % ALIGNMENT
+    # The format lets a tensor start anywhere; torch computes with whole elements only.
+    start -= start % dtype.itemsize
     return memory[start : start + nbytes].view(dtype).view(shape)
 
 

@@ -78,7 +78,7 @@ POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "least_stale": least_stal
 
 
 def policy_by_name(name: str) -> Policy:
-    """Return an eviction policy; OptionError names the known ones."""
+    """Return an eviction rule of this module; OptionError names the known ones."""
     if name not in POLICIES:
         raise OptionError(f"unknown eviction policy {name!r}: choose one of {', '.join(sorted(POLICIES))}")
     return POLICIES[name]

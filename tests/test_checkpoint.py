@@ -339,6 +339,18 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
         open_checkpoint(path)
 
 
+def test_a_file_whose_tensors_start_anywhere_is_read(tmp_path: Path) -> None:
+    # The format does not promise alignment; a view of odd bytes would not be a tensor.
+    values = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
+    header += b" " * (1 - len(header) % 2)
+    assert (8 + len(header)) % 2 == 1
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + values.numpy().tobytes())
+    (ref,) = read_shard(file).tensors
+    assert torch.equal(ref.read(), values) and torch.equal(ref.read_row(1), values[1:])
+
+
 def test_a_malformed_header_is_refused(tmp_path: Path) -> None:
     path = tiny_moe(tmp_path)
     file = path / "model.safetensors"

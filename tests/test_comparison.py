@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory):
             str(checkpoint),
             budget="3 slots",
             interval=1,
-            n_prompts=4,
+            n_prompts=8,
             warm_prompts=4,
             max_new_tokens=3,
             source="fixture",
@@ -66,6 +66,11 @@ def test_a_difference_is_taken_prompt_by_prompt(found: Comparison) -> None:
     assert paired_difference(found.requests, "random", "random", "kl_nats") == (0.0, 0.0, 0.0)
     mean, low, high = paired_difference(found.requests, "random", "on demand", "kl_nats")
     assert low <= mean <= high
+    few = found.requests[found.requests["request"] < 4]
+    assert np.isnan(paired_difference(few, "random", "on demand", "kl_nats")[1:]).all(), "too few for an interval"
+    other = found.requests.assign(task=found.requests["task"].where(found.requests["label"] == "random", "qa"))
+    with pytest.raises(ExperimentError, match="different prompts"):
+        paired_difference(other, "random", "on demand", "kl_nats")
     rows = found.requests[found.requests["label"] == "random"]
     assert mean == pytest.approx(np.average(rows["kl_nats"], weights=rows["output_tokens"]))
     with pytest.raises(ExperimentError, match="no prompt in common"):
@@ -90,9 +95,9 @@ def test_broken_bounds_are_named_at_their_budget() -> None:
     rows = [
         (strategy, n, kl + n / 100)
         for strategy, kl in (("oracle", 0.1), ("frequency", 0.2), ("random", 0.3))
-        for n in range(5)
+        for n in range(8)
     ]
-    requests = pd.DataFrame(rows, columns=["label", "request", "kl_nats"]).assign(output_tokens=4)
+    requests = pd.DataFrame(rows, columns=["label", "request", "kl_nats"]).assign(output_tokens=4, task="qa")
     names = ["oracle", "frequency", "random"]
     summary = pd.DataFrame({"label": names, "strategy": names}).assign(
         tolerance=1.0, budget="50%", mix="uniform", seed=0
@@ -115,7 +120,7 @@ def test_reports_of_intervals_and_tasks_hold_the_runs_figures(base: ExperimentCo
     tasks = task_report.task_table(found.requests, "frequency", "agnostic")
     assert set(tasks["task"]) == set(found.requests["task"])
     errors = found.summary[found.summary["label"].isin(["frequency", "random"])].assign(
-        label_error=[0.0, 0.5], request_s=[1.0, 1.5]
+        label_error=[0.0, 0.5], bytes_loaded=[100.0, 150.0]
     )
     assert task_report.awareness_figure(tasks, "frequency", "agnostic").axes[0].get_xlabel()
     assert task_report.error_figure(errors).axes[0].get_xlabel()

@@ -82,6 +82,27 @@ def test_every_policy_is_exact(policy: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_scoring_step_by_step_is_bit_identical_to_decoding_with_stock(family: str, tmp_path: Path) -> None:
+    path = tiny_moe(tmp_path / "model", family=family, seed=3, dtype=torch.float32)
+    reference = stock(path, torch.float32)
+    ids = prompt_ids(reference.config.vocab_size, tokens=12)[0].tolist()
+    prompt, continuation = ids[:8], ids[8:]
+    rows = []
+    with torch.no_grad():
+        output = reference(input_ids=torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+        rows.append(output.logits[0, -1])
+        for token in continuation[:-1]:
+            output = reference(
+                input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, logits_to_keep=1
+            )
+            rows.append(output.logits[0, -1])
+    with emoe_core.load(path, budget="2 slots", predictor=None, pack_dir=tmp_path) as engine:
+        scored = engine.score([(prompt, continuation)], stepwise=True)[0]
+    assert torch.equal(scored.logits, torch.stack(rows))
+    assert scored.logprobs.shape == (len(continuation),)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batch_agrees_with_stock_on_real_rows_and_counts_only_them(family: str, tmp_path: Path) -> None:
     path = tiny_moe(tmp_path / "model", family=family, seed=3, dtype=torch.float32)
     reference = stock(path, torch.float32)

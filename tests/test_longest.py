@@ -35,14 +35,28 @@ class Computed:
     def __init__(self, fixed: dict[str, int], token_bytes: int = MEGABYTE) -> None:
         self.index = SimpleNamespace(expert_bytes_total=300 * MEGABYTE, dense_bytes_total=100 * MEGABYTE)
         self.fixed, self.token_bytes = fixed, token_bytes
+        self.done: list[Trial] = []
 
-    def run(self, configuration: Configuration, prompt_tokens: int, batch: int, limit_bytes: int) -> Trial:
+    def run(
+        self, configuration: Configuration, prompt_tokens: int, batch: int, limit_bytes: int, *, again: bool = False
+    ) -> Trial:
         needed = self.fixed[configuration.name] + prompt_tokens * batch * self.token_bytes
         outcome = SURVIVED if needed <= limit_bytes else KILLED
         speed = 10.0 * batch if outcome == SURVIVED else None
-        return Trial(
-            configuration.name, prompt_tokens, batch, limit_bytes, outcome, needed, 0, 1.0, decode_tokens_per_s=speed
+        self.done.append(
+            Trial(
+                configuration.name,
+                prompt_tokens,
+                batch,
+                limit_bytes,
+                outcome,
+                needed,
+                0,
+                1.0,
+                decode_tokens_per_s=speed,
+            )
         )
+        return self.done[-1]
 
 
 def test_the_rule_gives_stock_room_for_the_base_prompt_and_no_more() -> None:

@@ -110,6 +110,17 @@ def test_the_group_limit_holds_while_its_groups_have_somebody_and_is_lifted_othe
     assert served == {"inside": [2, 1], "outside": [2, 7]}
 
 
+def test_a_bias_protects_the_best_expert_within_the_groups_and_nobody_outside_bids() -> None:
+    router = torch.nn.Module()
+    router.num_group, router.topk_group = 4, 1
+    # The best expert of all, 7, lies outside the chosen group (0, 1), whose two best sum to more.
+    logits = torch.tensor([[4.0, 3.9, 0.0, 0.0, 0.0, 0.0, -9.0, 5.0]])
+    choice = Choice(logits, torch.tensor([[0.6, 0.4]]), torch.tensor([[0, 1]]))
+    available = torch.zeros(8, dtype=torch.bool)
+    available[[2, 7]] = True
+    assert not bool(outbid(choice, available, 3.0, SOFTMAX, router).any()), "nobody in the group can take a place"
+
+
 @pytest.mark.parametrize(
     ("family", "rule"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import psutil
@@ -11,7 +12,7 @@ BUSY_SHARE = 0.15
 
 
 class OtherWork:
-    """How much of the machine's processor time went to other processes since this was made.
+    """How much of the processor time of the cores that this process may use went to others since this was made.
 
     Where it is much, times of this process say little: threads that wait for each other wait for a core as well.
     """
@@ -20,19 +21,23 @@ class OtherWork:
         self._started = self._now()
 
     def share(self) -> float:
-        """Return the share, 0 to 1, of all cores' time."""
+        """Return the share, 0 to 1, of these cores' time."""
         used, busy, whole = (now - before for now, before in zip(self._now(), self._started, strict=True))
         return max(0.0, min(1.0, (busy - used) / max(whole, 1e-9)))
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        machine = psutil.cpu_times()
-        idle = machine.idle + getattr(machine, "iowait", 0.0)
-        # Guests are counted in user time already.
-        whole = (
-            sum(getattr(machine, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal")) + idle
-        )
-        return time.process_time(), whole - idle, whole
+        """Return this process's seconds, and the busy and all seconds of the cores that it may run on."""
+        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+        busy = whole = 0.0
+        for number, core in enumerate(psutil.cpu_times(percpu=True)):
+            if mine is not None and number not in mine:
+                continue
+            idle = core.idle + getattr(core, "iowait", 0.0)
+            # Guests are counted in user time already.
+            used = sum(getattr(core, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+            busy, whole = busy + used, whole + used + idle
+        return time.process_time(), busy, whole
 
 
 def busy_warning(others_cpu_share: float | None) -> str | None:

@@ -8,13 +8,14 @@ slows all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from emoe_core.errors import ExperimentError, OptionError
+from emoe_core.options import EngineConfig
 from workbench.baselines.quantized import BITS_PER_WEIGHT, score_quantized
 from workbench.configuration import ExperimentConfig
 from workbench.experiment import all_resident, quality_metrics, run_experiment, warm_trace
@@ -24,6 +25,7 @@ from workbench.quality import bootstrap_interval
 from workbench.workloads import prompt_stream
 
 Progress = Callable[[str, int, int], None]
+LEAST_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ def run_quantized(config: ExperimentConfig, formats: Iterable[str], progress: Pr
             answers.append(pd.DataFrame({**found, "similarity": similarity(expected, texts)}).assign(label=name))
             metrics |= {"similarity": float(answers[-1]["similarity"].mean()), "similarity_prompts": float(len(texts))}
         size = {"expert_memory_share": BITS_PER_WEIGHT[name] / 16}
-        rows.append({"label": name, **_fields(replace(config, strategy="lru")), "strategy": name, **metrics, **size})
+        rows.append(
+            {"label": name, **_fields(config), "strategy": name, "budget": None, "tolerance": 0.0, **metrics, **size}
+        )
         requests.append(scored.assign(label=name))
     return Comparison(
         pd.DataFrame(rows),
@@ -123,6 +127,8 @@ def run_quantized(config: ExperimentConfig, formats: Iterable[str], progress: Pr
 
 def paired_difference(requests: pd.DataFrame, label: str, baseline: str, column: str) -> tuple[float, float, float]:
     """Return the mean difference of two variants over their common prompts, and its 95% bootstrap interval.
+
+    The interval is NaN below `LEAST_PROMPTS` prompts: resampling few values says nothing of those that are not there.
 
     Parameters
     ----------
@@ -139,7 +145,12 @@ def paired_difference(requests: pd.DataFrame, label: str, baseline: str, column:
         raise ExperimentError(f"{label!r} and {baseline!r} have no prompt in common: they cannot be compared")
     difference = (first.loc[common, column] - second.loc[common, column]).to_numpy(dtype=float)
     tokens = first.loc[common, "output_tokens"].to_numpy(dtype=float)
-    low, high = bootstrap_interval(difference, tokens)
+    if not (first.loc[common, ["task", "output_tokens"]] == second.loc[common, ["task", "output_tokens"]]).all(
+        axis=None
+    ):
+        raise ExperimentError(f"{label!r} and {baseline!r} were run on different prompts: they cannot be compared")
+    enough = len(common) >= LEAST_PROMPTS
+    low, high = bootstrap_interval(difference, tokens) if enough else (float("nan"), float("nan"))
     return float(np.average(difference, weights=tokens)), low, high
 
 
@@ -170,8 +181,8 @@ def timed(
     -------
     DataFrame
         One row a variant: medians over rounds of ``serving_bytes, ttft_s, tpot_s, stall_share, bytes_loaded``, the
-        largest ``others_cpu_share``, the spread ``tpot_low_s, tpot_high_s`` over rounds, ``page_cache``, and ratios to
-        the first variant.
+        largest ``others_cpu_share``, ``page_cache``; and of the ratios to the first variant within each round the
+        medians ``serving_ratio, ttft_ratio, tpot_ratio`` and the range ``tpot_ratio_low, tpot_ratio_high``.
     """
     stream = prompt_stream(config.stream(n_prompts=prompts + 1))
     checkpoint = resolve_model(config.model)
@@ -179,7 +190,7 @@ def timed(
     found: dict[str, list[MemoryMeasurement]] = {label: [] for label in variants}
     for number in range(rounds):
         for place, (label, options) in enumerate(variants.items()):
-            uses_history = options.get("predictor") is not None
+            uses_history = options.get("predictor", EngineConfig.predictor) is not None
             found[label].append(
                 measure(
                     checkpoint,
@@ -193,28 +204,18 @@ def timed(
             if progress is not None:
                 progress("timed processes", number * len(variants) + place + 1, rounds * len(variants))
     rows = []
+    base = next(iter(found.values()))
     for label, measured in found.items():
-        middle = {
-            name: float(np.median([getattr(one, name) for one in measured]))
-            for name in ("serving_bytes", "ttft_s", "tpot_s", "stall_share", "bytes_loaded")
-        }
-        speeds = [one.tpot_s for one in measured]
-        spread = {"tpot_low_s": min(speeds), "tpot_high_s": max(speeds)}
-        busiest = max(one.others_cpu_share for one in measured)
-        rows.append(
-            {
-                "label": label,
-                **middle,
-                **spread,
-                "others_cpu_share": busiest,
-                "page_cache": measured[0].page_cache,
-                "rounds": rounds,
-            }
-        )
-    table = pd.DataFrame(rows)
-    for name in ("serving_bytes", "ttft_s", "tpot_s"):
-        table[f"{name.removesuffix('_s').removesuffix('_bytes')}_ratio"] = table[name] / table[name].iloc[0]
-    return table
+        row: dict[str, Any] = {"label": label}
+        for name in ("serving_bytes", "ttft_s", "tpot_s", "stall_share", "bytes_loaded"):
+            row[name] = float(np.median([getattr(one, name) for one in measured]))
+        for name in ("serving_bytes", "ttft_s", "tpot_s"):
+            ratios = [getattr(one, name) / getattr(first, name) for one, first in zip(measured, base, strict=True)]
+            short = f"{name.removesuffix('_s').removesuffix('_bytes')}_ratio"
+            row |= {short: float(np.median(ratios)), f"{short}_low": min(ratios), f"{short}_high": max(ratios)}
+        row["others_cpu_share"] = max(one.others_cpu_share for one in measured)
+        rows.append(row | {"page_cache": measured[0].page_cache, "rounds": rounds})
+    return pd.DataFrame(rows)
 
 
 def listed(text: str) -> list[str]:
@@ -223,7 +224,10 @@ def listed(text: str) -> list[str]:
 
 
 def _fields(config: ExperimentConfig) -> dict[str, Any]:
-    kept = ("model", "budget", "tolerance", "strategy", "interval", "replan", "mix", "labels", "label_error", "seed")
+    kept = (
+        *("model", "budget", "tolerance", "cache_bias", "strategy", "policy", "interval", "replan", "lookahead"),
+        *("skipping", "mix", "labels", "label_error", "stepwise", "seed"),
+    )
     return {name: getattr(config, name) for name in kept}
 
 

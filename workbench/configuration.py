@@ -29,6 +29,7 @@ class ExperimentConfig:
     ``skipping`` uses the model's task profile: insensitive (task, layer) pairs take whatever is resident.
     ``max_quality_loss`` is a target that the model's task profile turns into tolerances, and slots where ``budget`` is
     None; ``tolerance`` must then be 0.
+    ``stepwise`` scores token by token, so that experts are asked for as while generating; else one pass a prompt.
     ``labels`` and ``label_error`` say what the engine is told of each prompt's task type (`labels.py`).
     """
 
@@ -51,6 +52,7 @@ class ExperimentConfig:
     split: str = "test"
     labels: str = "given"
     label_error: float = 0.0
+    stepwise: bool = False
     warm_prompts: int = 24
     max_new_tokens: int = 32
     answers: int = 0

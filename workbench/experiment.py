@@ -101,6 +101,8 @@ def run_experiment(
         raise ExperimentError(
             "memory under a quality target is not measured in a fresh process: measure the budget that it comes to"
         )
+    if measure_memory and config.strategy == ORACLE:
+        raise ExperimentError("the oracle knows the scored prompts only: it cannot be timed in a fresh process")
     checkpoint = resolve_model(config.model)
     prompts = prompt_stream(config.stream())
     reference = all_resident(config, checkpoint, prompts, "reference", progress)
@@ -115,11 +117,11 @@ def run_experiment(
     with emoe_core.load(checkpoint, **options) as engine:
         if config.strategy == ORACLE:
             future = [(task, reference.trace.counts(place)) for place, task in enumerate(told)]
-            window = config.interval if config.replan == "interval" and isinstance(config.interval, int) else 1
+            window = config.interval if isinstance(config.interval, int) else 1
             engine.control.predictor = OraclePredictor(future, window)
         if warm is not None:
             engine.warm_start(warm)
-        rows = _score_all(engine, prompts, told, reference, progress)
+        rows = _score_all(engine, prompts, told, reference, config.stepwise, progress)
         answers = _answer(engine, prompts[: config.answers], told, reference, config.max_new_tokens)
         stats = engine.stats().to_dict()
         predicted = {} if engine.quality is None else dict(engine.quality.predicted_loss)
@@ -184,14 +186,19 @@ def _stored_profile(checkpoint: str | Path) -> Profile:
 
 
 def _score_all(
-    engine: emoe_core.Engine, prompts: list[Prompt], told: list[str], reference: Reference, progress: Progress | None
+    engine: emoe_core.Engine,
+    prompts: list[Prompt],
+    told: list[str],
+    reference: Reference,
+    stepwise: bool,
+    progress: Progress | None,
 ) -> list[dict[str, Any]]:
     head = engine.model.get_output_embeddings()
     rows = []
     for place, (prompt, task, expected) in enumerate(zip(prompts, told, reference.outputs, strict=True)):
         before = engine.stats().counters
         started = time.perf_counter()
-        scored = engine.score([(expected.prompt_ids, expected.token_ids)], [task])[0]
+        scored = engine.score([(expected.prompt_ids, expected.token_ids)], [task], stepwise=stepwise)[0]
         elapsed_s = time.perf_counter() - started
         counters = engine.stats().counters.since(before)
         with torch.no_grad():

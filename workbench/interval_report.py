@@ -85,9 +85,9 @@ def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
         fixed = fixed.sort_values("interval")
         here = ", ".join(f"p={row.interval}: {row.perplexity_ratio:.3f}" for row in fixed.itertuples())
         rise = (
-            "rises from the start: an interval holds prompts of several tasks, a plan serves their mix"
-            if mix == "uniform"
-            else "follows how many sessions of one task an interval spans"
+            "a plan that is kept serves the mix of tasks of an interval, not the task of a prompt"
+            if (group["replan"] == "interval").all()
+            else "only the prediction is kept; every prompt gets a plan for its own task"
         )
         rows.append((f"Fig. 10, {mix} stream, perplexity ratio", "flat up to p = 40, rises from 60", here, rise))
         adaptive = group[group["interval"].astype(str) == "adaptive"]

@@ -2,7 +2,8 @@
 
 ``given`` is the label that the data set gives, ``none`` makes every prompt unknown (a task-agnostic system), and
 ``keywords`` is what the engine's own classifier says. ``label_error`` replaces that share of the labels, drawn by the
-seed, by another task type, as a classifier that errs would (Fig. 19 of the eMoE paper).
+seed, by another task type, as a classifier that errs would (Fig. 19 of the eMoE paper). The warm-up's labels are never
+made wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from emoe_core.classifier import classify
 from emoe_core.errors import OptionError
-from emoe_core.tasks import UNKNOWN
+from emoe_core.tasks import TASK_TYPES, UNKNOWN
 from workbench.workloads import Prompt
 
 LABELS = ("given", "none", "keywords")
@@ -37,16 +38,13 @@ def told_tasks(prompts: Sequence[Prompt], labels: str, label_error: float = 0.0,
     labels : str
         One of `LABELS`.
     label_error : float
-        Share of prompts, rounded to whole prompts, whose label is replaced by another task type of the list.
+        Share of prompts, rounded to whole prompts, whose label is replaced by another task type.
     seed : int
     """
     if labels == "none":
         return [UNKNOWN] * len(prompts)
     told = [classify(prompt.text) if labels == "keywords" else prompt.task for prompt in prompts]
-    tasks = sorted({prompt.task for prompt in prompts})
-    if len(tasks) < 2:
-        return told
     draw = random.Random(seed)
     for place in draw.sample(range(len(prompts)), round(label_error * len(prompts))):
-        told[place] = draw.choice([task for task in tasks if task != prompts[place].task])
+        told[place] = draw.choice([task for task in TASK_TYPES if task not in (prompts[place].task, told[place])])
     return told

@@ -32,6 +32,7 @@ from emoe_core.errors import ExperimentError
 from emoe_core.pack import ensure_pack
 from workbench import longest_trial
 from workbench.control_groups import Controller
+from workbench.environment import available_cores
 from workbench.hard_limit import LimitedRun, drop_cached, run_limited
 
 STOCK = "stock"
@@ -44,19 +45,6 @@ class Configuration:
 
     name: str
     options: tuple[tuple[str, Any], ...] | None
-
-
-def configurations(budget: str) -> tuple[Configuration, ...]:
-    """Return stock, and emoe with all experts, with a budget exactly, and with a budget rerouting.
-
-    A trial is one request without history, so experts come on demand (no predictor).
-    """
-    return (
-        Configuration(STOCK, None),
-        Configuration("emoe 100%", (("budget", "100%"), ("predictor", None))),
-        Configuration(f"emoe {budget}, exact", (("budget", budget), ("predictor", None))),
-        Configuration(f"emoe {budget}, rerouting", (("budget", budget), ("predictor", None), ("tolerance", 1.0))),
-    )
 
 
 @dataclass(frozen=True)
@@ -121,8 +109,10 @@ class Trials:
         self._files = [*(shard.file for shard in self.index.shards), pack.path]
         self._code = _code_digest()
 
-    def run(self, configuration: Configuration, prompt_tokens: int, batch: int, limit_bytes: int) -> Trial:
-        """Run one trial, or take it from the cache.
+    def run(
+        self, configuration: Configuration, prompt_tokens: int, batch: int, limit_bytes: int, *, again: bool = False
+    ) -> Trial:
+        """Run one trial, or take it from the cache, unless it is to be run ``again`` (times of another day mislead).
 
         Raises
         ------
@@ -134,7 +124,7 @@ class Trials:
         options = None if configuration.options is None else dict(configuration.options)
         spec = {**self._common, "options": options, "prompt_tokens": prompt_tokens, "batch": batch}
         stored = self._stored({**spec, "limit_bytes": limit_bytes, "timeout_s": self._timeout_s})
-        if stored.exists():
+        if stored.exists() and not again:
             trial = Trial(**{**json.loads(stored.read_text()), "configuration": configuration.name})
         else:
             trial = self._fresh(configuration.name, spec, limit_bytes)
@@ -180,12 +170,13 @@ class Trials:
             "code": self._code,
             "cgroup": self.controller.version,
             "threads": os.environ.get("OMP_NUM_THREADS"),
+            "cores": available_cores(),
         }
         digest = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()
         return cache_dir() / "limit-trials" / f"{digest[:24]}.json"
 
 
-def outcome_of(run: LimitedRun, answered: bool) -> Any:
+def outcome_of(run: LimitedRun, answered: bool) -> str:
     """Return the outcome of a trial's process; ExperimentError when it is neither survival nor want of memory."""
     if run.timed_out and run.limit_hits > 0:
         return TOO_SLOW

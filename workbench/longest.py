@@ -19,7 +19,7 @@ import psutil
 from emoe_core.budget import Budget
 from emoe_core.cache import cache_dir
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.limit_trials import STOCK, Configuration, Trial, Trials
+from workbench.limit_trials import STOCK, TOO_SLOW, Configuration, Trial, Trials
 from workbench.models import resolve_model
 from workbench.threshold import largest_that_holds, most_questions, smallest_that_holds
 
@@ -167,8 +167,9 @@ def search(
     -------
     DataFrame
         One row a configuration: ``longest_tokens`` and ``largest_batch`` (0: none survived), whether each is the cap
-        (``tokens_capped``, ``batch_capped``), their ratios to stock's, and of the trial with the largest batch
-        ``decode_tokens_per_s``, its ratio to stock's, ``ttft_s``, ``peak_bytes`` and ``decode_read_bytes``.
+        (``tokens_capped``, ``batch_capped``), ``slow_trials`` (how many counted as lost for being too slow at the
+        limit), their ratios to stock's, and of the trial with the largest batch, run anew, ``decode_tokens_per_s``, its
+        ratio to stock's, ``ttft_s``, ``peak_bytes`` and ``decode_read_bytes``.
     """
     return with_ratios(pd.DataFrame([_row(trials, config, one, limit_bytes, progress) for one in tried]))
 
@@ -207,7 +208,8 @@ def _row(
         (1, config.max_batch, config.resolution),
         progress,
     )
-    best = trials.run(configuration, config.batch_prompt_tokens, batch, limit_bytes) if batch else None
+    best = trials.run(configuration, config.batch_prompt_tokens, batch, limit_bytes, again=True) if batch else None
+    mine = [trial for trial in trials.done if trial.configuration == configuration.name]
     return {
         "configuration": configuration.name,
         "limit_bytes": limit_bytes,
@@ -215,6 +217,7 @@ def _row(
         "tokens_capped": longest == config.max_tokens,
         "largest_batch": batch,
         "batch_capped": batch == config.max_batch,
+        "slow_trials": sum(trial.outcome == TOO_SLOW for trial in mine),
         "decode_tokens_per_s": None if best is None else best.decode_tokens_per_s,
         "ttft_s": None if best is None else best.ttft_s,
         "peak_bytes": None if best is None else best.peak_bytes,

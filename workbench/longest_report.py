@@ -77,7 +77,8 @@ def beside_paper(found: pd.DataFrame) -> pd.DataFrame:
         texts = []
         for _, row in emoe.iterrows():
             value = _label(float(pd.to_numeric(row[column])), float(row[ratio]), bool(capped and row[capped]))
-            texts.append(f"{row['configuration']}: {value}")
+            slow = ", some trials too slow at the limit" if row["slow_trials"] else ""
+            texts.append(f"{row['configuration']}: {value}{slow}")
         return "; ".join(texts) or "not tried"
 
     rows = [
@@ -99,7 +100,7 @@ def beside_paper(found: pd.DataFrame) -> pd.DataFrame:
             "1.3 to 1.5x",
             ratios("decode_tokens_per_s", "speed_ratio", None),
             "exact means that missing experts are read for every step; the paper replaces them, as rerouting does. "
-            "Few decoded tokens, one trial each",
+            "Few tokens after prompts of random ids, one trial each",
         ),
     ]
     return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])

@@ -1,17 +1,15 @@
 """One trial: a configuration reads prompts of a length and a batch size and decodes a few tokens, in its own process.
 
-Started by `longest.py`, under a hard memory limit, as ``python -m workbench.longest_trial SPEC RESULT``. Prompts are
-random token ids, so that any length can be made; end-of-text is not heeded, so that every trial decodes the same number
-of tokens. Stock transformers and emoe run the same code here: a pass over the prompts that keeps the last position's
-logits only, then one pass a token, greedily, with a KV cache. Exit code 3 says that memory could not be had.
+Started by `limit_trials.py`, under a hard memory limit, as ``python -m workbench.longest_trial SPEC RESULT``. Prompts
+are random token ids, so that any length can be made; end-of-text is not heeded, so that every trial decodes the same
+number of tokens. Stock transformers and emoe run the same code here: a pass over the prompts that keeps the last
+position's logits only, then one pass a token, greedily, with a KV cache. Exit code 3 says that memory could not be had.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -55,7 +53,7 @@ def read_and_decode(model: Any, token_ids: torch.Tensor, new_tokens: int) -> dic
     Returns
     -------
     dict
-        ``ttft_s``, ``decode_tokens_per_s`` (all rows together, at the median pass), ``decode_read_bytes`` (from the
+        ``ttft_s``, ``decode_tokens_per_s`` (all rows together, all passes), ``decode_read_bytes`` (from the
         disk, in all passes after the prompts').
     """
     import torch
@@ -71,7 +69,7 @@ def read_and_decode(model: Any, token_ids: torch.Tensor, new_tokens: int) -> dic
             passes.append(time.perf_counter())
     return {
         "ttft_s": passes[0] - started,
-        "decode_tokens_per_s": token_ids.shape[0] / statistics.median(b - a for a, b in itertools.pairwise(passes)),
+        "decode_tokens_per_s": token_ids.shape[0] * new_tokens / (passes[-1] - passes[0]),
         "decode_read_bytes": float(_read_bytes() - before),
     }
 

@@ -62,9 +62,7 @@ def quantized_model(checkpoint: str | Path, name: str, dtype: str = "float32", p
         Called with (MoE layers done, all).
     """
     index = open_checkpoint(checkpoint, dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        index.path, dtype=getattr(torch, dtype), experts_implementation="eager"
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(index.path, dtype=index.dtype, experts_implementation="eager").eval()
     model.requires_grad_(False)
     for done, layer in enumerate(index.layers, start=1):
         module = model.get_submodule(layer.name)
