@@ -180,3 +180,14 @@ def test_the_identity_of_a_run_is_source_parameters_and_model(project: Path) -> 
     old_source = source_hash(path)
     notebook(path, "a = 1", "print(a + 1)")
     assert source_hash(path) != old_source and digest(a=1) != before
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_the_projects_own_sweeps_fit_their_notebooks(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HOME_VARIABLE, str(file.parents[1]))
+    sweep = read_sweep(file)
+    assert sweep.name == file.stem
+    assert expand(sweep, file.parent)
+    assert all(stage.seconds_per_run for stage in sweep.stages), "each states what it takes"
