@@ -97,13 +97,9 @@ class ProfileConfig:
         return [prompt.text for prompt in prompt_stream(stream)]
 
     def loss_slots(self, checkpoint: str | Path) -> tuple[int, ...]:
-        """Return the slots a layer at which the loss scale is measured: half of the experts, and top-k, the fewest.
-
-        Below half, loss grows faster than the model of the loss says, so one point would promise too much there.
-        """
+        """Return the slots a layer at which the loss scale is measured: half of the experts, at least top-k."""
         index = open_checkpoint(checkpoint)
-        half = max(index.top_k, max(layer.num_experts for layer in index.layers) // 2)
-        return tuple(sorted({half, index.top_k}, reverse=True))
+        return (max(index.top_k, max(layer.num_experts for layer in index.layers) // 2),)
 
     def settings(self) -> dict[str, Any]:
         """Return what the profile file records about how it was measured."""
