@@ -46,7 +46,7 @@ def interval_figure(summary: pd.DataFrame) -> Figure:
     axes[0].axhline(1.0, color="0.4", linestyle=":", linewidth=1.2)
     axes[0].set_ylabel("perplexity ratio to all-resident\n(95% interval over prompts)")
     axes[1].set_ylabel("expert bytes loaded (MB a prompt)")
-    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylim(0, 1.08 * float((summary["bytes_loaded"] / summary["prompts"]).max()) / MEGABYTE)
     for axis in axes:
         axis.set_xticks(range(len(ticks)), ticks)
         axis.set_xlabel("prediction interval p (prompts)")

@@ -65,7 +65,7 @@ def accuracy_figure(summary: pd.DataFrame) -> Figure:
     for axis in axes:
         axis.set_xlabel("expert memory (share of all experts in 16 bits)")
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.02)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure

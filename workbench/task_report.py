@@ -62,7 +62,7 @@ def awareness_figure(table: pd.DataFrame, label: str = AWARE, baseline: str = AG
     spread = [middle - table["low_nats"], table["high_nats"] - middle]
     axes[1].errorbar(middle, place, xerr=np.maximum(spread, 0), fmt="D", color="black", capsize=3)
     axes[1].axvline(0.0, color="0.4", linestyle=":", linewidth=1.2)
-    axes[1].set_xlabel(f"{label} minus {baseline} (nats per token, 95% interval)")
+    axes[1].set_xlabel(f"{label} minus {baseline}\n(nats per token; 95% interval from {LEAST_PROMPTS} prompts on)")
     return figure
 
 
@@ -87,7 +87,7 @@ def error_figure(summary: pd.DataFrame) -> Figure:
         axes[1].plot(rows["label_error"], rows["bytes_loaded"] / rows["prompts"] / MEGABYTE, **look)
     axes[0].set_ylabel("perplexity ratio to all-resident\n(95% interval over prompts)")
     axes[1].set_ylabel("expert bytes loaded (MB a prompt)")
-    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylim(0, 1.08 * float((summary["bytes_loaded"] / summary["prompts"]).max()) / MEGABYTE)
     for axis in axes:
         axis.set_xlabel("share of wrong task labels")
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
