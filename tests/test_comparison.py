@@ -129,6 +129,7 @@ def test_reports_of_intervals_and_tasks_hold_the_runs_figures(base: ExperimentCo
 
 def test_notebook_parameters_are_read_as_lists() -> None:
     assert listed(" 50%, 60% ,") == ["50%", "60%"]
+    assert listed(0.2) == ["0.2"]
     assert period("8") == 8 and period("adaptive") == "adaptive"
 
 

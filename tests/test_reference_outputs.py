@@ -73,3 +73,9 @@ def test_the_folder_depends_on_the_model_and_the_length() -> None:
         )
         == 2 + 1
     )
+
+
+def test_another_number_of_threads_is_another_reference() -> None:
+    one, two = (ReferenceSpec("model", "hash", "float32", 4, threads=threads) for threads in (1, 2))
+    assert one.folder() != two.folder()
+    assert ReferenceSpec("model", "hash", "float32", 4).threads == torch.get_num_threads()

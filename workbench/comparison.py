@@ -218,9 +218,9 @@ def timed(
     return pd.DataFrame(rows)
 
 
-def listed(text: str) -> list[str]:
-    """Return the items of a comma-separated notebook parameter."""
-    return [item.strip() for item in text.split(",") if item.strip()]
+def listed(text: str | float) -> list[str]:
+    """Return the items of a comma-separated notebook parameter; papermill makes a number of a single one."""
+    return [item.strip() for item in str(text).split(",") if item.strip()]
 
 
 def _fields(config: ExperimentConfig) -> dict[str, Any]:

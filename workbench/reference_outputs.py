@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +39,17 @@ ProgressCallback = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ReferenceSpec:
-    """What the outputs of any prompt depend on: model (content hash), dtype, output length, kind of device."""
+    """What the outputs of any prompt depend on: model (content hash), dtype, output length, kind of device, threads.
+
+    Sums over more or fewer threads round differently, so a control with another number would not read exactly 1.
+    """
 
     checkpoint: str
     source_hash: str
     dtype: str
     max_new_tokens: int
     device: str = "cpu"
+    threads: int = field(default_factory=torch.get_num_threads)
 
     def folder(self) -> Path:
         """Return where the outputs rest: a hash of all fields but the path, of the format, and of the libraries."""
@@ -168,6 +172,7 @@ def _compute(job: Path) -> None:
     spec, prompts = ReferenceSpec(**raw["spec"]), raw["prompts"]
     # Prompts of similar length share a batch, so that little of it is padding.
     prompts.sort(key=len)
+    torch.set_num_threads(spec.threads)
     with emoe_core.load(
         spec.checkpoint, budget="100%", dtype=spec.dtype, device=spec.device, predictor=None, record=True
     ) as engine:
