@@ -45,7 +45,7 @@ def forward(engine: emoe_core.Engine, ids: torch.Tensor = IDS) -> torch.Tensor:
     ("options", "error", "message"),
     [
         ({"bugdet": "40%"}, OptionError, "unknown option bugdet: the options are attn_implementation, budget"),
-        ({"policy": "clock"}, OptionError, "choose one of least_stale, lfu, lru, static"),
+        ({"policy": "clock"}, OptionError, "choose one of decayed_demand, least_stale, lfu, lru, static"),
         ({"predictor": "oracle"}, OptionError, "choose one of activation_map"),
         ({"device": "abacus"}, OptionError, "use 'auto', 'cpu' or 'cuda'"),
         ({"device": "meta"}, OptionError, "not supported"),
