@@ -17,7 +17,6 @@ import pandas as pd
 import psutil
 
 from emoe_core.budget import Budget
-from emoe_core.cache import cache_dir
 from emoe_core.errors import ExperimentError, OptionError
 from workbench.limit_trials import STOCK, TOO_SLOW, Configuration, Trial, Trials
 from workbench.models import resolve_model
@@ -116,10 +115,9 @@ def checkpoint_of(model: str) -> str:
     """Return the checkpoint of a model name; "tiny" is a random model that only shows that everything runs."""
     if model != TINY:
         return str(resolve_model(model))
-    from workbench.reference_model.tiny import tiny_moe
+    from workbench.reference_model.tiny import cached_tiny_moe
 
-    path = cache_dir() / "tiny-limits"
-    return str(path if (path / "config.json").exists() else tiny_moe(path, family="mixtral", seed=0))
+    return str(cached_tiny_moe())
 
 
 def resolve_limit(trials: Trials, config: SearchConfig, progress: Progress | None = None) -> int:

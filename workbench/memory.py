@@ -155,20 +155,15 @@ def _control(spec: dict[str, Any]) -> dict[str, int]:
         digest.update(source.read_bytes())
     stored = cache_dir() / "controls" / f"{digest.hexdigest()[:24]}.json"
     if not stored.exists():
-        tiny = {**spec, "checkpoint": str(_tiny_checkpoint()), "options": options, "tokenizer": tokenizer}
+        from workbench.reference_model.tiny import cached_tiny_moe
+
+        tiny = {**spec, "checkpoint": str(cached_tiny_moe()), "options": options, "tokenizer": tokenizer}
         result = _child(tiny)
         stored.parent.mkdir(parents=True, exist_ok=True)
         partial = stored.with_suffix(f".{os.getpid()}.part")
         partial.write_text(json.dumps({name: result[name] for name in ("peak_bytes", "serving_peak_bytes")}))
         partial.replace(stored)
     return dict(json.loads(stored.read_text()))
-
-
-def _tiny_checkpoint() -> Path:
-    from workbench.reference_model.tiny import tiny_moe
-
-    path = cache_dir() / "tiny-control"
-    return path if (path / "config.json").exists() else tiny_moe(path, family="mixtral", seed=0)
 
 
 def _child(spec: dict[str, Any], warm_trace: RoutingTrace | None = None) -> dict[str, Any]:

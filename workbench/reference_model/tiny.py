@@ -16,6 +16,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+from emoe_core.cache import cache_dir
 from emoe_core.errors import OptionError
 
 HIDDEN = 64
@@ -200,6 +201,12 @@ def tiny_moe(
     model.save_pretrained(target, **options)
     tiny_tokenizer().save_pretrained(target)
     return target
+
+
+def cached_tiny_moe() -> Path:
+    """Return a tiny Mixtral that is kept in the cache, made if missing."""
+    path = cache_dir() / "tiny-control"
+    return path if (path / "config.json").exists() else tiny_moe(path, family="mixtral", seed=0)
 
 
 def _roughen(model: torch.nn.Module) -> None:
