@@ -6,6 +6,7 @@ Nothing but the model's modules is changed, so another model in the process does
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from . import experts
 from .checkpoint import CheckpointIndex
 from .errors import IntegrationError
+from .expert_compute import ExpertForm, prove
 from .loader import ExpertLoader
 from .lookahead import Lookahead
 
@@ -31,9 +33,16 @@ def attach_layers(
     routers = _routers(model)
     hidden_size = model.config.get_text_config().hidden_size
     handles = []
+    forms: dict[Any, ExpertForm | None] = {}
     for layer in index.layers:
         module = model.get_submodule(layer.name)
         handle = experts.LayerHandle(layer.index, module, loader, session)
+        kind = (type(module), layer.params, layer.num_experts)
+        if kind not in forms:
+            eager = partial(handle.eager, module)
+            forms[kind] = prove(module, eager, loader.memory.samples(layer.index), layer.num_experts)
+        form = forms[kind]
+        handle.form = None if form is None else form.for_module(module)
         found = routers.get(layer.name.rsplit(".", 1)[0])
         if found is not None:
             handle.attach_router(*found, hidden_size)

@@ -136,15 +136,19 @@ class ControlLoop:
             self._make_plan()
         return numbers
 
-    def observe(self, layer: int, chosen: torch.Tensor, step: StepContext | None) -> None:
-        """Add one layer's desired experts, int64 [real tokens, k], to the histories of the pass's requests."""
+    def observe(self, layer: int, chosen: torch.Tensor, demand: Sequence[int], step: StepContext | None) -> None:
+        """Add one layer's desired experts, int64 [real tokens, k], to the histories of the pass's requests.
+
+        ``demand`` counts them: how many of these choices fell on each of the layer's experts, [E].
+        """
         if step is None:
             return
         experts = self.shape[1]
         if step.batch == 1:
             request = self.running.get(step.requests[0])
             if request is not None:
-                request.counts[layer] += torch.bincount(chosen.flatten(), minlength=experts).cpu().numpy()
+                # A layer may have fewer experts than the largest one.
+                request.counts[layer, : len(demand)] += demand
             return
         rows = step.row_of_token()
         if step.real is not None:

@@ -2,8 +2,9 @@
 
 transformers dispatches every decorated experts module through ``ALL_EXPERTS_FUNCTIONS``. We register one function
 under the name "emoe". It finds the layer's `LayerHandle` on the module itself (state hangs on modules, never on
-globals) and runs the family's *own* eager code over an object that answers ``gate_up_proj[expert]`` and its siblings
-with slot tensors. Same code, same shapes, same order of accumulation: bit-identical to stock
+globals) and computes in a form that was proven equal to the family's eager code bit for bit (`expert_compute.py`), or,
+where none is, runs that eager code itself over an object that answers ``gate_up_proj[expert]`` and its siblings with
+slot tensors. Same products, same shapes, same order of accumulation: bit-identical to stock
 ``experts_implementation="eager"`` as long as nobody is rerouted.
 
 What happens on a miss is decided here, per token, by the miss tolerance of its (task, layer): see `rerouting.py`.
@@ -14,7 +15,7 @@ batch agrees with stock within rounding on its real rows, an unpadded one bit fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .context import StepContext
 from .errors import IntegrationError, UnsupportedFamilyError
-from .lease import Lease
+from .expert_compute import Borrowed, ExpertForm
 from .loader import ExpertLoader
 from .lookahead import Lookahead
 from .rerouting import Choice, Rerouted, RoutingRule, find_rule, outbid, replaceable, substitute
@@ -42,8 +43,8 @@ class Session(Protocol):
     def tolerance_of(self, task: str, layer: int) -> float:
         """Miss tolerance of a (task, layer) in [0, 1]."""
 
-    def observe(self, layer: int, chosen: torch.Tensor, step: StepContext | None) -> None:
-        """Take the desired experts int64 [tokens, k] of one layer for the requests' history."""
+    def observe(self, layer: int, chosen: torch.Tensor, demand: Sequence[int], step: StepContext | None) -> None:
+        """Take the desired experts int64 [tokens, k] of one layer, and their counts [E], for the requests' history."""
 
 
 class LayerHandle:
@@ -66,6 +67,7 @@ class LayerHandle:
         self.router_logits: torch.Tensor | None = None
         self.choose: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.lookahead: Lookahead | None = None
+        self.form: ExpertForm | None = None
         self._eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
 
     def attach_router(self, router: torch.nn.Module, logits_index: int, hidden_size: int) -> None:
@@ -105,7 +107,7 @@ class LayerHandle:
         logits, self.router_logits = self.router_logits, None
         real = None if step is None or step.real is None else step.real.to(index.device)
         wanted = index if real is None else index[real]
-        demand = torch.bincount(wanted.flatten(), minlength=self.num_experts).tolist()
+        demand = _count(wanted, self.num_experts)
         active = [expert for expert, tokens in enumerate(demand) if tokens]
         self.loader.table.begin(self.layer, demand)
         resident = self.loader.table.resident(self.layer)
@@ -113,7 +115,7 @@ class LayerHandle:
         rerouted = None
         if absent:
             rerouted = self._reroute(logits, index, weights, absent, demand, resident, step, real)
-        self.session.observe(self.layer, wanted, step)
+        self.session.observe(self.layer, wanted, demand, step)
         served_index, served_weights = (index, weights) if rerouted is None else (rerouted.index, rerouted.weights)
         if rerouted is not None:
             kept = served_index if real is None else served_index[real]
@@ -128,7 +130,16 @@ class LayerHandle:
                 # What this layer lacks was asked for just now and is read first.
                 self.lookahead.score(self.layer, active)
                 self.lookahead.guess(self.layer, hidden, real)
-            return self._eager(_ExpertsView(module, self.params, lease), hidden, served_index, served_weights)
+            if self.form is not None:
+                return self.form.layer(lease, hidden, served_index, served_weights)
+            return self.eager(module, lease, hidden, served_index, served_weights)
+
+    def eager(
+        self, module: torch.nn.Module, lease: Borrowed, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the family's own code with borrowed experts in the place of its parameters."""
+        result: torch.Tensor = self._eager(_ExpertsView(module, self.params, lease), hidden, index, weights)
+        return result
 
     def _reroute(
         self,
@@ -202,10 +213,20 @@ class LayerHandle:
         counters.requests += hits + reroutes
 
 
+def _count(index: torch.Tensor, num_experts: int) -> list[int]:
+    """Count how often each expert occurs in an index; for one token, without a call to torch but one."""
+    if index.shape[0] != 1:
+        return torch.bincount(index.flatten(), minlength=num_experts).tolist()
+    counts = [0] * num_experts
+    for expert in index[0].tolist():
+        counts[expert] += 1
+    return counts
+
+
 class _ExpertsView:
     """Stands in for the experts module inside its eager code: weights come from slots, all else from the module."""
 
-    def __init__(self, module: torch.nn.Module, params: frozenset[str], lease: Lease) -> None:
+    def __init__(self, module: torch.nn.Module, params: frozenset[str], lease: Borrowed) -> None:
         self._module = module
         self._params = params
         self._lease = lease
@@ -219,7 +240,7 @@ class _ExpertsView:
 class _ParamView:
     """``weights[expert]`` answered from a slot."""
 
-    def __init__(self, lease: Lease, name: str) -> None:
+    def __init__(self, lease: Borrowed, name: str) -> None:
         self._lease = lease
         self._name = name
 

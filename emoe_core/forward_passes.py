@@ -80,9 +80,9 @@ class ForwardPasses:
             return self._quality.tolerance(task, layer)
         return self._control.tolerance(task, layer, self._tolerance)
 
-    def observe(self, layer: int, chosen: torch.Tensor, step: StepContext | None) -> None:
+    def observe(self, layer: int, chosen: torch.Tensor, demand: Sequence[int], step: StepContext | None) -> None:
         """Take one layer's desired experts for the history of the running requests."""
-        self._control.observe(layer, chosen, step)
+        self._control.observe(layer, chosen, demand, step)
 
     def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
         """Admit requests whose rows the next prefill will hold, in order; return their numbers.

@@ -7,14 +7,15 @@ family's own eager code computes and accumulates them):
 * absent ones are requested ahead, in order, as far as evictable slots (and the spare one) reach;
 * moving on to the next expert releases the previous one, whose slot may then take a later arrival.
 
-So a layer with more active experts than slots streams them with the same arithmetic in the same order, and reading
-overlaps computing. A lease cannot deadlock: everything it has in flight is used before whatever it still waits for.
+``lease[expert]`` goes through them in ascending order; `Lease.arrivals` takes them as they are ready, resident ones
+first. So a layer with more active experts than slots streams them with the same arithmetic, and reading overlaps
+computing. A lease cannot deadlock: everything it has in flight is used before whatever it still waits for.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Lease:
     """Experts of one layer, borrowed for one forward pass. ``lease[expert]`` gives its tensors, waiting if need be.
 
-    Experts must be asked for in ascending order; asking for the same expert
+    Use either `arrivals`, once, or ask for experts in ascending order; asking for the same expert
     again (its second matrix) is free. An id outside the lease (chosen by padding alone) gets the current expert's
     tensors: the result goes to padding rows only, which attention masks.
     """
@@ -40,7 +41,7 @@ class Lease:
         self._layer = layer
         self._held: dict[int, Entry] = {}
         self._absent: deque[int] = deque()
-        self._order = tuple(experts)
+        self.order = tuple(experts)
         self._current: int | None = None
         for expert in experts:
             entry = loader.table.get(layer, expert)
@@ -69,6 +70,23 @@ class Lease:
         assert self._current is not None
         return self._loader.tensors(self._held[self._current])
 
+    def arrivals(self) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
+        """Yield every expert with its tensors, those that are there first; each is released when the next is taken."""
+        loader = self._loader
+        while self._held or self._absent:
+            if not self._held:
+                self._advance()
+                assert self._held, "a lease without pins can always load"
+            expert, entry = next(
+                ((expert, entry) for expert, entry in self._held.items() if loader.arrived(entry)),
+                next(iter(self._held.items())),
+            )
+            loader.wait(entry)
+            loader.serve(entry)
+            yield expert, loader.tensors(entry)
+            loader.release(self._held.pop(expert))
+            self._advance()
+
     def close(self) -> None:
         """Release everything and give borrowed spare slots back. Idempotent."""
         held = list(self._held.values())
@@ -85,7 +103,7 @@ class Lease:
         if expert not in self._held and expert not in self._absent:
             # Chosen by padding alone: any resident tensor will do.
             if self._current is None:
-                self._move_to(self._order[0])
+                self._move_to(self.order[0])
             return
         if self._current is not None and self._current < expert:
             self._loader.release(self._held.pop(self._current))

@@ -73,6 +73,12 @@ class SlotMemory:
         start = entry.slot * self.stride_bytes
         return self._memory[start : start + self._layers[entry.layer].record_bytes]
 
+    def samples(self, layer: int) -> list[dict[str, torch.Tensor]]:
+        """Return the first two slots as parameters of a layer, to try arithmetic on before anything is loaded."""
+        spec = self._layers[layer]
+        starts = [slot * self.stride_bytes for slot in range(min(2, self.total_bytes // self.stride_bytes))]
+        return [spec.views(self._memory[start : start + spec.record_bytes]) for start in starts]
+
     def write(self, entry: Entry) -> None:
         """Read an expert's record into its slot; return when it is there. Runs in a reading thread."""
         target = self.record(entry)

@@ -1,0 +1,234 @@
+"""Computing a layer's experts from slots, each as soon as its weights are there.
+
+A family's eager code visits experts in ascending order, so one that is still being read holds up those behind it, and
+it finds each expert's tokens anew. Here tokens are grouped once, resident experts are computed while absent ones are
+read, and results are added in ascending order of expert id: the order of eager's additions, hence the same bits.
+
+transformers describes an experts module by flags (``has_gate``, ``is_transposed``, ``has_bias``,
+``has_post_expert_norm``) and gives it ``_apply_gate``; that is what is followed here. Whether it is what the family's
+own code does is not assumed: `prove` computes a few tokens both ways, in the engine's own slots, and only a form whose
+results are equal bit for bit is used. A family without one keeps its eager code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import linear
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Borrowed(Protocol):
+    """Experts lent to one pass of a layer; see `lease.Lease`."""
+
+    order: tuple[int, ...]
+
+    def __getitem__(self, expert: int) -> Tensors: ...
+
+    def arrivals(self) -> Iterable[tuple[int, Tensors]]:
+        """Return each expert with its tensors, in an order that must not matter."""
+
+
+Eager = Callable[[Borrowed, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+# Results that wait for their turn to be added may take this much; a longer pass computes in ascending order.
+WAITING_BYTES = 8 << 20
+_PROBES = ((1, 2), (1, 1), (5, 2))
+_PERIOD = 65521
+
+
+class ExpertForm:
+    """How an experts module computes one expert.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The experts module, for its flags, activation and norm.
+    fused_bias : bool
+        Whether a bias goes into the product or is added to what it gives; they round differently.
+    """
+
+    def __init__(self, module: Any, fused_bias: bool) -> None:
+        self._module = module
+        self._fused_bias = fused_bias
+        self._transposed = bool(module.is_transposed)
+        self._gated = bool(module.has_gate)
+        self._bias = bool(module.has_bias)
+        self._norm = bool(module.has_post_expert_norm)
+        self._up = "gate_up_proj" if self._gated else "up_proj"
+
+    def for_module(self, module: Any) -> ExpertForm:
+        """Return the same form for another experts module of the same class."""
+        return ExpertForm(module, self._fused_bias)
+
+    def expert(self, tensors: Tensors, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Compute one expert on its tokens: hidden [n, H], router weights [n, 1] -> weighted results [n, H]."""
+        states = self._product(hidden, tensors, self._up)
+        states = self._module._apply_gate(states) if self._gated else self._module.act_fn(states)
+        states = self._product(states, tensors, "down_proj")
+        if self._norm:
+            states = self._module.post_expert_norm(states)
+        return states * weights
+
+    def layer(self, lease: Borrowed, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Compute a layer from borrowed experts.
+
+        Parameters
+        ----------
+        lease : Borrowed
+            Experts that are computed; places of ``index`` that name another one (padding) give nothing.
+        hidden : torch.Tensor
+            [T, H].
+        index, weights : torch.Tensor
+            [T, k].
+
+        Returns
+        -------
+        torch.Tensor
+            [T, H].
+        """
+        total = torch.zeros_like(hidden)
+        tokens, k = index.shape
+        chosen: list[int] = index[0].tolist() if tokens == 1 else []
+        if len(set(chosen)) == k:
+            # Eager copies its rows to fresh memory, and some products round by how their operands are aligned.
+            row = hidden if hidden.data_ptr() % 64 == 0 else hidden.clone()
+            results = {}
+            for expert, tensors in lease.arrivals():
+                place = chosen.index(expert)
+                results[expert] = self.expert(tensors, row, weights[:, place : place + 1])
+            for expert in sorted(results):
+                total.add_(results[expert].to(total.dtype))
+            return total
+        groups = _group(index)
+        waiting = index.numel() * hidden.shape[1] * max(hidden.element_size(), weights.element_size())
+        if waiting > WAITING_BYTES:
+            for expert in lease.order:
+                places, rows = groups[expert]
+                part = self.expert(lease[expert], hidden[rows], weights[rows, places, None])
+                total.index_add_(0, rows, part.to(total.dtype))
+            return total
+        results = {}
+        for expert, tensors in lease.arrivals():
+            if expert in groups:
+                places, rows = groups[expert]
+                results[expert] = self.expert(tensors, hidden[rows], weights[rows, places, None])
+        for expert in sorted(results):
+            total.index_add_(0, groups[expert][1], results[expert].to(total.dtype))
+        return total
+
+    def _product(self, states: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
+        weight = tensors[name]
+        if not self._bias:
+            return states @ weight if self._transposed else linear(states, weight)
+        bias = tensors[f"{name}_bias"]
+        if self._fused_bias:
+            return torch.addmm(bias, states, weight) if self._transposed else linear(states, weight, bias)
+        return (states @ weight if self._transposed else linear(states, weight)) + bias
+
+
+def prove(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: int) -> ExpertForm | None:
+    """Return the form that computes what a family's eager code computes, bit for bit, or None.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The experts module.
+    eager : callable
+        (lease, hidden [T, H], index [T, k], weights [T, k]) -> result [T, H]; the family's own code.
+    samples : sequence of mapping
+        Parameters of two experts, in the memory that will hold real ones; they are overwritten.
+    num_experts : int
+        E, at least 2.
+    """
+    if num_experts < 2 or not hasattr(module, "_apply_gate"):
+        return None
+    for seed, tensors in enumerate(samples):
+        for name in sorted(tensors):
+            _fill(tensors[name], seed)
+    ids = (0, num_experts - 1)
+    weights_of = dict(zip(ids, samples, strict=True))
+    dtype, device = next(iter(samples[0].values())).dtype, next(iter(samples[0].values())).device
+    down = samples[0].get("down_proj")
+    if down is None:
+        return None
+    width = down.shape[1 if module.is_transposed else 0]
+    for fused in (True, False) if module.has_bias else (True,):
+        form = ExpertForm(module, fused)
+        try:
+            if all(_agree(form, eager, weights_of, tokens, k, width, dtype, device) for tokens, k in _PROBES):
+                return form
+        except (KeyError, RuntimeError, AttributeError, TypeError):
+            continue
+    return None
+
+
+def _agree(
+    form: ExpertForm,
+    eager: Eager,
+    weights_of: Mapping[int, Tensors],
+    tokens: int,
+    k: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Compare a form with eager code on some tokens."""
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.tensor(sorted(weights_of))
+    order = torch.stack([torch.randperm(len(ids), generator=generator)[:k] for _ in range(tokens)])
+    index = ids[order].to(device)
+    hidden = torch.randn(tokens, width, generator=generator).to(device, dtype)
+    for weight_dtype in {dtype, torch.float32}:
+        weights = torch.rand(tokens, k, generator=generator).to(device, weight_dtype)
+        with torch.no_grad():
+            lease = _Resident(weights_of, sorted(set(index.flatten().tolist())))
+            expected = eager(lease, hidden, index, weights)
+            got = form.layer(lease, hidden, index, weights)
+        if not bool(expected.isfinite().all()) or not torch.equal(expected, got):
+            return False
+    return True
+
+
+def _group(index: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Return, per expert of an index [T, k], the places and tokens that chose it, in eager's order: by place, token."""
+    tokens = index.shape[0]
+    flat = index.t().reshape(-1)
+    order = flat.argsort(stable=True)
+    place, token = order // tokens, order % tokens
+    groups, start = {}, 0
+    for expert, count in enumerate(torch.bincount(flat).tolist()):
+        if count:
+            groups[expert] = (place[start : start + count], token[start : start + count])
+            start += count
+    return groups
+
+
+def _fill(tensor: torch.Tensor, seed: int) -> None:
+    """Fill a parameter of any size with numbers that repeat after a prime count, at the speed of a copy."""
+    block = (
+        torch.randn(_PERIOD, generator=torch.Generator().manual_seed(seed)).mul_(0.05).to(tensor.device, tensor.dtype)
+    )
+    flat = tensor.view(-1)
+    for start in range(0, flat.numel(), _PERIOD):
+        part = flat[start : start + _PERIOD]
+        part.copy_(block[: part.numel()])
+
+
+class _Resident:
+    """A lease on experts that are all there."""
+
+    def __init__(self, tensors: Mapping[int, Tensors], order: Sequence[int]) -> None:
+        self.order = tuple(order)
+        self._tensors = tensors
+
+    def __getitem__(self, expert: int) -> Tensors:
+        return self._tensors[expert]
+
+    def arrivals(self) -> list[tuple[int, Tensors]]:
+        """Return the experts, the last one first: their order must not matter."""
+        return [(expert, self._tensors[expert]) for expert in self.order[::-1]]

@@ -1,0 +1,149 @@
+"""The grouped form of a layer's experts gives eager's bits, whatever order weights arrive in, or is not used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+import emoe_core
+from emoe_core import expert_compute
+from emoe_core.expert_compute import ExpertForm, Tensors, prove
+from emoe_core.experts import LayerHandle
+from workbench.reference_model.tiny import tiny_moe
+
+EXPERTS, HIDDEN, INNER = 6, 24, 40
+
+
+class Lent:
+    """A lease whose experts arrive in a given order."""
+
+    def __init__(self, tensors: list[Tensors], order: Iterable[int], arriving: Iterable[int]) -> None:
+        self.order = tuple(order)
+        self._tensors = tensors
+        self._arriving = list(arriving)
+
+    def __getitem__(self, expert: int) -> Tensors:
+        return self._tensors[expert]
+
+    def arrivals(self) -> list[tuple[int, Tensors]]:
+        return [(expert, self._tensors[expert]) for expert in self._arriving]
+
+
+class Module(torch.nn.Module):
+    """An experts module as transformers describes them."""
+
+    is_transposed = has_bias = has_post_expert_norm = False
+    has_gate = is_concatenated = True
+
+    def _apply_gate(self, states: torch.Tensor) -> torch.Tensor:
+        gate, up = states.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+
+def parameters(dtype: torch.dtype, seed: int = 0) -> list[Tensors]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "gate_up_proj": torch.randn(2 * INNER, HIDDEN, generator=generator).to(dtype),
+            "down_proj": torch.randn(HIDDEN, INNER, generator=generator).to(dtype),
+        }
+        for _ in range(EXPERTS)
+    ]
+
+
+def eager(lease: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, sign: int = 1) -> torch.Tensor:
+    """What transformers' families do: experts ascending (or, by sign, descending), a token's place first."""
+    total = torch.zeros_like(hidden)
+    for expert in sorted(set(index.flatten().tolist()), reverse=sign < 0):
+        place, token = torch.where((index == expert).t())
+        gate, up = linear(hidden[token], lease[expert]["gate_up_proj"]).chunk(2, dim=-1)
+        part = linear(torch.nn.functional.silu(gate) * up, lease[expert]["down_proj"])
+        total.index_add_(0, token, (part * weights[token, place, None]).to(total.dtype))
+    return total
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 9),
+    k=st.integers(1, 4),
+    seed=st.integers(0, 999),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    waits=st.booleans(),
+    data=st.data(),
+)
+def test_results_do_not_depend_on_the_order_of_arrival(tokens, k, seed, dtype, waits, data) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.stack([torch.randperm(EXPERTS, generator=generator)[:k] for _ in range(tokens)])
+    hidden = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
+    weights = torch.rand(tokens, k, generator=generator)
+    tensors, order = parameters(dtype, seed), sorted(set(index.flatten().tolist()))
+    lease = Lent(tensors, order, data.draw(st.permutations(order)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_compute, "WAITING_BYTES", 1 << 20 if waits else 0)
+        got = ExpertForm(Module(), True).layer(lease, hidden, index, weights)
+    assert torch.equal(got, eager(lease, hidden, index, weights))
+
+
+def test_an_expert_chosen_twice_by_a_token_counts_twice() -> None:
+    lease = Lent(parameters(torch.float32), [1], [1])
+    index, weights = torch.tensor([[1, 1]]), torch.tensor([[0.5, 0.25]])
+    hidden = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(0))
+    got = ExpertForm(Module(), True).layer(lease, hidden, index, weights)
+    assert torch.equal(got, eager(lease, hidden, index, weights))
+
+
+def test_an_expert_outside_the_lease_gives_nothing() -> None:
+    tensors = parameters(torch.float32)
+    index, weights = torch.tensor([[0, 4], [0, 1]]), torch.full((2, 2), 0.5)
+    hidden = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(0))
+    got = ExpertForm(Module(), True).layer(Lent(tensors, [0, 1], [1, 0]), hidden, index, weights)
+    full = eager(Lent(tensors, [0, 1, 4], []), hidden, index, weights)
+    assert torch.equal(got[1], full[1])
+    assert not torch.equal(got[0], full[0])
+
+
+def test_a_form_is_proven_on_the_memory_that_will_hold_the_experts() -> None:
+    samples = [dict(item) for item in parameters(torch.float32)[:2]]
+    assert isinstance(prove(Module(), eager, samples, EXPERTS), ExpertForm)
+
+
+def other_gate(lease: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros_like(hidden)
+    for expert in sorted(set(index.flatten().tolist())):
+        place, token = torch.where((index == expert).t())
+        up, gate = linear(hidden[token], lease[expert]["gate_up_proj"]).chunk(2, dim=-1)
+        part = linear(torch.nn.functional.silu(gate) * up, lease[expert]["down_proj"])
+        total.index_add_(0, token, (part * weights[token, place, None]).to(total.dtype))
+    return total
+
+
+def unweighted(lease: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return eager(lease, hidden, index, torch.ones_like(weights))
+
+
+def in_reverse(lease: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    offset = torch.full_like(hidden, 0.125)
+    return eager(lease, hidden, index, weights, sign=-1) + offset - offset
+
+
+@pytest.mark.parametrize("code", [other_gate, unweighted, in_reverse])
+def test_code_that_does_something_else_is_not_replaced(code: Any) -> None:
+    samples = [dict(item) for item in parameters(torch.bfloat16)[:2]]
+    assert prove(Module(), code, samples, EXPERTS) is None
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
+def test_known_families_are_computed_in_a_proven_form(family: str, tmp_path: Path) -> None:
+    path = tiny_moe(tmp_path / family, family=family, seed=3, dtype=torch.float32)
+    with emoe_core.load(path, budget="1 slots", pack_dir=tmp_path) as engine:
+        handles = [module.__dict__.get("_emoe_layer") for module in engine.model.modules()]
+        found = [handle for handle in handles if isinstance(handle, LayerHandle)]
+    assert found
+    assert all(handle.form is not None for handle in found)
