@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 
@@ -149,6 +149,21 @@ class ExpertLoader:
         self.counters.prefetches += loads
         self.counters.lookahead_loads += loads
         return loads
+
+    def call_off(self, layer: int, experts: Iterable[int]) -> None:
+        """Drop loads ahead of need that no thread has begun; they are counted as if they had not been asked for."""
+        for expert in experts:
+            future = self._loading.get((layer, expert))
+            entry = self.table.get(layer, expert)
+            if future is None or entry is None or entry.pins or not future.cancel():
+                continue
+            del self._loading[(layer, expert)]
+            if (layer, expert) in self._ahead:
+                self._ahead.remove((layer, expert))
+                self.counters.prefetches -= 1
+                self.counters.lookahead_loads -= 1
+                self.counters.bytes_loaded -= self.layers[layer].record_bytes
+            self.table.discard(entry)
 
     def evict(self, entry: Entry) -> None:
         """Remove a ready, unpinned expert and count it."""

@@ -10,6 +10,10 @@ the later layer's slots, so a prefill of many tokens never gets one. Guessed exp
 the later layer's own slots: only ready, unpinned experts that were not guessed give way, by the layer's eviction
 policy; the spare slot is never used. The layer that computes keeps its experts, for slots are counted per layer.
 
+Fetching ahead evicts, so wrong guesses cost more than they save. The share of fetched experts that their layer then
+wanted is followed; below `MIN_TRUST` nothing is fetched, and only every 16th pass guesses, to notice when that changes.
+When a layer starts, reads of wrong guesses for it that have not begun are called off.
+
 A guess changes what is in slots and nothing else: no arithmetic, no routing, no history. There is none for the first
 layers of a pass, nor for routers that no routing rule explains.
 """
@@ -23,6 +27,11 @@ import torch
 from .loader import ExpertLoader
 
 Router = Callable[[torch.Tensor], torch.Tensor]
+
+MIN_TRUST = 0.6
+# The weight of the latest fetched guess in the share of right ones.
+_NEWEST = 1 / 64
+_LISTEN_EVERY = 16
 
 
 class Lookahead:
@@ -55,7 +64,8 @@ class Lookahead:
         ]
         self._loader = loader
         self._routers = tuple(routers)
-        self._guesses: dict[int, tuple[int, frozenset[int]]] = {}
+        self._guesses: dict[int, tuple[int, frozenset[int], frozenset[int]]] = {}
+        self.trust = 1.0
 
     def guess(self, layer: int, hidden: torch.Tensor, real: torch.Tensor | None) -> None:
         """Guess from the input of one layer's experts, hidden [T, H], and fetch what is absent.
@@ -66,8 +76,12 @@ class Lookahead:
         router = self._routers[target] if target < len(self._routers) else None
         if router is None:
             return
+        table = self._loader.table
+        trusted = self.trust >= MIN_TRUST
+        if not trusted and table.forward % _LISTEN_EVERY:
+            return
         rows = hidden if real is None else hidden[real]
-        capacity = self._loader.table.capacity[target]
+        capacity = table.capacity[target]
         # So many tokens hardly ever agree on a set that fits: spare them the product.
         if not 0 < rows.shape[0] <= capacity:
             return
@@ -78,14 +92,20 @@ class Lookahead:
         guessed = list(dict.fromkeys(chosen.t().flatten().tolist()))
         if len(guessed) > capacity:
             return
-        self._guesses[target] = (self._loader.table.forward, frozenset(guessed))
-        self._loader.fetch_ahead(target, guessed)
+        absent = frozenset(guessed) - table.resident(target)
+        self._guesses[target] = (table.forward, frozenset(guessed), absent)
+        if trusted:
+            self._loader.fetch_ahead(target, guessed)
 
     def score(self, layer: int, wanted: Sequence[int]) -> None:
         """Compare the guess for a layer, if there was one in this pass, with the experts it wanted (distinct)."""
-        forward, guessed = self._guesses.pop(layer, (-1, frozenset()))
+        forward, guessed, absent = self._guesses.pop(layer, (-1, frozenset(), frozenset()))
         if forward != self._loader.table.forward:
             return
+        for expert in absent:
+            self.trust += _NEWEST * ((expert in wanted) - self.trust)
+        if absent:
+            self._loader.call_off(layer, absent.difference(wanted))
         counters = self._loader.counters
         counters.lookahead_guessed += len(guessed)
         counters.lookahead_wanted += len(wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,8 +37,10 @@ class Flaky(PackedFile):
     def __init__(self, pack: Pack) -> None:
         super().__init__(pack, verify="always")
         self.broken: set[tuple[int, int]] = set()
+        self.before_read: Callable[[], object] = lambda: None
 
     def read_into(self, layer: int, expert: int, out: torch.Tensor) -> None:
+        self.before_read()
         if (layer, expert) in self.broken:
             out[: len(out) // 2] = 255
             raise PackError(f"expert {expert} of layer {layer} cannot be read. Write the pack again.")
@@ -83,9 +86,25 @@ def borrow(pack: Pack, loader: ExpertLoader, layer: int, experts: list[int]) -> 
             assert is_intact(pack, loader, layer, expert)
 
 
+def take(pack: Pack, loader: ExpertLoader, layer: int, experts: list[int]) -> None:
+    """Go through a lease as experts arrive, comparing every expert's bytes while it is held."""
+    loader.table.begin(layer, [int(expert in experts) for expert in range(EXPERTS)])
+    seen = []
+    with loader.lease(layer, experts) as lease:
+        for expert, tensors in lease.arrivals():
+            seen.append(expert)
+            entry = loader.table.get(layer, expert)
+            assert entry is not None and entry.pins > 0, "an expert in use must be pinned"
+            assert tensors is loader.tensors(entry)
+            assert is_intact(pack, loader, layer, expert)
+    assert sorted(seen) == experts
+
+
 EVENTS = st.one_of(
     st.tuples(
-        st.just("lease"), st.integers(0, LAYERS - 1), st.sets(st.integers(0, EXPERTS - 1), min_size=1).map(sorted)
+        st.sampled_from(["borrow", "take"]),
+        st.integers(0, LAYERS - 1),
+        st.sets(st.integers(0, EXPERTS - 1), min_size=1).map(sorted),
     ),
     st.tuples(st.just("swap"), st.just(0), st.lists(st.integers(0, EXPERTS - 1), unique=True, max_size=4)),
     st.tuples(st.just("break"), st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)),
@@ -105,10 +124,10 @@ def test_bytes_are_right_after_any_leases_swaps_and_failures(pack: Pack, events,
     broken: set[tuple[int, int]] = loader.storage.broken
     try:
         for what, layer, which in events:
-            if what == "lease":
+            if what in ("borrow", "take"):
                 failing = {(layer, expert) for expert in which} & broken
                 try:
-                    borrow(pack, loader, layer, which)
+                    (borrow if what == "borrow" else take)(pack, loader, layer, which)
                 except PackError:
                     assert failing
             elif what == "swap":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_exact import FAMILIES, prefill_and_decode, prompt_ids, stock
-from test_loader import check_all, make, pack  # noqa: F401
+from test_loader import borrow, check_all, make, pack  # noqa: F401
 
 import emoe_core
 from emoe_core.demand_table import POLICY_NAMES
 from emoe_core.errors import OptionError
-from emoe_core.lookahead import norm_scale
+from emoe_core.lookahead import MIN_TRUST, Lookahead, norm_scale
 from emoe_core.pack import Pack
 from workbench.configuration import ExperimentConfig, as_params
 from workbench.reference_model.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
@@ -136,6 +137,60 @@ def test_a_failed_guess_is_dropped_and_wasted(pack: Pack) -> None:  # noqa: F811
     loader.reset_counters()
     loader.close()
     assert loader.counters.lookahead_wasted == 0, "what came before the reset is nobody's waste"
+
+
+def test_wrong_guesses_that_were_not_begun_are_called_off(pack: Pack) -> None:  # noqa: F811
+    loader = make(pack, capacity=4, threads=1)
+    busy, begun = threading.Event(), threading.Event()
+    loader.storage.before_read = lambda: (begun.set(), busy.wait(timeout=60))
+    assert loader.fetch_ahead(1, [2, 5, 6]) == 3
+    assert begun.wait(timeout=60), "the only thread reads expert 2"
+    loader.call_off(1, [2, 6])
+    assert loader.table.resident(1) == {2, 5}
+    busy.set()
+    check_all(pack, loader)
+    assert loader.counters.lookahead_loads == loader.counters.prefetches == 2
+    loader.close()
+    assert loader.counters.lookahead_wasted == 2
+
+
+class Guess:
+    """A router that always chooses the same experts."""
+
+    def __init__(self, chosen: list[int]) -> None:
+        self.chosen = torch.tensor([chosen])
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.chosen
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_guesser_is_trusted_while_it_is_right(right: bool, pack: Pack) -> None:  # noqa: F811
+    loader = make(pack, capacity=2)
+    lookahead = Lookahead(loader, [None, Guess([0, 1])], [None, None], 1)
+    hidden, loads = torch.zeros(1, 4), []
+    for step in range(300):
+        loader.table.forward = step
+        lookahead.guess(0, hidden, None)
+        lookahead.score(1, [0, 1] if right else [2, 3])
+        loads.append(loader.counters.lookahead_loads)
+        # Demand that pushes the guess out of the slots again.
+        borrow(pack, loader, 1, [2, 3])
+    loader.settle()
+    loader.table.check()
+    if right:
+        assert lookahead.trust > 0.99
+        assert loads[-1] > loads[200] > loads[100], "it goes on fetching"
+    else:
+        assert lookahead.trust < MIN_TRUST
+        assert loads[-1] == loads[100], "once distrusted, nothing is fetched"
+        # It goes on listening, and is believed again once it is right.
+        for step in range(300, 4000):
+            loader.table.forward = step
+            lookahead.guess(0, hidden, None)
+            lookahead.score(1, [0, 1])
+        assert lookahead.trust > MIN_TRUST
+    loader.close()
 
 
 def test_norms_of_another_kind_are_refused() -> None:
