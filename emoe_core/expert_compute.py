@@ -12,7 +12,8 @@ results are equal bit for bit is used. A family without one keeps its eager code
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,15 +29,15 @@ class Borrowed(Protocol):
 
     def __getitem__(self, expert: int) -> Tensors: ...
 
-    def arrivals(self) -> Iterable[tuple[int, Tensors]]:
-        """Return each expert with its tensors, in an order that must not matter."""
+    def take(self, lowest: bool = False) -> tuple[int, Tensors] | None:
+        """Return an expert not taken yet with its tensors, the lowest one or any; None after the last."""
 
 
 Eager = Callable[[Borrowed, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-# Results that wait for their turn to be added may take this much; a longer pass computes in ascending order.
-WAITING_BYTES = 8 << 20
+# When results that wait for their turn to be added take this much, the next expert in order is waited for.
+WAITING_BYTES = 16 << 20
 _PROBES = ((1, 2), (1, 1), (5, 2))
 _PERIOD = 65521
 
@@ -92,33 +93,31 @@ class ExpertForm:
             [T, H].
         """
         total = torch.zeros_like(hidden)
-        tokens, k = index.shape
-        chosen: list[int] = index[0].tolist() if tokens == 1 else []
-        if len(set(chosen)) == k:
-            # Eager copies its rows to fresh memory, and some products round by how their operands are aligned.
-            row = hidden if hidden.data_ptr() % 64 == 0 else hidden.clone()
-            results = {}
-            for expert, tensors in lease.arrivals():
-                place = chosen.index(expert)
-                results[expert] = self.expert(tensors, row, weights[:, place : place + 1])
-            for expert in sorted(results):
-                total.add_(results[expert].to(total.dtype))
-            return total
-        groups = _group(index)
-        waiting = index.numel() * hidden.shape[1] * max(hidden.element_size(), weights.element_size())
-        if waiting > WAITING_BYTES:
-            for expert in lease.order:
-                places, rows = groups[expert]
-                part = self.expert(lease[expert], hidden[rows], weights[rows, places, None])
-                total.index_add_(0, rows, part.to(total.dtype))
-            return total
-        results = {}
-        for expert, tensors in lease.arrivals():
+        groups = _one_token(index) if index.shape[0] == 1 else None
+        if groups is None:
+            groups = _group(index)
+        results: dict[int, torch.Tensor] = {}
+        order, waiting = deque(lease.order), 0
+        while (taken := lease.take(lowest=waiting > WAITING_BYTES)) is not None:
+            expert, tensors = taken
             if expert in groups:
                 places, rows = groups[expert]
-                results[expert] = self.expert(tensors, hidden[rows], weights[rows, places, None])
-        for expert in sorted(results):
-            total.index_add_(0, groups[expert][1], results[expert].to(total.dtype))
+                if rows is None:
+                    # Eager copies its rows to fresh memory, and some products round by how operands are aligned.
+                    row = hidden if hidden.data_ptr() % 64 == 0 else hidden.clone()
+                    result = self.expert(tensors, row, weights[:, places])
+                else:
+                    result = self.expert(tensors, hidden[rows], weights[rows, places, None])
+                results[expert] = result
+                waiting += result.nbytes
+            while order and (order[0] in results or order[0] not in groups):
+                ready = results.pop(order[0], None)
+                if ready is not None:
+                    waiting -= ready.nbytes
+                    rows = groups[order[0]][1]
+                    part = ready.to(total.dtype)
+                    total = total.add_(part) if rows is None else total.index_add_(0, rows, part)
+                order.popleft()
         return total
 
     def _product(self, states: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
@@ -194,13 +193,24 @@ def _agree(
     return True
 
 
-def _group(index: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+Group = tuple[Any, torch.Tensor | None]
+
+
+def _one_token(index: torch.Tensor) -> dict[int, Group] | None:
+    """Return, per expert of an index [1, k], its place (a slice) and None for rows; None where one comes twice."""
+    chosen = index[0].tolist()
+    groups: dict[int, Group] = {expert: (slice(place, place + 1), None) for place, expert in enumerate(chosen)}
+    return groups if len(groups) == len(chosen) else None
+
+
+def _group(index: torch.Tensor) -> dict[int, Group]:
     """Return, per expert of an index [T, k], the places and tokens that chose it, in eager's order: by place, token."""
     tokens = index.shape[0]
     flat = index.t().reshape(-1)
     order = flat.argsort(stable=True)
     place, token = order // tokens, order % tokens
-    groups, start = {}, 0
+    start = 0
+    groups: dict[int, Group] = {}
     for expert, count in enumerate(torch.bincount(flat).tolist()):
         if count:
             groups[expert] = (place[start : start + count], token[start : start + count])
@@ -224,11 +234,15 @@ class _Resident:
 
     def __init__(self, tensors: Mapping[int, Tensors], order: Sequence[int]) -> None:
         self.order = tuple(order)
+        self._left = list(order)
         self._tensors = tensors
 
     def __getitem__(self, expert: int) -> Tensors:
         return self._tensors[expert]
 
-    def arrivals(self) -> list[tuple[int, Tensors]]:
-        """Return the experts, the last one first: their order must not matter."""
-        return [(expert, self._tensors[expert]) for expert in self.order[::-1]]
+    def take(self, lowest: bool = False) -> tuple[int, Tensors] | None:
+        """Return the last one first: their order must not matter."""
+        if not self._left:
+            return None
+        expert = self._left.pop()
+        return expert, self._tensors[expert]

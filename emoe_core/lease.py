@@ -7,15 +7,15 @@ family's own eager code computes and accumulates them):
 * absent ones are requested ahead, in order, as far as evictable slots (and the spare one) reach;
 * moving on to the next expert releases the previous one, whose slot may then take a later arrival.
 
-``lease[expert]`` goes through them in ascending order; `Lease.arrivals` takes them as they are ready, resident ones
-first. So a layer with more active experts than slots streams them with the same arithmetic, and reading overlaps
+``lease[expert]`` goes through them in ascending order; `Lease.take` takes them as they are ready, resident ones first.
+So a layer with more active experts than slots streams them with the same arithmetic, and reading overlaps
 computing. A lease cannot deadlock: everything it has in flight is used before whatever it still waits for.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Lease:
     """Experts of one layer, borrowed for one forward pass. ``lease[expert]`` gives its tensors, waiting if need be.
 
-    Use either `arrivals`, once, or ask for experts in ascending order; asking for the same expert
+    Use either `take` alone, or ask for experts in ascending order; asking for the same expert
     again (its second matrix) is free. An id outside the lease (chosen by padding alone) gets the current expert's
     tensors: the result goes to padding rows only, which attention masks.
     """
@@ -70,22 +70,31 @@ class Lease:
         assert self._current is not None
         return self._loader.tensors(self._held[self._current])
 
-    def arrivals(self) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
-        """Yield every expert with its tensors, those that are there first; each is released when the next is taken."""
+    def take(self, lowest: bool = False) -> tuple[int, Mapping[str, torch.Tensor]] | None:
+        """Return an expert not taken yet and its tensors, or None after the last; the one before is released.
+
+        Parameters
+        ----------
+        lowest : bool
+            True: the lowest expert that is left. False: one that is there, if there is one.
+        """
         loader = self._loader
-        while self._held or self._absent:
-            if not self._held:
-                self._advance()
-                assert self._held, "a lease without pins can always load"
-            expert, entry = next(
-                ((expert, entry) for expert, entry in self._held.items() if loader.arrived(entry)),
-                next(iter(self._held.items())),
-            )
-            loader.wait(entry)
-            loader.serve(entry)
-            yield expert, loader.tensors(entry)
-            loader.release(self._held.pop(expert))
-            self._advance()
+        if self._current is not None:
+            loader.release(self._held.pop(self._current))
+            self._current = None
+        self._advance()
+        if not self._held:
+            assert not self._absent, "a lease without pins can always load"
+            return None
+        # Absent experts are asked for in ascending order, and the spare slot serves the first: the lowest one is held.
+        expert = min(self._held)
+        if not lowest:
+            expert = next((held for held, entry in self._held.items() if loader.arrived(entry)), expert)
+        entry = self._held[expert]
+        self._current = expert
+        loader.wait(entry)
+        loader.serve(entry)
+        return expert, loader.tensors(entry)
 
     def close(self) -> None:
         """Release everything and give borrowed spare slots back. Idempotent."""

@@ -28,7 +28,7 @@ from .loader import ExpertLoader
 
 Router = Callable[[torch.Tensor], torch.Tensor]
 
-MIN_TRUST = 0.6
+MIN_TRUST = 0.5
 # The weight of the latest fetched guess in the share of right ones.
 _NEWEST = 1 / 64
 _LISTEN_EVERY = 16
