@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,11 +21,13 @@ from transformers.modeling_utils import _get_dtype
 from emoe_core.conversion import ParamSource, match_sources, target_dtype
 from emoe_core.dense import build_dense_model, meta_model
 from emoe_core.errors import CheckpointError, OptionError, UnsupportedFamilyError
+from emoe_core.int8 import SCALE, int8_layer, quantize
 from emoe_core.model_config import expert_count, find_model, read_config, top_k
 from emoe_core.shards import ALIGNMENT, Shard, TensorRef, find_shards, fingerprint
 
 PARAM_ALIGN_BYTES = ALIGNMENT
 RECORD_ALIGN_BYTES = 4096
+EXPERT_DTYPES = ("auto", "int8")
 _DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -78,6 +80,8 @@ class CheckpointIndex:
         SHA-256 naming the weights (see `emoe_core.shards.fingerprint`).
     expert_bytes_total, dense_bytes_total : int
         Bytes of all records with their padding; bytes of all other weights in the model's dtype.
+    expert_dtype : str
+        How records hold experts: "auto" (as the module has them) or "int8" (see `int8.py`).
     """
 
     path: Path
@@ -92,6 +96,17 @@ class CheckpointIndex:
     shards: tuple[Shard, ...] = field(repr=False)
     _sources: Mapping[str, ParamSource] = field(repr=False)
     _dense: Mapping[str, TensorRef] = field(repr=False)
+    expert_dtype: str = "auto"
+
+    def with_expert_dtype(self, name: str) -> CheckpointIndex:
+        """Return the index with records of another kind; OptionError for an unknown one, or where it cannot be."""
+        if name not in EXPERT_DTYPES:
+            raise OptionError(f"unknown expert_dtype {name!r}: choose one of {', '.join(EXPERT_DTYPES)}")
+        if name == self.expert_dtype:
+            return self
+        layers = tuple(int8_layer(layer) for layer in self.layers)
+        total = sum(layer.num_experts * layer.record_bytes for layer in layers)
+        return replace(self, layers=layers, expert_bytes_total=total, expert_dtype=name)
 
     def expert_tensors(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """Return one expert's parameters as stock loading would place them in ``module.<param>[expert]``.
@@ -99,7 +114,8 @@ class CheckpointIndex:
         Only this expert's bytes are read.
         """
         spec = self.layers[layer]
-        return {param.name: self._sources[f"{spec.name}.{param.name}"].read_expert(expert) for param in spec.params}
+        names = {param.name: f"{spec.name}.{param.name}" for param in spec.params}
+        return {name: self._sources[key].read_expert(expert) for name, key in names.items() if key in self._sources}
 
     def read_record(self, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fill ``out`` (uint8 ``[record_bytes]``) with one expert's record, padding zeroed."""
@@ -107,6 +123,9 @@ class CheckpointIndex:
         out.zero_()
         views = spec.views(out)
         for name, tensor in self.expert_tensors(layer, expert).items():
+            if name + SCALE in views:
+                tensor, scale = quantize(tensor.to(views[name + SCALE].dtype))
+                views[name + SCALE].copy_(scale)
             views[name].copy_(tensor)
 
     def source_mtimes(self) -> dict[str, int]:

@@ -69,7 +69,8 @@ def load(checkpoint: str | Path, *, progress: Progress | None = None, **options:
     if unknown:
         raise OptionError(f"unknown option {', '.join(unknown)}: the options are {', '.join(sorted(known))}")
     config = EngineConfig(**options)
-    return Engine(open_checkpoint(checkpoint, config.dtype), config, progress)
+    index = open_checkpoint(checkpoint, config.dtype).with_expert_dtype(config.expert_dtype)
+    return Engine(index, config, progress)
 
 
 class Engine:

@@ -15,7 +15,7 @@ batch agrees with stock within rounding on its real rows, an unpadded one bit fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .context import StepContext
 from .errors import IntegrationError, UnsupportedFamilyError
 from .expert_compute import Borrowed, ExpertForm
+from .int8 import parameter
 from .loader import ExpertLoader
 from .lookahead import Lookahead
 from .rerouting import Choice, Rerouted, RoutingRule, find_rule, outbid, replaceable, substitute
@@ -245,8 +246,7 @@ class _ParamView:
         self._name = name
 
     def __getitem__(self, expert: Any) -> torch.Tensor:
-        tensors: Mapping[str, torch.Tensor] = self._lease[int(expert)]
-        return tensors[self._name]
+        return parameter(self._lease[int(expert)], self._name)
 
 
 def emoe_experts_forward(

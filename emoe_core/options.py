@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import EXPERT_DTYPES
 from .demand_table import require_policy
 from .errors import OptionError
 from .interval import make_interval
@@ -50,6 +51,9 @@ class EngineConfig:
         layer gets where no budget is given, and which (task, layer) pairs reroute (see `quality_target.py`).
     device, dtype : str
         "auto" takes CUDA where there is one, and the checkpoint's dtype.
+    expert_dtype : str
+        "auto" keeps experts in the model's dtype; "int8" rounds them to 8 bits (see `int8.py`): half the memory and
+        half the reads, exact only with respect to the rounded experts.
     tier : str
         Where experts rest: "disk" (the pack) or "host" (host memory, pinned for CUDA).
     direct : bool
@@ -82,6 +86,7 @@ class EngineConfig:
     max_quality_loss: float | None = None
     device: str = "auto"
     dtype: str = "auto"
+    expert_dtype: str = "auto"
     tier: str = "disk"
     direct: bool = True
     verify: str = "first"
@@ -115,6 +120,8 @@ class EngineConfig:
             raise OptionError(f"lookahead is {self.lookahead!r}: give a number of layers, 0 being off")
         if self.verify not in ("first", "always", "never"):
             raise OptionError(f"verify is {self.verify!r}: choose 'first', 'always' or 'never'")
+        if self.expert_dtype not in EXPERT_DTYPES:
+            raise OptionError(f"expert_dtype is {self.expert_dtype!r}: choose one of {', '.join(EXPERT_DTYPES)}")
         if self.tier not in ("disk", "host"):
             raise OptionError(f"tier is {self.tier!r}: choose 'disk' or 'host'")
         if self.threads < 1:

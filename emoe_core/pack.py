@@ -85,7 +85,8 @@ def ensure_pack(index: CheckpointIndex, cache_dir: str | Path, progress: Progres
     A pack whose checkpoint files have other modification times than when it was made is compared with the checkpoint
     expert by expert; the answer is remembered beside the pack.
     """
-    file = Path(cache_dir) / f"{index.model_type}-{dtype_name(index.dtype)}-{index.source_hash[:16]}.emoe"
+    kind = dtype_name(index.dtype) + ("" if index.expert_dtype == "auto" else f"-{index.expert_dtype}")
+    file = Path(cache_dir) / f"{index.model_type}-{kind}-{index.source_hash[:16]}.emoe"
     try:
         pack = Pack.open(file, index)
         if not _same_files(pack, index):
