@@ -226,7 +226,7 @@ def listed(text: str | float) -> list[str]:
 def _fields(config: ExperimentConfig) -> dict[str, Any]:
     kept = (
         *("model", "budget", "tolerance", "cache_bias", "strategy", "policy", "interval", "replan", "lookahead"),
-        *("skipping", "mix", "labels", "label_error", "stepwise", "seed"),
+        *("skipping", "mix", "labels", "label_error", "stepwise", "expert_dtype", "seed"),
     )
     return {name: getattr(config, name) for name in kept}
 

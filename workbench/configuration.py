@@ -57,6 +57,7 @@ class ExperimentConfig:
     max_new_tokens: int = 32
     answers: int = 0
     dtype: str = "float32"
+    expert_dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
 
@@ -97,6 +98,7 @@ class ExperimentConfig:
             "lookahead": self.lookahead,
             "device": self.device,
             "dtype": self.dtype,
+            "expert_dtype": self.expert_dtype,
             "seed": self.seed,
         }
 

@@ -23,6 +23,9 @@ BudgetOption = Annotated[
     str | None,
     typer.Option(help="Memory for experts: '40%', '300MB' or '3 slots'.  [default: 40%, or as the target asks]"),
 ]
+ExpertDtypeOption = Annotated[
+    str, typer.Option(help="'auto' keeps experts as they are; 'int8' rounds them: half the memory, not exact.")
+]
 QualityOption = Annotated[
     float | None, typer.Option(help="Allowed rise of perplexity, 0.01 for 1%; needs the model's task profile.")
 ]
@@ -40,6 +43,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     device: Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.")] = "auto",
     dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
+    expert_dtype: ExpertDtypeOption = "auto",
 ) -> None:
     """Answer a prompt under a memory budget, and say what the budget did."""
     if max_new_tokens < 1:
@@ -61,6 +65,7 @@ def run(
             tolerance=tolerance,
             device=device,
             dtype=dtype,
+            expert_dtype=expert_dtype,
             **_memory_options(checkpoint, budget, max_quality_loss),
         )
     with engine:
@@ -122,6 +127,7 @@ def estimate(
     max_tokens: Annotated[int, typer.Option(help="Longest sequence, prompt and answer together.")] = 1024,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
+    expert_dtype: ExpertDtypeOption = "auto",
 ) -> None:
     """Say what a budget buys and what memory the model needs, without loading it."""
     from emoe_core.budget import plan_slots
@@ -133,11 +139,12 @@ def estimate(
     from workbench.quantities import show_bytes
 
     checkpoint = resolve_model(model)
-    index = open_checkpoint(checkpoint, dtype)
+    index = open_checkpoint(checkpoint, dtype).with_expert_dtype(expert_dtype)
     plan, quality = plan_engine(index, EngineConfig(**_memory_options(checkpoint, budget, max_quality_loss)))
     least = plan_slots(index, "1 slot")
     console = Console()
-    table = Table(title=f"{index.model_type}, {str(index.dtype).removeprefix('torch.')}", show_header=False)
+    kind = "" if expert_dtype == "auto" else f", experts in {expert_dtype}"
+    table = Table(title=f"{index.model_type}, {str(index.dtype).removeprefix('torch.')}{kind}", show_header=False)
     for term, value in [*plan.rows(), ("smallest exact budget", show_bytes(least.slot_bytes))]:
         table.add_row(term, value)
     if quality is not None:
