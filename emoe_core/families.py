@@ -1,0 +1,79 @@
+"""Which Mixture-of-Experts families the installed transformers has, read from its own source and registries.
+
+Terms. A *family* is one ``model_type`` that a checkpoint's ``config.json`` can carry. Families are found, not listed:
+every modeling file that decorates a class with ``use_experts_implementation`` counts, with each model type that
+transformers' registries of whole models lead to it, so a newer transformers brings its families along. Nothing is
+imported or built to find them.
+
+Whether a family can be served is decided at load, by `emoe_core.checkpoint`, not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+DECORATOR = "@use_experts_implementation"
+# Kinds of whole models that predict the next token from text, the first that knows a configuration is loaded.
+_LANGUAGE_MODELS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+_OTHER_MODELS = ("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "TOKEN_CLASSIFICATION")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type, the modeling file (folder) its code lies in, and the class of transformers that is loaded."""
+
+    model_type: str
+    module: str
+    model_class: str
+
+
+def decorated_modules() -> tuple[str, ...]:
+    """Return the names of the folders of transformers' models that use the experts interface, sorted."""
+    root = Path(transformers.__file__).parent / "models"
+    return tuple(
+        sorted(
+            file.parent.name
+            for file in root.glob("*/modeling_*.py")
+            if DECORATOR in file.read_text(encoding="utf-8")
+        )
+    )
+
+
+def families() -> tuple[Family, ...]:
+    """Return every family whose modeling file uses the experts interface, sorted by model type."""
+    modules = set(decorated_modules())
+    found = []
+    for model_type in CONFIG_MAPPING_NAMES:
+        module = model_type_to_module_name(model_type)
+        model_class = _class_name(model_type)
+        if module in modules and model_class is not None:
+            found.append(Family(model_type, module, model_class))
+    return tuple(sorted(found, key=lambda family: family.model_type))
+
+
+def language_model_class(config: PreTrainedConfig) -> Any | None:
+    """Return the class of transformers that makes a language model of a configuration, or None.
+
+    A family with images or sound may have no class for its text alone; then it is the class of the whole model.
+    """
+    for kind in _LANGUAGE_MODELS:
+        mapping: Any = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING")
+        if type(config) in mapping:
+            return mapping[type(config)]
+    return None
+
+
+def _class_name(model_type: str) -> str | None:
+    for kind in (*_LANGUAGE_MODELS, *_OTHER_MODELS):
+        names: Mapping[str, str] = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {})
+        if model_type in names:
+            return names[model_type]
+    return None
