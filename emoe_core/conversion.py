@@ -76,10 +76,14 @@ class ParamSource:
 
         Whatever is stacked from several tensors, converted or cast is memory of its own.
         """
-        if not self.fused or len(self.sources) != 1 or (self.converter is not None and self.converter.operations):
+        if not self.fused or len(self.sources) != 1:
             return None
-        (ref,) = next(iter(self.sources.values()))
-        return ref.offset_bytes if ref.dtype == self.dtype else None
+        ((pattern, (ref,)),) = self.sources.items()
+        if ref.dtype != self.dtype:
+            return None
+        whole = torch.empty((1, *ref.shape[1:]), device="meta")
+        # Some operations leave a tensor alone that has the expected shape already.
+        return ref.offset_bytes if self._converted({pattern: whole}) is whole else None
 
     def check_shapes(self) -> None:
         """Raise CheckpointError unless every expert's tensors convert to the parameter's shape; reads nothing."""
@@ -92,6 +96,15 @@ class ParamSource:
         self._convert({pattern: torch.empty(shape, device="meta") for pattern, shape in shapes.items()}, 0)
 
     def _convert(self, tensors: dict[str, torch.Tensor], expert: int) -> torch.Tensor:
+        tensor = self._converted(tensors)
+        if tuple(tensor.shape) != (1, *self.shape[1:]):
+            raise CheckpointError(
+                f"{self.name}[{expert}] converts to shape {tuple(tensor.shape[1:])}, the model expects "
+                f"{self.shape[1:]}. The configuration and the weights disagree; fetch the checkpoint again."
+            )
+        return tensor[0].contiguous()
+
+    def _converted(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         collected: dict[str, Any] = {pattern: [tensor] for pattern, tensor in tensors.items()}
         converter = self.converter
         for operation in [] if converter is None else converter.operations:
@@ -106,13 +119,7 @@ class ParamSource:
                 missing_keys=None,
             )
         (made,) = collected.values()
-        tensor: torch.Tensor = made[0] if isinstance(made, list) else made
-        if tuple(tensor.shape) != (1, *self.shape[1:]):
-            raise CheckpointError(
-                f"{self.name}[{expert}] converts to shape {tuple(tensor.shape[1:])}, the model expects "
-                f"{self.shape[1:]}. The configuration and the weights disagree; fetch the checkpoint again."
-            )
-        return tensor[0].contiguous()
+        return made[0] if isinstance(made, list) else made
 
 
 def match_sources(

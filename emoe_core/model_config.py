@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from emoe_core.errors import CheckpointError, UnsupportedFamilyError
+from emoe_core.families import language_model_class
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
@@ -87,12 +88,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"model type {model_type!r} at {folder} is not part of this transformers, or its configuration is invalid "
             f"({reason}). emoe never runs code that comes with a checkpoint."
         ) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    model_class = language_model_class(config)
+    if model_class is None:
         raise UnsupportedFamilyError(
             f"model type {model_type!r} at {folder} is not a causal language model of transformers."
         )
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    # A family with images or sound keeps its language model in a sub-configuration; transformers does the same.
+    # Where transformers has a class for the language model alone, it takes the sub-configuration; so do we.
     if model_class.config_class == config.sub_configs.get("text_config", None):
         config = config.get_text_config()
     return config

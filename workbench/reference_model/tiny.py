@@ -214,6 +214,7 @@ def _roughen(model: torch.nn.Module) -> None:
     with torch.no_grad():
         tensors = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in tensors:
-            constant = tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
-            if constant and "inv_freq" not in name:
+            if tensor.numel() < 2 or not tensor.is_floating_point() or "inv_freq" in name:
+                continue
+            if bool((tensor == tensor.flatten()[0]).all()):
                 tensor.add_(torch.randn_like(tensor) * 0.05)

@@ -25,6 +25,7 @@ _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "unpadded_vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
+    "d_model": HIDDEN,
     "text_hidden_size": HIDDEN,
     "moe_hidden_size": HIDDEN,
     "intermediate_size": 32,
@@ -87,6 +88,8 @@ _SIZES: dict[str, Any] = {
     "n_groups": 2,
     "mamba_chunk_size": 8,
     "chunk_size": 8,
+    # Wide enough that routers tell experts and tokens apart.
+    "initializer_range": 0.3,
     # Towers for images and sound.
     "depth": 2,
     "num_heads": 4,
@@ -94,6 +97,10 @@ _SIZES: dict[str, Any] = {
     "encoder_layers": 2,
     "encoder_attention_heads": 4,
     "encoder_ffn_dim": 32,
+    "downsample_hidden_size": 16,
+    "adapter_in_dim": HIDDEN,
+    "adapter_input_size": HIDDEN,
+    "adapter_out_dim": HIDDEN,
     "projection_dim": HIDDEN,
     "output_dim": HIDDEN,
 }
@@ -116,6 +123,38 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 8], "rope_parameters": _SECTIONS},
     "zaya": {"num_experts_per_tok": 1},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {
+        "per_layer_config": {
+            layer: {
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "q_lora_rank": 16,
+                "kv_lora_rank": 16,
+                "head_dim": 16,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 8,
+            }
+            for layer in range(LAYERS // 2)
+        },
+        "layer_types": [*["sliding_attention"] * (LAYERS // 2), *["indexed_attention"] * (LAYERS // 2)],
+    },
+    "dots3_note_vision_encoder": {"num_experts_per_tok": None, "per_layer_config": None},
+    "glm4v_moe_text": {"rope_parameters": _SECTIONS | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
+    "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "muse_spark_audio": {"hidden_sizes": (8, 8, 16, 32), "depths": (1, 1, 1, 1)},
+    "inkling_audio": {"mel_vocab_size": 8},
+    "inkling_vision": {"patch_size": 8},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [16, 32], "output_channels": 16},
+    "unlimited_ocr_sam_vision_model": {"downsample_channels": [16, 32], "output_channels": 16},
 }
 
 
