@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     Chunk,
     Concatenate,
     ConversionOps,
+    ErnieFuseAndSplitTextVisionExperts,
     Interleave,
     MergeModulelist,
     Transpose,
@@ -166,6 +167,10 @@ def match_sources(
             collected.setdefault(target, {}).setdefault(pattern or "", []).append(ref)
         else:
             others[ref.name] = ref
+    converter_of = {name: _converter(found, by_pattern) for name, found in collected.items()}
+    for name in list(collected):
+        for part, (found, converter) in _split_between_targets(name, collected[name], converter_of[name]).items():
+            collected[part], converter_of[part] = found, converter
     missing = [name for name in expert_params if name not in collected]
     if missing:
         raise CheckpointError(
@@ -173,10 +178,46 @@ def match_sources(
             f"incomplete, or was saved by a version of the family that this transformers does not know."
         )
     sources = {
-        name: _param_source(model, name, expert_params[name], collected[name], by_pattern, dtype)
+        name: _param_source(model, name, expert_params[name], collected[name], converter_of[name], dtype)
         for name in expert_params
     }
     return sources, others
+
+
+def _converter(
+    found: Mapping[str, list[TensorRef]], by_pattern: Mapping[str, WeightConverter]
+) -> WeightConverter | None:
+    """Return the converter whose source patterns matched a parameter's tensors; None if they are taken as they are."""
+    pattern = next(iter(found))
+    return by_pattern[pattern] if pattern else None
+
+
+def _split_between_targets(
+    name: str, found: dict[str, list[TensorRef]], converter: WeightConverter | None
+) -> dict[str, tuple[dict[str, list[TensorRef]], WeightConverter]]:
+    """Return each parameter's tensors and converter, where one list on disk holds the experts of several modules.
+
+    Ernie 4.5 VL numbers its experts for text and for images through: the first half belongs to one experts module, the
+    second to the other, and each is stacked and concatenated as usual. All other conversions have one target.
+    """
+    operations = [] if converter is None else converter.operations
+    if converter is None or not (
+        len(operations) == 1 and isinstance(operations[0], ErnieFuseAndSplitTextVisionExperts)
+    ):
+        return {}
+    operation = operations[0]
+    suffix = next(pattern for pattern in converter.target_patterns if name.endswith(pattern))
+    parts = {}
+    for place, target in enumerate(converter.target_patterns):
+        chain: list[ConversionOps] = [MergeModulelist(operation.stack_dim)]
+        if len(found) > 1:
+            chain.append(Concatenate(operation.concat_dim))
+        refs = {}
+        for pattern, tensors in found.items():
+            size = -(-len(tensors) // len(converter.target_patterns))
+            refs[pattern] = tensors[place * size : (place + 1) * size]
+        parts[name.removesuffix(suffix) + target] = refs, WeightConverter(converter.source_patterns, target, chain)
+    return parts
 
 
 def _param_source(
@@ -184,13 +225,12 @@ def _param_source(
     name: str,
     parameter: torch.Tensor,
     found: dict[str, list[TensorRef]],
-    by_pattern: Mapping[str, WeightConverter],
+    converter: WeightConverter | None,
     dtype: torch.dtype,
 ) -> ParamSource:
     shape = tuple(parameter.shape)
     num_experts = shape[0]
     patterns = set(found)
-    converter = by_pattern[next(iter(found))] if patterns != {""} else None
     operations = converter.operations if converter is not None else []
     merges = any(isinstance(operation, MergeModulelist) for operation in operations)
     if converter is not None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from .routing_rules import Choice, RoutingRule, find_rule
 
-WATCHED_TOKENS = 32
+WATCHED_TOKENS = 64
 Choose = Callable[[torch.Tensor], torch.Tensor]
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 

@@ -105,9 +105,9 @@ class RoutingRule:
         return order.masked_fill(~self.group_limit(order), MINUS_INFINITY).topk(k, dim=-1).indices
 
 
-def find_rule(choice: Choice, tensors: Sequence[torch.Tensor] = (), groups: tuple[int, int] | None = None) -> (
-    RoutingRule | None
-):
+def find_rule(
+    choice: Choice, tensors: Sequence[torch.Tensor] = (), groups: tuple[int, int] | None = None
+) -> RoutingRule | None:
     """Return the rule that reproduces a router's choices and comes closest to its weights, or None.
 
     Parameters
@@ -122,6 +122,8 @@ def find_rule(choice: Choice, tensors: Sequence[torch.Tensor] = (), groups: tupl
     logits, weights = choice.logits.float(), choice.weights.float()
     shares = weights / weights.sum(-1, keepdim=True)
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    # A constant corrects and scales nothing.
+    flat = [tensor for tensor in flat if bool((tensor != tensor[0]).any())]
     explained: list[tuple[float, int, RoutingRule]] = []
     for rule in _choosers(flat, groups):
         if not _same_choice(rule, logits, choice.index):
@@ -132,11 +134,15 @@ def find_rule(choice: Choice, tensors: Sequence[torch.Tensor] = (), groups: tupl
                 guessed = full.log_scores(logits).gather(1, choice.index).softmax(-1)
                 error = (guessed - shares).abs().max().item()
                 if error < MAX_SHARE_ERROR:
-                    # Of rules that weigh alike the plainest: one score for both, nothing added.
-                    plainness = 2 * full.name.count("+") + (full.choice_score not in ("logit", weight_score))
-                    explained.append((error, plainness, full))
+                    explained.append((error, _doubt(full), full))
     # Small logits fit several rules within rounding: the closest one is the router's own.
     return min(explained, key=lambda entry: entry[:2])[2] if explained else None
+
+
+def _doubt(rule: RoutingRule) -> int:
+    """Rank rules that weigh alike: that a correction or groups fit a choice by chance is less likely than not."""
+    evidence = (rule.correction is not None) + (rule.groups is not None)
+    return 4 * (rule.scale is not None) + 3 * (rule.choice_score not in ("logit", rule.weight_score)) - evidence
 
 
 def _choosers(tensors: Sequence[torch.Tensor], groups: tuple[int, int] | None) -> Iterator[RoutingRule]:
