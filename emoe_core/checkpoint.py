@@ -109,6 +109,11 @@ class CheckpointIndex:
         for name, tensor in self.expert_tensors(layer, expert).items():
             views[name].copy_(tensor)
 
+    @property
+    def fused(self) -> bool:
+        """Whether one tensor on disk holds all experts of a layer, rather than one of them."""
+        return any(source.fused for source in self._sources.values())
+
     def source_mtimes(self) -> dict[str, int]:
         """Return each shard's modification time in nanoseconds, by file name, as it was when the index was made."""
         return {shard.file.name: shard.mtime_ns for shard in self.shards}

@@ -267,10 +267,15 @@ def detach(module: torch.nn.Module) -> None:
     module.__dict__.pop(_ATTRIBUTE, None)
 
 
+def handle_of(module: torch.nn.Module) -> LayerHandle:
+    """Return the layer that an attached experts module is tied to."""
+    handle: LayerHandle = module.__dict__[_ATTRIBUTE]
+    return handle
+
+
 def router_of(module: torch.nn.Module) -> torch.nn.Module | None:
     """Return the router of an attached experts module, or None when no routing rule explains it."""
-    handle: LayerHandle | None = module.__dict__.get(_ATTRIBUTE)
-    return None if handle is None else handle.router
+    return handle_of(module).router if _ATTRIBUTE in module.__dict__ else None
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -24,6 +25,12 @@ DECORATOR = "@use_experts_implementation"
 # Kinds of whole models that predict the next token from text, the first that knows a configuration is loaded.
 _LANGUAGE_MODELS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 _OTHER_MODELS = ("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "TOKEN_CLASSIFICATION")
+
+REFUSED: Mapping[str, str] = {
+    "diffusion_gemma": "it denoises blocks of tokens and does not predict the next one",
+    "openai_privacy_filter": "it labels tokens and does not predict text",
+}
+"""Families that use the experts interface and cannot be served, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +66,40 @@ def families() -> tuple[Family, ...]:
     return tuple(sorted(found, key=lambda family: family.model_type))
 
 
-def language_model_class(config: PreTrainedConfig) -> Any | None:
-    """Return the class of transformers that makes a language model of a configuration, or None.
+def language_model(config: PreTrainedConfig) -> tuple[PreTrainedConfig, Any] | None:
+    """Return what transformers needs to make a language model of a checkpoint's configuration, or None.
 
-    A family with images or sound may have no class for its text alone; then it is the class of the whole model.
+    Where there is a class for the text alone, that and the text's part of the configuration. Otherwise the class of the
+    whole model, images and all. Where that only holds models that run one by one, the first of them that reads text.
+
+    Returns
+    -------
+    tuple or None
+        A configuration (the given one, or a part of it) and the class that takes it.
     """
+    model_class = language_model_class(config)
+    if model_class is None:
+        return None
+    if model_class.config_class == config.sub_configs.get("text_config"):
+        return config.get_text_config(), model_class
+    if _runs(model_class):
+        return config, model_class
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    found = (language_model(part) for part in parts if isinstance(part, PreTrainedConfig))
+    return next((part for part in found if part is not None), None)
+
+
+def language_model_class(config: PreTrainedConfig) -> Any | None:
+    """Return the class of transformers that predicts text from exactly this configuration, or None."""
     for kind in _LANGUAGE_MODELS:
         mapping: Any = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING")
         if type(config) in mapping:
             return mapping[type(config)]
     return None
+
+
+def _runs(model_class: Any) -> bool:
+    return model_class.forward is not torch.nn.Module.forward
 
 
 def _class_name(model_type: str) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from emoe_core.errors import CheckpointError, UnsupportedFamilyError
-from emoe_core.families import language_model_class
+from emoe_core.families import REFUSED, language_model
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
@@ -88,15 +88,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"model type {model_type!r} at {folder} is not part of this transformers, or its configuration is invalid "
             f"({reason}). emoe never runs code that comes with a checkpoint."
         ) from error
-    model_class = language_model_class(config)
-    if model_class is None:
+    if model_type in REFUSED:
+        raise UnsupportedFamilyError(f"model type {model_type!r} at {folder} cannot be served: {REFUSED[model_type]}.")
+    found = language_model(config)
+    if found is None:
         raise UnsupportedFamilyError(
             f"model type {model_type!r} at {folder} is not a causal language model of transformers."
         )
-    # Where transformers has a class for the language model alone, it takes the sub-configuration; so do we.
-    if model_class.config_class == config.sub_configs.get("text_config", None):
-        config = config.get_text_config()
-    return config
+    return found[0]
 
 
 def expert_count(config: PreTrainedConfig) -> int:

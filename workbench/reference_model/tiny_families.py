@@ -8,10 +8,15 @@ Families with images or sound get tiny towers as well, for their checkpoints hol
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from emoe_core.families import language_model, language_model_class
+from workbench.reference_model.tiny import roughen
 
 VOCABULARY = 128
 HIDDEN = 32
@@ -150,6 +155,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
+    "qwen3_omni_moe": {"enable_audio_output": False},
     "muse_spark_audio": {"hidden_sizes": (8, 8, 16, 32), "depths": (1, 1, 1, 1)},
     "inkling_audio": {"mel_vocab_size": 8},
     "inkling_vision": {"patch_size": 8},
@@ -161,6 +167,42 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """Return a family's default configuration with every size shrunk."""
     return _shrunk(CONFIG_MAPPING[model_type], None)
+
+
+def tiny_family(path: Path, model_type: str, seed: int = 0) -> Any:
+    """Write a random float32 checkpoint of a family and return the class of transformers that stock loading takes.
+
+    Parameters
+    ----------
+    path : Path
+        Directory to write; made if missing.
+    model_type : str
+        Any family that `emoe_core.families.families` names.
+    seed : int
+        Seed of the weights. The caller's random state is left as it was.
+    """
+    config = tiny_config(model_type)
+    found = language_model(config)
+    assert found is not None, model_type
+    part, model_class = found
+    # The whole model where it can be built, because its tensors carry other names than those of its part.
+    whole_class = language_model_class(config)
+    if whole_class is not None and whole_class.config_class is type(config):
+        part, model_class = config, whole_class
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class._from_config(part, dtype=torch.float32)
+        roughen(model)
+        _scatter_tables(model)
+    model.save_pretrained(path)
+    return found[1]
+
+
+def _scatter_tables(model: torch.nn.Module) -> None:
+    """Fill tables from tokens to experts, which start at zero: every token would go to the same expert."""
+    for table in model.buffers():
+        if table.dtype == torch.long and table.shape == (VOCABULARY, TOP_K):
+            table.copy_(torch.rand(VOCABULARY, EXPERTS).topk(TOP_K).indices)
 
 
 def _shrunk(config_class: type[PreTrainedConfig], default: PreTrainedConfig | None) -> PreTrainedConfig:
