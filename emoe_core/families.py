@@ -47,9 +47,7 @@ def decorated_modules() -> tuple[str, ...]:
     root = Path(transformers.__file__).parent / "models"
     return tuple(
         sorted(
-            file.parent.name
-            for file in root.glob("*/modeling_*.py")
-            if DECORATOR in file.read_text(encoding="utf-8")
+            file.parent.name for file in root.glob("*/modeling_*.py") if DECORATOR in file.read_text(encoding="utf-8")
         )
     )
 

@@ -56,6 +56,13 @@ class FamilyRow:
     rerouting: str = ""
     refused: str = ""
 
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Return what a table shows: model type, class, experts on disk, exactness, rerouting or refusal."""
+        if self.refused:
+            return self.model_type, self.model_class, "", "refused", self.refused
+        on_disk = ", ".join((self.on_disk, *self.layout))
+        return self.model_type, self.model_class, on_disk, "exact", self.rerouting
+
 
 def prove(model_type: str, folder: Path) -> FamilyRow:
     """Prove what emoe does with a family, on a tiny checkpoint that is written to an empty folder.
@@ -70,7 +77,7 @@ def prove(model_type: str, folder: Path) -> FamilyRow:
     model_class = tiny_family(folder, model_type)
     stock = model_class.from_pretrained(folder, experts_implementation="eager").eval()
     expected = _prefill_and_decode(stock)
-    options = {"budget": BUDGET, "predictor": None, "pack_dir": folder, "verify": "always"}
+    options: dict[str, Any] = {"budget": BUDGET, "predictor": None, "pack_dir": folder, "verify": "always"}
     with emoe_core.load(folder, **options) as engine:
         logits = _prefill_and_decode(engine.model)
         counters = engine.stats().counters
@@ -90,14 +97,16 @@ def prove(model_type: str, folder: Path) -> FamilyRow:
         rules = EXACT_ONLY
     else:
         if rules is None or not rerouted or not all(bool(part.isfinite().all()) for part in logits):
-            raise ExperimentError(f"{model_type}: rerouting at tolerance 1 does not work ({rules}, {rerouted} reroutes)")
+            raise ExperimentError(
+                f"{model_type}: rerouting at tolerance 1 does not work ({rules}, {rerouted} reroutes)"
+            )
     return FamilyRow(model_type, model_class.__name__, on_disk, layout, rules)
 
 
 def recorded() -> tuple[FamilyRow, ...]:
     """Return the record of every family, sorted by model type."""
     rows: list[dict[str, Any]] = json.loads(RECORD.read_text())
-    return tuple(FamilyRow(**{**row, "layout": tuple(row["layout"])}) for row in rows)
+    return tuple(FamilyRow(**(row | {"layout": tuple(row["layout"])})) for row in rows)
 
 
 def refused() -> tuple[FamilyRow, ...]:
@@ -106,6 +115,31 @@ def refused() -> tuple[FamilyRow, ...]:
     return tuple(
         FamilyRow(model_type, classes.get(model_type, ""), refused=reason) for model_type, reason in REFUSED.items()
     )
+
+
+def as_markdown(rows: tuple[FamilyRow, ...]) -> str:
+    """Return the document ``docs/families.md``."""
+    served = [row for row in rows if not row.refused]
+    rerouted = [row for row in served if row.rerouting != EXACT_ONLY]
+    lines = [
+        "# Model families",
+        "",
+        f"Of {len(rows)} model types with routed experts in transformers, {len(served)} are served bit-identically at "
+        f"tolerance 0, {len(rerouted)} of them can be rerouted, and {len(rows) - len(served)} are refused. Each row is "
+        "proven by `tests/test_families.py` on a tiny random checkpoint that transformers itself wrote: prefill and a "
+        "decode step with a KV cache, two of eight experts in slots, and the routing rule compared with the family's "
+        "own router. `emoe models --check TYPE` repeats the proof; this file is `emoe models --markdown`.",
+        "",
+        '*Experts on disk*: "one by one" is a tensor for each expert, "fused" one for all experts of a layer. '
+        "*Rerouting* names what weights are proportional to, and what is added: a correction of the choice (bias), a "
+        "factor per expert (scale), a limit to the best groups. A class for images or sound is served whole, as "
+        "transformers loads it; the proof is of text.",
+        "",
+        "| model type | class in transformers | experts on disk | tolerance 0 | rerouting |",
+        "|---|---|---|---|---|",
+        *(f"| {' | '.join(row.cells())} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def write_record(rows: list[FamilyRow]) -> None:

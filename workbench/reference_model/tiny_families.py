@@ -208,7 +208,7 @@ def _scatter_tables(model: torch.nn.Module) -> None:
 def _shrunk(config_class: type[PreTrainedConfig], default: PreTrainedConfig | None) -> PreTrainedConfig:
     values: dict[str, Any] = {}
     marked = 1
-    for item in fields(config_class):  # type: ignore[arg-type]
+    for item in fields(config_class):
         value = item.default if item.default is not MISSING else None
         if item.name in config_class.sub_configs:
             continue
