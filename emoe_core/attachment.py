@@ -19,6 +19,7 @@ from .expert_compute import ExpertForm, prove
 from .loader import ExpertLoader
 from .lookahead import Lookahead
 from .router_watch import watch_routers
+from .undecorated import adapter_of
 
 # The norm between attention and the MoE block, as the families of transformers call it.
 NORM = "post_attention_layernorm"
@@ -43,6 +44,9 @@ def attach_layers(
         form = forms[kind]
         handle.form = None if form is None else form.for_module(module)
         experts.attach(module, handle)
+        adapter = adapter_of(module)
+        if adapter is not None:
+            adapter.install(model.get_submodule(layer.name.rpartition(".")[0]), module, experts.emoe_experts_forward)
         handles.append(handle)
     layers = {layer.name: handle for layer, handle in zip(index.layers, handles, strict=True)}
     for name, router in watch_routers(model, layers).items():

@@ -23,6 +23,7 @@ from emoe_core.dense import build_dense_model, meta_model
 from emoe_core.errors import CheckpointError, OptionError, UnsupportedFamilyError
 from emoe_core.model_config import expert_count, find_model, read_config, top_k
 from emoe_core.shards import ALIGNMENT, Shard, TensorRef, find_shards, fingerprint
+from emoe_core.undecorated import adapter_of
 
 PARAM_ALIGN_BYTES = ALIGNMENT
 RECORD_ALIGN_BYTES = 4096
@@ -205,9 +206,13 @@ def _parse_dtype(name: str) -> str | torch.dtype:
 
 
 def _experts_modules(model: PreTrainedModel, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the stacked parameters of every module that dispatches through transformers' experts interface."""
+    """Return the stacked parameters of every module that uses transformers' experts interface or has an adapter."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, module in model.named_modules():
+        adapter = adapter_of(module)
+        if adapter is not None:
+            found[name] = adapter.params(module)
+            continue
         if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "_apply_gate")):
             continue
         params = dict(module.named_parameters(recurse=False))

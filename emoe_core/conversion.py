@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -243,6 +243,13 @@ def _param_source(
             )
         if patterns != expected:
             raise CheckpointError(f"{name} needs tensors {sorted(expected)}, the checkpoint has {sorted(patterns)}.")
+    if not merges:
+        # Experts may be stacked along the first axis of their matrices (DBRX): the same bytes, with another shape.
+        rows = (num_experts * shape[1], *shape[2:]) if len(shape) > 2 else None
+        found = {
+            pattern: [replace(ref, shape=shape) if ref.shape == rows else ref for ref in refs]
+            for pattern, refs in found.items()
+        }
     for pattern, refs in found.items():
         if merges and len(refs) != num_experts:
             raise CheckpointError(

@@ -30,6 +30,7 @@ from .rerouting import Rerouted, outbid, replaceable, substitute
 from .router_watch import Call, WatchedRouter
 from .routing import TraceRecorder
 from .routing_rules import Choice, RoutingRule
+from .undecorated import Eager, adapter_of
 
 IMPLEMENTATION = "emoe"
 _ATTRIBUTE = "_emoe_layer"
@@ -73,7 +74,8 @@ class LayerHandle:
         self.lookahead: Lookahead | None = None
         self.form: ExpertForm | None = None
         self.watch: Call | None = None
-        self._eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+        adapter = adapter_of(module)
+        self._eager: Eager = adapter.eager if adapter is not None else type(module).forward.__wrapped__  # type: ignore[attr-defined]
 
     def attach_router(self, found: WatchedRouter) -> None:
         """Keep the router's logits for this layer from now on."""

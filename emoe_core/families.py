@@ -30,7 +30,9 @@ REFUSED: Mapping[str, str] = {
     "diffusion_gemma": "it denoises blocks of tokens and does not predict the next one",
     "openai_privacy_filter": "it labels tokens and does not predict text",
 }
-"""Families that use the experts interface and cannot be served, with the reason."""
+"""Families with routed experts that cannot be served, with the reason."""
+# The modeling files that `emoe_core.undecorated` has adapters for.
+ADAPTED = ("dbrx", "llama4")
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ def decorated_modules() -> tuple[str, ...]:
 
 
 def families() -> tuple[Family, ...]:
-    """Return every family whose modeling file uses the experts interface, sorted by model type."""
-    modules = set(decorated_modules())
+    """Return every family whose modeling file uses the experts interface or is adapted, sorted by model type."""
+    modules = {*decorated_modules(), *ADAPTED}
     found = []
     for model_type in CONFIG_MAPPING_NAMES:
         module = model_type_to_module_name(model_type)

@@ -111,6 +111,9 @@ def top_k(config: PreTrainedConfig) -> int:
         value = getattr(text, name, None)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
+    for value in _values(text.to_dict(), _TOP_K):
+        if isinstance(value, int):
+            return value
     raise UnsupportedFamilyError(
         f"model type {config.model_type!r}: the configuration does not say how many experts a token uses "
         f"(looked for {', '.join(_TOP_K)})."

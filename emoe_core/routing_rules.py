@@ -140,9 +140,9 @@ def find_rule(
 
 
 def _doubt(rule: RoutingRule) -> int:
-    """Rank rules that weigh alike: that a correction or groups fit a choice by chance is less likely than not."""
-    evidence = (rule.correction is not None) + (rule.groups is not None)
-    return 4 * (rule.scale is not None) + 3 * (rule.choice_score not in ("logit", rule.weight_score)) - evidence
+    """Rank rules that weigh alike. A correction hardly fits by chance; groups do where enough of them are kept."""
+    unlike = rule.choice_score not in ("logit", rule.weight_score)
+    return 4 * (rule.scale is not None) + 3 * unlike + 2 * (rule.groups is not None) - (rule.correction is not None)
 
 
 def _choosers(tensors: Sequence[torch.Tensor], groups: tuple[int, int] | None) -> Iterator[RoutingRule]:

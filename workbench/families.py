@@ -198,10 +198,10 @@ def _on_disk(index: CheckpointIndex) -> str:
 def _layout(engine: emoe_core.Engine) -> tuple[str, ...]:
     module: Any = engine.model.get_submodule(engine.index.layers[0].name)
     traits = {
-        "transposed": module.is_transposed,
-        "biased": module.has_bias,
-        "interleaved": not module.is_concatenated,
-        "gateless": not module.has_gate,
-        "normalised": module.has_post_expert_norm,
+        "transposed": getattr(module, "is_transposed", False),
+        "biased": getattr(module, "has_bias", False),
+        "interleaved": not getattr(module, "is_concatenated", True),
+        "gateless": not getattr(module, "has_gate", True),
+        "normalised": getattr(module, "has_post_expert_norm", False),
     }
     return tuple(name for name, holds in traits.items() if holds)

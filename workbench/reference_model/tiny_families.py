@@ -155,6 +155,10 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
+    "llama4_text": {"intermediate_size_mlp": 32, "interleave_moe_layer_step": 2},
+    "dbrx": {"n_heads": 4, "n_layers": LAYERS, "max_seq_len": 256, "d_model": HIDDEN},
+    "DbrxFFNConfig": {"ffn_hidden_size": 16, "moe_top_k": TOP_K},
+    "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0},
     "qwen3_omni_moe": {"enable_audio_output": False},
     "muse_spark_audio": {"hidden_sizes": (8, 8, 16, 32), "depths": (1, 1, 1, 1)},
     "inkling_audio": {"mel_vocab_size": 8},
@@ -220,7 +224,7 @@ def _shrunk(config_class: type[PreTrainedConfig], default: PreTrainedConfig | No
     if "kv_lora_rank" in values:
         # Latent attention expands keys to every head.
         values["num_key_value_heads"] = values["num_attention_heads"]
-    values |= _OVERRIDES.get(config_class.model_type, {})
+    values |= _OVERRIDES.get(config_class.model_type or config_class.__name__, {})
     if config_class.sub_configs:
         default = default or config_class()
         for name in config_class.sub_configs:
