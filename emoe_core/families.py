@@ -32,7 +32,7 @@ REFUSED: Mapping[str, str] = {
 }
 """Families with routed experts that cannot be served, with the reason."""
 # The modeling files that `emoe_core.undecorated` has adapters for.
-ADAPTED = ("dbrx", "llama4")
+ADAPTED = ("dbrx", "jetmoe", "llama4")
 
 
 @dataclass(frozen=True)

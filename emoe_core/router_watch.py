@@ -72,7 +72,7 @@ def watch_routers(model: PreTrainedModel, layers: Mapping[str, Watchable]) -> di
         parent = model.get_submodule(name.rpartition(".")[0])
         experts = model.get_submodule(name)
         seen: list[_Seen] = []
-        for child in parent.children():
+        for child in (*parent.children(), *experts.children()):
             if child is not experts:
                 hooks.append(child.register_forward_hook(_keeper(seen), with_kwargs=True))
         layer.watch = _asked(found, name, parent, seen, layer.num_experts)
@@ -134,6 +134,8 @@ def _explain(
         if not _is_logits(part, index.shape[0], num_experts):
             continue
         choice = Choice(part.reshape(-1, num_experts), weights, index)
+        if _tells_of_the_chosen_only(choice):
+            continue
         rule = find_rule(choice, _per_expert(call, parent, num_experts), _groups(call.module))
         if rule is not None:
             position = place if isinstance(call.output, tuple | list) else None
@@ -150,6 +152,13 @@ def _is_logits(part: Any, tokens: int, num_experts: int) -> bool:
         and part.shape[-1] == num_experts
         and part.numel() == tokens * num_experts
     )
+
+
+def _tells_of_the_chosen_only(choice: Choice) -> bool:
+    """Say whether the experts that were not chosen all have one value, so that there is no next best."""
+    chosen = torch.zeros_like(choice.logits, dtype=torch.bool).scatter_(1, choice.index, True)
+    others = choice.logits[~chosen].reshape(len(chosen), -1)
+    return others.shape[1] > 1 and bool((others == others[:, :1]).all())
 
 
 def _per_expert(call: _Seen, parent: torch.nn.Module, num_experts: int) -> list[torch.Tensor]:

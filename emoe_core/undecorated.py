@@ -96,7 +96,42 @@ def _dbrx_install(block: Any, experts: Any, serve: Serve) -> None:
     experts.forward = forward
 
 
+def _jetmoe_params(experts: Any) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": getattr(experts, name).weight for name in ("input_linear", "output_linear")}
+
+
+def _jetmoe_eager(view: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Compute as ``JetMoeMoE`` without its bias: rows sorted by expert, and added up in that order."""
+    chosen = index.flatten()
+    order = chosen.sort(0).indices
+    token = order.div(index.shape[1], rounding_mode="trunc")
+    sizes = torch.bincount(chosen, minlength=view.num_experts).tolist()
+    outputs = []
+    for expert, rows in enumerate(hidden[token].split(sizes, dim=0)):
+        if len(rows):
+            first = torch.nn.functional.linear(rows, getattr(view, "input_linear.weight")[expert]).chunk(2, dim=-1)
+            inner = view.activation(first[0]) * first[1]
+            outputs.append(torch.nn.functional.linear(inner, getattr(view, "output_linear.weight")[expert]))
+    weighted = torch.cat(outputs, dim=0) * weights.flatten()[order][:, None]
+    return torch.zeros_like(hidden).index_add(0, token, weighted)
+
+
+def _jetmoe_install(block: Any, experts: Any, serve: Serve) -> None:
+    # The experts of its attention stay with the dense weights: they are asked twice in a layer, with attention between.
+    experts.num_experts = experts.router.num_experts
+
+    def forward(layer_input: torch.Tensor) -> torch.Tensor:
+        hidden = layer_input.reshape(-1, layer_input.shape[-1])
+        logits = experts.router(hidden)[-1]
+        best, index = logits.topk(experts.router.top_k, dim=1)
+        weights = torch.softmax(best, dim=1).type_as(hidden)
+        return serve(experts, hidden, index, weights).view(layer_input.shape) + experts.bias
+
+    experts.forward = forward
+
+
 ADAPTERS: Mapping[str, Adapter] = {
+    "JetMoeMoE": Adapter(_jetmoe_params, _jetmoe_eager, _jetmoe_install),
     "Llama4TextExperts": Adapter(_llama4_params, _llama4_eager, _llama4_install),
     "DbrxExperts": Adapter(_dbrx_params, _dbrx_eager, _dbrx_install),
 }
