@@ -74,8 +74,7 @@ class LayerHandle:
         self.lookahead: Lookahead | None = None
         self.form: ExpertForm | None = None
         self.watch: Call | None = None
-        adapter = adapter_of(module)
-        self._eager: Eager = adapter.eager if adapter is not None else type(module).forward.__wrapped__  # type: ignore[attr-defined]
+        self._eager = eager_of(module)
 
     def attach_router(self, found: WatchedRouter) -> None:
         """Keep the router's logits for this layer from now on."""
@@ -218,6 +217,14 @@ def _count(index: torch.Tensor, num_experts: int) -> list[int]:
     for expert in index[0].tolist():
         counts[expert] += 1
     return counts
+
+
+def eager_of(module: torch.nn.Module) -> Eager:
+    """Return the arithmetic of an experts module's class, to be run over a view whose weights come from slots."""
+    adapter = adapter_of(module)
+    if adapter is None:
+        return type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    return adapter.eager or type(module).forward
 
 
 class _ExpertsView:

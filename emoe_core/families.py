@@ -24,15 +24,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, mo
 DECORATOR = "@use_experts_implementation"
 # Kinds of whole models that predict the next token from text, the first that knows a configuration is loaded.
 _LANGUAGE_MODELS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
-_OTHER_MODELS = ("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "TOKEN_CLASSIFICATION")
+_OTHER_MODELS = ("SEQ_TO_SEQ_CAUSAL_LM", "TOKEN_CLASSIFICATION")
 
 REFUSED: Mapping[str, str] = {
     "diffusion_gemma": "it denoises blocks of tokens and does not predict the next one",
+    "doge": "its experts are single rows of embeddings, chosen by products of keys",
+    "longcat_flash": "some of its experts are identities without weights, which slots do not hold",
+    "nllb-moe": "it is an encoder and a decoder; emoe serves models that continue their prompt",
     "openai_privacy_filter": "it labels tokens and does not predict text",
+    "switch_transformers": "it is an encoder and a decoder; emoe serves models that continue their prompt",
 }
 """Families with routed experts that cannot be served, with the reason."""
 # The modeling files that `emoe_core.undecorated` has adapters for.
-ADAPTED = ("dbrx", "jetmoe", "llama4")
+ADAPTED = ("dbrx", "jetmoe", "llama4", "step3p7")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def families() -> tuple[Family, ...]:
     found = []
     for model_type in CONFIG_MAPPING_NAMES:
         module = model_type_to_module_name(model_type)
-        model_class = _class_name(model_type)
+        model_class = class_name(model_type)
         if module in modules and model_class is not None:
             found.append(Family(model_type, module, model_class))
     return tuple(sorted(found, key=lambda family: family.model_type))
@@ -102,7 +106,8 @@ def _runs(model_class: Any) -> bool:
     return model_class.forward is not torch.nn.Module.forward
 
 
-def _class_name(model_type: str) -> str | None:
+def class_name(model_type: str) -> str | None:
+    """Return the name of the class of transformers for a model type's checkpoints, or None."""
     for kind in (*_LANGUAGE_MODELS, *_OTHER_MODELS):
         names: Mapping[str, str] = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {})
         if model_type in names:

@@ -29,14 +29,14 @@ class Adapter:
     ----------
     params : callable
         Experts module to its parameters, each shaped ``[num_experts, ...]``, by their names within the module.
-    eager : callable
-        The class's arithmetic; see `Eager`.
+    eager : callable or None
+        The class's arithmetic (see `Eager`); None if its own ``forward`` is that.
     install : callable
         Takes the MoE block, its experts module and `Serve`, and lets the block ask that function.
     """
 
     params: Callable[[Any], dict[str, torch.Tensor]]
-    eager: Eager
+    eager: Eager | None
     install: Callable[[Any, Any, Serve], None]
 
 
@@ -45,8 +45,15 @@ def adapter_of(module: torch.nn.Module) -> Adapter | None:
     return ADAPTERS.get(type(module).__name__)
 
 
-def _llama4_params(experts: Any) -> dict[str, torch.Tensor]:
+def _own_params(experts: Any) -> dict[str, torch.Tensor]:
     return dict(experts.named_parameters(recurse=False))
+
+
+def _install(block: Any, experts: Any, serve: Serve) -> None:
+    def forward(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return serve(experts, hidden.reshape(-1, hidden.shape[-1]), index, weights).view(hidden.shape)
+
+    experts.forward = forward
 
 
 def _llama4_eager(view: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -89,13 +96,6 @@ def _dbrx_eager(view: Any, hidden: torch.Tensor, index: torch.Tensor, weights: t
     return out
 
 
-def _dbrx_install(block: Any, experts: Any, serve: Serve) -> None:
-    def forward(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return serve(experts, hidden.reshape(-1, hidden.shape[-1]), index, weights).view(hidden.shape)
-
-    experts.forward = forward
-
-
 def _jetmoe_params(experts: Any) -> dict[str, torch.Tensor]:
     return {f"{name}.weight": getattr(experts, name).weight for name in ("input_linear", "output_linear")}
 
@@ -131,7 +131,8 @@ def _jetmoe_install(block: Any, experts: Any, serve: Serve) -> None:
 
 
 ADAPTERS: Mapping[str, Adapter] = {
+    "DbrxExperts": Adapter(_dbrx_params, _dbrx_eager, _install),
     "JetMoeMoE": Adapter(_jetmoe_params, _jetmoe_eager, _jetmoe_install),
-    "Llama4TextExperts": Adapter(_llama4_params, _llama4_eager, _llama4_install),
-    "DbrxExperts": Adapter(_dbrx_params, _dbrx_eager, _dbrx_install),
+    "Llama4TextExperts": Adapter(_own_params, _llama4_eager, _llama4_install),
+    "Step3p7Experts": Adapter(_own_params, None, _install),
 }

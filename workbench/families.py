@@ -18,7 +18,7 @@ import emoe_core
 from emoe_core.checkpoint import CheckpointIndex
 from emoe_core.errors import ExperimentError, UnsupportedFamilyError
 from emoe_core.experts import handle_of
-from emoe_core.families import REFUSED, families
+from emoe_core.families import REFUSED, class_name
 from workbench.reference_model.tiny_families import FIRST_PLAIN_TOKEN, VOCABULARY, tiny_family
 
 RECORD = Path(__file__).with_name("families.json")
@@ -111,9 +111,8 @@ def recorded() -> tuple[FamilyRow, ...]:
 
 def refused() -> tuple[FamilyRow, ...]:
     """Return the rows of families that are refused by name."""
-    classes = {family.model_type: family.model_class for family in families()}
     return tuple(
-        FamilyRow(model_type, classes.get(model_type, ""), refused=reason) for model_type, reason in REFUSED.items()
+        FamilyRow(model_type, class_name(model_type) or "", refused=reason) for model_type, reason in REFUSED.items()
     )
 
 
