@@ -159,6 +159,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"n_heads": 4, "n_layers": LAYERS, "max_seq_len": 256, "d_model": HIDDEN},
     "DbrxFFNConfig": {"ffn_hidden_size": 16, "moe_top_k": TOP_K},
     "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    "step3p5": {"sliding_window": 16, "share_expert_dim": 16},
     "jetmoe": {"num_key_value_heads": 2, "kv_channels": 8},
     "qwen3_omni_moe": {"enable_audio_output": False},
     "muse_spark_audio": {"hidden_sizes": (8, 8, 16, 32), "depths": (1, 1, 1, 1)},
