@@ -22,7 +22,7 @@ from emoe_core.families import REFUSED, class_name
 from workbench.reference_model.tiny_families import FIRST_PLAIN_TOKEN, VOCABULARY, tiny_family
 
 RECORD = Path(__file__).with_name("families.json")
-# Two of eight experts a layer: every token misses.
+# About two of eight experts a layer, so that experts are really missed and evicted.
 BUDGET = "30%"
 PROMPT_TOKENS = 17
 # Between weights in float32 and those that a rule computes from the logits.
@@ -126,8 +126,8 @@ def as_markdown(rows: tuple[FamilyRow, ...]) -> str:
         f"Of {len(rows)} model types with routed experts in transformers, {len(served)} are served bit-identically at "
         f"tolerance 0, {len(rerouted)} of them can be rerouted, and {len(rows) - len(served)} are refused. Each row is "
         "proven by `tests/test_families.py` on a tiny random checkpoint that transformers itself wrote: prefill and a "
-        "decode step with a KV cache, two of eight experts in slots, and the routing rule compared with the family's "
-        "own router. `emoe models --check TYPE` repeats the proof; this file is `emoe models --markdown`.",
+        "decode step with a KV cache in float32, slots for 30% of the experts, and the routing rule compared with the "
+        "family's own router. `emoe models --check TYPE` repeats the proof; this file is `emoe models --markdown`.",
         "",
         '*Experts on disk*: "one by one" is a tensor for each expert, "fused" one for all experts of a layer. '
         "*Rerouting* names what weights are proportional to, and what is added: a correction of the choice (bias), a "
