@@ -57,7 +57,7 @@ def _install(block: Any, experts: Any, serve: Serve) -> None:
 
 
 def _llama4_eager(view: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Compute as ``Llama4TextExperts``: weights scale the input, and all experts see all tokens (at 0 if not theirs)."""
+    """Compute as ``Llama4TextExperts``: weights scale the input, and all experts see all tokens, at 0 if not theirs."""
     scores = weights.new_zeros(hidden.shape[0], view.num_experts).scatter_(1, index, weights)
     # Experts that no token chose give zeros, which the sum over all experts needs in their place.
     out = hidden.new_zeros(view.num_experts, *hidden.shape)
