@@ -18,6 +18,8 @@ from .errors import IntegrationError
 from .expert_compute import ExpertForm, prove
 from .loader import ExpertLoader
 from .lookahead import Lookahead
+from .router_watch import watch_routers
+from .undecorated import adapter_of
 
 # The norm between attention and the MoE block, as the families of transformers call it.
 NORM = "post_attention_layernorm"
@@ -28,10 +30,8 @@ def attach_layers(
 ) -> list[experts.LayerHandle]:
     """Let a model's MoE layers compute from slots; return their handles, in layer order.
 
-    A handle whose ``rule`` is None belongs to a router that no known routing rule explains: it is served exactly only.
+    A handle whose ``explained`` is False has a router that no known routing rule explains: it is served exactly only.
     """
-    routers = _routers(model)
-    hidden_size = model.config.get_text_config().hidden_size
     handles = []
     forms: dict[Any, ExpertForm | None] = {}
     for layer in index.layers:
@@ -43,11 +43,16 @@ def attach_layers(
             forms[kind] = prove(module, eager, loader.memory.samples(layer.index), layer.num_experts)
         form = forms[kind]
         handle.form = None if form is None else form.for_module(module)
-        found = routers.get(layer.name.rsplit(".", 1)[0])
-        if found is not None:
-            handle.attach_router(*found, hidden_size)
         experts.attach(module, handle)
+        adapter = adapter_of(module)
+        if adapter is not None:
+            adapter.install(model.get_submodule(layer.name.rpartition(".")[0]), module, experts.emoe_experts_forward)
         handles.append(handle)
+    layers = {layer.name: handle for layer, handle in zip(index.layers, handles, strict=True)}
+    for name, router in watch_routers(model, layers).items():
+        layers[name].explained = router is not None
+        if router is not None:
+            layers[name].attach_router(router)
     return handles
 
 
@@ -85,19 +90,3 @@ def _refuse(reason: str) -> Any:
         raise IntegrationError(reason)
 
     return refused
-
-
-def _routers(model: PreTrainedModel) -> dict[str, tuple[torch.nn.Module, int]]:
-    """Return, per parent module name, the router and the place of its logits, as the family declares them."""
-    declared = []
-    for module in model.modules():
-        recorded = getattr(type(module), "_can_record_outputs", None) or {}
-        found = recorded.get("router_logits") if isinstance(recorded, dict) else None
-        if found is not None:
-            declared += list(found) if isinstance(found, (list, tuple)) else [found]
-    targets = {recorder.target_class: recorder.index for recorder in declared if hasattr(recorder, "target_class")}
-    return {
-        name.rsplit(".", 1)[0]: (module, targets[type(module)])
-        for name, module in model.named_modules()
-        if type(module) in targets
-    }

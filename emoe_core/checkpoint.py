@@ -24,6 +24,7 @@ from emoe_core.errors import CheckpointError, OptionError, UnsupportedFamilyErro
 from emoe_core.int8 import SCALE, int8_layer, quantize
 from emoe_core.model_config import expert_count, find_model, read_config, top_k
 from emoe_core.shards import ALIGNMENT, Shard, TensorRef, find_shards, fingerprint
+from emoe_core.undecorated import adapter_of
 
 PARAM_ALIGN_BYTES = ALIGNMENT
 RECORD_ALIGN_BYTES = 4096
@@ -128,6 +129,11 @@ class CheckpointIndex:
                 views[name + SCALE].copy_(scale)
             views[name].copy_(tensor)
 
+    @property
+    def fused(self) -> bool:
+        """Whether one tensor on disk holds all experts of a layer, rather than one of them."""
+        return any(source.fused for source in self._sources.values())
+
     def source_mtimes(self) -> dict[str, int]:
         """Return each shard's modification time in nanoseconds, by file name, as it was when the index was made."""
         return {shard.file.name: shard.mtime_ns for shard in self.shards}
@@ -219,9 +225,13 @@ def _parse_dtype(name: str) -> str | torch.dtype:
 
 
 def _experts_modules(model: PreTrainedModel, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the stacked parameters of every module that dispatches through transformers' experts interface."""
+    """Return the stacked parameters of every module that uses transformers' experts interface or has an adapter."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, module in model.named_modules():
+        adapter = adapter_of(module)
+        if adapter is not None:
+            found[name] = adapter.params(module)
+            continue
         if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "_apply_gate")):
             continue
         params = dict(module.named_parameters(recurse=False))

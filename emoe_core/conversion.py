@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     Chunk,
     Concatenate,
     ConversionOps,
+    ErnieFuseAndSplitTextVisionExperts,
     Interleave,
     MergeModulelist,
     Transpose,
@@ -76,10 +77,14 @@ class ParamSource:
 
         Whatever is stacked from several tensors, converted or cast is memory of its own.
         """
-        if not self.fused or len(self.sources) != 1 or (self.converter is not None and self.converter.operations):
+        if not self.fused or len(self.sources) != 1:
             return None
-        (ref,) = next(iter(self.sources.values()))
-        return ref.offset_bytes if ref.dtype == self.dtype else None
+        ((pattern, (ref,)),) = self.sources.items()
+        if ref.dtype != self.dtype:
+            return None
+        whole = torch.empty((1, *ref.shape[1:]), device="meta")
+        # Some operations leave a tensor alone that has the expected shape already.
+        return ref.offset_bytes if self._converted({pattern: whole}) is whole else None
 
     def check_shapes(self) -> None:
         """Raise CheckpointError unless every expert's tensors convert to the parameter's shape; reads nothing."""
@@ -92,6 +97,15 @@ class ParamSource:
         self._convert({pattern: torch.empty(shape, device="meta") for pattern, shape in shapes.items()}, 0)
 
     def _convert(self, tensors: dict[str, torch.Tensor], expert: int) -> torch.Tensor:
+        tensor = self._converted(tensors)
+        if tuple(tensor.shape) != (1, *self.shape[1:]):
+            raise CheckpointError(
+                f"{self.name}[{expert}] converts to shape {tuple(tensor.shape[1:])}, the model expects "
+                f"{self.shape[1:]}. The configuration and the weights disagree; fetch the checkpoint again."
+            )
+        return tensor[0].contiguous()
+
+    def _converted(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         collected: dict[str, Any] = {pattern: [tensor] for pattern, tensor in tensors.items()}
         converter = self.converter
         for operation in [] if converter is None else converter.operations:
@@ -106,13 +120,7 @@ class ParamSource:
                 missing_keys=None,
             )
         (made,) = collected.values()
-        tensor: torch.Tensor = made[0] if isinstance(made, list) else made
-        if tuple(tensor.shape) != (1, *self.shape[1:]):
-            raise CheckpointError(
-                f"{self.name}[{expert}] converts to shape {tuple(tensor.shape[1:])}, the model expects "
-                f"{self.shape[1:]}. The configuration and the weights disagree; fetch the checkpoint again."
-            )
-        return tensor[0].contiguous()
+        return made[0] if isinstance(made, list) else made
 
 
 def match_sources(
@@ -159,6 +167,10 @@ def match_sources(
             collected.setdefault(target, {}).setdefault(pattern or "", []).append(ref)
         else:
             others[ref.name] = ref
+    converter_of = {name: _converter(found, by_pattern) for name, found in collected.items()}
+    for name in list(collected):
+        for part, (found, converter) in _split_between_targets(name, collected[name], converter_of[name]).items():
+            collected[part], converter_of[part] = found, converter
     missing = [name for name in expert_params if name not in collected]
     if missing:
         raise CheckpointError(
@@ -166,10 +178,46 @@ def match_sources(
             f"incomplete, or was saved by a version of the family that this transformers does not know."
         )
     sources = {
-        name: _param_source(model, name, expert_params[name], collected[name], by_pattern, dtype)
+        name: _param_source(model, name, expert_params[name], collected[name], converter_of[name], dtype)
         for name in expert_params
     }
     return sources, others
+
+
+def _converter(
+    found: Mapping[str, list[TensorRef]], by_pattern: Mapping[str, WeightConverter]
+) -> WeightConverter | None:
+    """Return the converter whose source patterns matched a parameter's tensors; None if they are taken as they are."""
+    pattern = next(iter(found))
+    return by_pattern[pattern] if pattern else None
+
+
+def _split_between_targets(
+    name: str, found: dict[str, list[TensorRef]], converter: WeightConverter | None
+) -> dict[str, tuple[dict[str, list[TensorRef]], WeightConverter]]:
+    """Return each parameter's tensors and converter, where one list on disk holds the experts of several modules.
+
+    Ernie 4.5 VL numbers its experts for text and for images through: the first half belongs to one experts module, the
+    second to the other, and each is stacked and concatenated as usual. All other conversions have one target.
+    """
+    operations = [] if converter is None else converter.operations
+    if converter is None or not (
+        len(operations) == 1 and isinstance(operations[0], ErnieFuseAndSplitTextVisionExperts)
+    ):
+        return {}
+    operation = operations[0]
+    suffix = next(pattern for pattern in converter.target_patterns if name.endswith(pattern))
+    parts = {}
+    for place, target in enumerate(converter.target_patterns):
+        chain: list[ConversionOps] = [MergeModulelist(operation.stack_dim)]
+        if len(found) > 1:
+            chain.append(Concatenate(operation.concat_dim))
+        refs = {}
+        for pattern, tensors in found.items():
+            size = -(-len(tensors) // len(converter.target_patterns))
+            refs[pattern] = tensors[place * size : (place + 1) * size]
+        parts[name.removesuffix(suffix) + target] = refs, WeightConverter(converter.source_patterns, target, chain)
+    return parts
 
 
 def _param_source(
@@ -177,13 +225,12 @@ def _param_source(
     name: str,
     parameter: torch.Tensor,
     found: dict[str, list[TensorRef]],
-    by_pattern: Mapping[str, WeightConverter],
+    converter: WeightConverter | None,
     dtype: torch.dtype,
 ) -> ParamSource:
     shape = tuple(parameter.shape)
     num_experts = shape[0]
     patterns = set(found)
-    converter = by_pattern[next(iter(found))] if patterns != {""} else None
     operations = converter.operations if converter is not None else []
     merges = any(isinstance(operation, MergeModulelist) for operation in operations)
     if converter is not None:
@@ -196,6 +243,13 @@ def _param_source(
             )
         if patterns != expected:
             raise CheckpointError(f"{name} needs tensors {sorted(expected)}, the checkpoint has {sorted(patterns)}.")
+    if not merges:
+        # Experts may be stacked along the first axis of their matrices (DBRX): the same bytes, with another shape.
+        rows = (num_experts * shape[1], *shape[2:]) if len(shape) > 2 else None
+        found = {
+            pattern: [replace(ref, shape=shape) if ref.shape == rows else ref for ref in refs]
+            for pattern, refs in found.items()
+        }
     for pattern, refs in found.items():
         if merges and len(refs) != num_experts:
             raise CheckpointError(

@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, patch_output_recorders
 from transformers.utils import logging as transformers_logging
 
 from emoe_core.errors import CheckpointError
+from emoe_core.families import language_model_class
 from emoe_core.shards import TensorRef
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the causal language model of a configuration with every tensor on the meta device."""
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    """Return the language model of a configuration with every tensor on the meta device."""
+    model_class = language_model_class(config)
+    assert model_class is not None, config.model_type
     with ExitStack() as contexts:
         for context in model_class.get_init_context(dtype, False, False, None):
             contexts.enter_context(context)

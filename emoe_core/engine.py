@@ -228,7 +228,7 @@ class Engine:
 
     def _attach(self) -> None:
         handles = attach_layers(self.model, self.index, self.loader, self.passes)
-        unexplained = [self.index.layers[handle.layer].name for handle in handles if handle.rule is None]
+        unexplained = [self.index.layers[handle.layer].name for handle in handles if not handle.explained]
         profile = self.control.profile
         skips = profile is not None and not all(all(task.sensitive) for task in profile.tasks.values())
         skips = skips or bool(self.config.max_quality_loss)

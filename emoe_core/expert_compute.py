@@ -152,7 +152,7 @@ def prove(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: in
     num_experts : int
         E, at least 2.
     """
-    if num_experts < 2 or not hasattr(module, "_apply_gate"):
+    if num_experts < 2 or not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
         return None
     for seed, tensors in enumerate(samples):
         for name in sorted(tensors):

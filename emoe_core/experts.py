@@ -27,8 +27,11 @@ from .expert_compute import Borrowed, ExpertForm
 from .int8 import parameter
 from .loader import ExpertLoader
 from .lookahead import Lookahead
-from .rerouting import Choice, Rerouted, RoutingRule, find_rule, outbid, replaceable, substitute
+from .rerouting import Rerouted, outbid, replaceable, substitute
+from .router_watch import Call, WatchedRouter
 from .routing import TraceRecorder
+from .routing_rules import Choice, RoutingRule
+from .undecorated import Eager, adapter_of
 
 IMPLEMENTATION = "emoe"
 _ATTRIBUTE = "_emoe_layer"
@@ -63,40 +66,33 @@ class LayerHandle:
         self.session = session
         self.num_experts = loader.layers[layer].num_experts
         self.params = frozenset(param.name for param in loader.layers[layer].params)
+        # False: the router follows no known rule. A layer that text does not reach has no router, and needs no rule.
+        self.explained = True
         self.rule: RoutingRule | None = None
         self.router: torch.nn.Module | None = None
         self.router_logits: torch.Tensor | None = None
         self.choose: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.lookahead: Lookahead | None = None
         self.form: ExpertForm | None = None
-        self._eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+        self.watch: Call | None = None
+        self._eager = eager_of(module)
 
-    def attach_router(self, router: torch.nn.Module, logits_index: int, hidden_size: int) -> None:
-        """Keep the router's logits for this layer from now on, if a routing rule explains its choices."""
-
-        def choice_of(output: Any) -> Choice:
-            logits = output[logits_index]
-            others = [part for part in output if part is not logits]
-            index = next(part for part in others if not part.is_floating_point())
-            weights = next(part for part in others if part.is_floating_point() and part.shape == index.shape)
-            return Choice(logits, weights, index)
-
-        self.rule = find_rule(router, hidden_size, choice_of)
-        if self.rule is None:
-            return
-        self.router = router
-        # Past the module's hooks, which would take the logits of a guess for the layer's own.
-        self.choose = lambda hidden: choice_of(router.forward(hidden)).index
+    def attach_router(self, found: WatchedRouter) -> None:
+        """Keep the router's logits for this layer from now on."""
+        self.rule, self.router, self.choose = found.rule, found.router, found.choose
 
         def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
-            self.router_logits = output[logits_index]
+            self.router_logits = found.logits(output)
 
-        router.register_forward_hook(keep)
+        found.router.register_forward_hook(keep)
 
     def forward(
         self, module: torch.nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """Compute the layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
+        if self.watch is not None:
+            self.watch(hidden, index, weights)
+            return torch.zeros_like(hidden)
         if hidden.requires_grad and torch.is_grad_enabled():
             raise IntegrationError(
                 "emoe serves inference only: expert slots are overwritten, so gradients would be wrong. Run under "
@@ -160,7 +156,7 @@ class LayerHandle:
             tolerance = per_row.repeat_interleave(step.length)
         if not bool((tolerance > 0).any()):
             return None
-        if self.rule is None or self.router is None or logits is None:
+        if self.rule is None or logits is None:
             raise UnsupportedFamilyError(
                 f"MoE layer {self.layer} of this family has a router that no known routing rule explains, so tokens "
                 f"cannot be rerouted: load with tolerance=0 (exact)."
@@ -173,17 +169,17 @@ class LayerHandle:
         missing = ~present[index]
         if real is not None:
             missing &= real.unsqueeze(-1)
-        choice = Choice(logits.reshape(index.shape[0], -1), weights, index)
+        choice = Choice(logits, weights, index)
         candidates = missing
         if self.session.cache_bias > 0:
-            candidates = missing & outbid(choice, present, self.session.cache_bias, self.rule, self.router)
+            candidates = missing & outbid(choice, present, self.session.cache_bias, self.rule)
         replace = replaceable(weights, candidates, tolerance.to(index.device))
         present[index[missing & ~replace]] = True
         # What is loaded for one token serves every other that chose it.
         replace &= ~present[index]
         if not bool(replace.any()):
             return None
-        return substitute(choice, replace, present, self.rule, self.router)
+        return substitute(choice, replace, present, self.rule)
 
     def _count(
         self,
@@ -222,6 +218,14 @@ def _count(index: torch.Tensor, num_experts: int) -> list[int]:
     for expert in index[0].tolist():
         counts[expert] += 1
     return counts
+
+
+def eager_of(module: torch.nn.Module) -> Eager:
+    """Return the arithmetic of an experts module's class, to be run over a view whose weights come from slots."""
+    adapter = adapter_of(module)
+    if adapter is None:
+        return type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    return adapter.eager or type(module).forward
 
 
 class _ExpertsView:
@@ -272,10 +276,15 @@ def detach(module: torch.nn.Module) -> None:
     module.__dict__.pop(_ATTRIBUTE, None)
 
 
+def handle_of(module: torch.nn.Module) -> LayerHandle:
+    """Return the layer that an attached experts module is tied to."""
+    handle: LayerHandle = module.__dict__[_ATTRIBUTE]
+    return handle
+
+
 def router_of(module: torch.nn.Module) -> torch.nn.Module | None:
     """Return the router of an attached experts module, or None when no routing rule explains it."""
-    handle: LayerHandle | None = module.__dict__.get(_ATTRIBUTE)
-    return None if handle is None else handle.router
+    return handle_of(module).router if _ATTRIBUTE in module.__dict__ else None
 
 
 def register() -> None:

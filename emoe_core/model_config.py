@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from emoe_core.errors import CheckpointError, UnsupportedFamilyError
+from emoe_core.families import REFUSED, language_model
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
@@ -87,15 +88,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"model type {model_type!r} at {folder} is not part of this transformers, or its configuration is invalid "
             f"({reason}). emoe never runs code that comes with a checkpoint."
         ) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if model_type in REFUSED:
+        raise UnsupportedFamilyError(f"model type {model_type!r} at {folder} cannot be served: {REFUSED[model_type]}.")
+    found = language_model(config)
+    if found is None:
         raise UnsupportedFamilyError(
             f"model type {model_type!r} at {folder} is not a causal language model of transformers."
         )
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    # A family with images or sound keeps its language model in a sub-configuration; transformers does the same.
-    if model_class.config_class == config.sub_configs.get("text_config", None):
-        config = config.get_text_config()
-    return config
+    return found[0]
 
 
 def expert_count(config: PreTrainedConfig) -> int:
@@ -110,6 +110,9 @@ def top_k(config: PreTrainedConfig) -> int:
     for name in _TOP_K:
         value = getattr(text, name, None)
         if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    for value in _values(text.to_dict(), _TOP_K):
+        if isinstance(value, int):
             return value
     raise UnsupportedFamilyError(
         f"model type {config.model_type!r}: the configuration does not say how many experts a token uses "

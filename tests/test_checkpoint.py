@@ -257,7 +257,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         open_checkpoint(save_dense(tmp_path))
 
 
-def test_an_moe_family_outside_the_experts_interface_is_named(tmp_path: Path) -> None:
+def test_an_moe_family_outside_the_experts_interface_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.JetMoeConfig(
         vocab_size=64,
         hidden_size=32,
@@ -268,6 +268,7 @@ def test_an_moe_family_outside_the_experts_interface_is_named(tmp_path: Path) ->
         num_local_experts=4,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    monkeypatch.setattr("emoe_core.undecorated.ADAPTERS", {})
     with pytest.raises(UnsupportedFamilyError, match=r"jetmoe.*4 experts"):
         open_checkpoint(tmp_path)
 

@@ -12,10 +12,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import emoe_core
 from emoe_core.errors import UnsupportedFamilyError
-from emoe_core.rerouting import RULES, Choice, group_limit, outbid, replaceable, shares_of, substitute
+from emoe_core.rerouting import outbid, replaceable, shares_of, substitute
+from emoe_core.routing_rules import Choice, Groups, RoutingRule
 from workbench.reference_model.tiny import tiny_moe
 
-SOFTMAX = next(rule for rule in RULES if rule.name == "softmax")
+SOFTMAX = RoutingRule()
+ONE_GROUP_OF_FOUR = RoutingRule(groups=Groups(4, 1, best=2))
 
 
 def top_k_choice(tokens: int, experts: int, k: int, seed: int) -> Choice:
@@ -54,13 +56,13 @@ def test_a_higher_bias_outbids_more_but_never_the_best_nor_what_is_there(
     choice = top_k_choice(16, 8, k, seed)
     available = torch.zeros(8, dtype=torch.bool)
     available[sorted(resident)] = True
-    low, high = (outbid(choice, available, bias, SOFTMAX, torch.nn.Identity()) for bias in sorted((one, other)))
+    low, high = (outbid(choice, available, bias, SOFTMAX) for bias in sorted((one, other)))
     assert not bool((low & ~high).any())
     assert not bool(high[:, 0].any()), "the best expert is kept"
     assert not bool((high & available[choice.index]).any())
     assert bool((high.sum(-1) <= len(resident)).all()), "nobody falls out without somebody to take the place"
     # A bonus beyond the spread lets every available expert pass every other but the best.
-    every = outbid(choice, available, 1.01, SOFTMAX, torch.nn.Identity())
+    every = outbid(choice, available, 1.01, SOFTMAX)
     free = (available.sum() - available[choice.index].sum(-1)).clamp_min(0)
     absent = ~available[choice.index]
     absent[:, 0] = False
@@ -81,7 +83,7 @@ def test_substitutes_are_available_distinct_and_keep_the_total(seed: int, k: int
     replace = ~available[choice.index]
     if not bool(replace.any()):
         return
-    served = substitute(choice, replace, available, SOFTMAX, torch.nn.Identity())
+    served = substitute(choice, replace, available, SOFTMAX)
     untouched = ~replace.any(-1)
     assert torch.equal(served.index[untouched], choice.index[untouched])
     assert torch.equal(served.weights[untouched], choice.weights[untouched])
@@ -97,28 +99,24 @@ def test_shares_sum_to_one() -> None:
 
 
 def test_the_group_limit_holds_while_its_groups_have_somebody_and_is_lifted_otherwise() -> None:
-    router = torch.nn.Module()
-    router.num_group, router.topk_group = 4, 1
     logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.2, 0.1]])
     choice = Choice(logits, torch.tensor([[0.6, 0.4]]), torch.tensor([[0, 1]]))
-    assert group_limit(router, logits).tolist() == [[True, True, False, False, False, False, False, False]]
+    assert ONE_GROUP_OF_FOUR.group_limit(logits).tolist() == [[True, True, False, False, False, False, False, False]]
     served = {}
     for name, resident in (("inside", [1, 2, 7]), ("outside", [2, 7])):
         available = torch.zeros(8, dtype=torch.bool)
         available[resident] = True
-        served[name] = substitute(choice, ~available[choice.index], available, SOFTMAX, router).index[0].tolist()
+        served[name] = substitute(choice, ~available[choice.index], available, ONE_GROUP_OF_FOUR).index[0].tolist()
     assert served == {"inside": [2, 1], "outside": [2, 7]}
 
 
 def test_a_bias_protects_the_best_expert_within_the_groups_and_nobody_outside_bids() -> None:
-    router = torch.nn.Module()
-    router.num_group, router.topk_group = 4, 1
     # The best expert of all, 7, lies outside the chosen group (0, 1), whose two best sum to more.
     logits = torch.tensor([[4.0, 3.9, 0.0, 0.0, 0.0, 0.0, -9.0, 5.0]])
     choice = Choice(logits, torch.tensor([[0.6, 0.4]]), torch.tensor([[0, 1]]))
     available = torch.zeros(8, dtype=torch.bool)
     available[[2, 7]] = True
-    assert not bool(outbid(choice, available, 3.0, SOFTMAX, router).any()), "nobody in the group can take a place"
+    assert not bool(outbid(choice, available, 3.0, ONE_GROUP_OF_FOUR).any()), "nobody in the group can take a place"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +127,7 @@ def test_a_bias_protects_the_best_expert_within_the_groups_and_nobody_outside_bi
         ("qwen3_moe", "softmax"),
         ("olmoe", "softmax"),
         ("gpt_oss", "softmax"),
-        ("deepseek_v3", "sigmoid+bias"),
+        ("deepseek_v3", "sigmoid+bias+groups"),
     ],
 )
 def test_the_rule_of_every_tested_family_is_found(family: str, rule: str, tmp_path: Path) -> None:

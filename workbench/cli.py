@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from emoe_core.errors import EmoeError
-from workbench.commands import checkpoints, experiments, material, predictors, simulate
+from workbench.commands import checkpoints, experiments, families, material, predictors, simulate
 
 DEBUG_OPTION = "--debug"
 USER_ERROR_EXIT_CODE = 2
@@ -51,6 +51,7 @@ app.command("run")(checkpoints.run)
 app.command("pack")(checkpoints.pack)
 app.command("estimate")(checkpoints.estimate)
 app.command("cache")(checkpoints.cache)
+app.command("models")(families.models)
 app.add_typer(material.model_app, name="model")
 app.add_typer(material.data_app, name="data")
 app.command("profile")(material.profile)

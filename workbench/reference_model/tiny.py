@@ -193,7 +193,7 @@ def tiny_moe(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=chosen)
-        _roughen(model)
+        roughen(model)
     model.generation_config.do_sample = False
     target = Path(path)
     target.mkdir(parents=True, exist_ok=True)
@@ -209,11 +209,12 @@ def cached_tiny_moe() -> Path:
     return path if (path / "config.json").exists() else tiny_moe(path, family="mixtral", seed=0)
 
 
-def _roughen(model: torch.nn.Module) -> None:
+def roughen(model: torch.nn.Module) -> None:
     """Replace parameters and router corrections that start constant, so that tests notice a lost one."""
     with torch.no_grad():
         tensors = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in tensors:
-            constant = tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
-            if constant and "inv_freq" not in name:
+            if tensor.numel() < 2 or not tensor.is_floating_point() or "inv_freq" in name:
+                continue
+            if bool((tensor == tensor.flatten()[0]).all()):
                 tensor.add_(torch.randn_like(tensor) * 0.05)

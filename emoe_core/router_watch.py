@@ -1,0 +1,193 @@
+"""Finding each MoE layer's router and its routing rule, by watching one forward pass over random tokens.
+
+Families call their routers in many ways (with a bias from outside, on two or three dimensions, with the previous
+layer's state), so none is called here: the stock model runs once, its experts answer with zeros, and hooks keep what
+the modules beside each experts module returned. One of them is the router: it gave a value for every expert, and a
+rule (`emoe_core.routing_rules`) explains from these values which experts were then asked for, and with what weights.
+
+A layer that the pass did not reach (experts for images) is reported as not called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from .routing_rules import Choice, RoutingRule, find_rule
+
+WATCHED_TOKENS = 64
+Choose = Callable[[torch.Tensor], torch.Tensor]
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+class Watchable(Protocol):
+    """A MoE layer that answers with zeros while ``watch`` is set, which gets (hidden [T, H], index, weights [T, k])."""
+
+    num_experts: int
+    watch: Call | None
+
+
+@dataclass(frozen=True)
+class WatchedRouter:
+    """A layer's router as it was seen.
+
+    Attributes
+    ----------
+    router : torch.nn.Module
+    position : int or None
+        Where its logits [..., E] are in its output; None if they are the output.
+    rule : RoutingRule
+    choose : callable or None
+        Hidden [T, H], as the experts get it, to chosen experts int64 [T, k], without side effects; None where the
+        router needs more than that.
+    """
+
+    router: torch.nn.Module
+    position: int | None
+    rule: RoutingRule
+    choose: Choose | None
+
+    def logits(self, output: Any) -> torch.Tensor:
+        """Return the logits [T, E] within the router's output."""
+        logits: torch.Tensor = output if self.position is None else output[self.position]
+        return logits.reshape(-1, logits.shape[-1])
+
+
+def watch_routers(model: PreTrainedModel, layers: Mapping[str, Watchable]) -> dict[str, WatchedRouter | None]:
+    """Return each called layer's router, or None where no rule explains it; layers not called are left out.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A loaded model whose experts modules (by the names in ``layers``) lead to these layers.
+    """
+    found: dict[str, WatchedRouter | None] = {}
+    hooks = []
+    for name, layer in layers.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        experts = model.get_submodule(name)
+        seen: list[_Seen] = []
+        for child in (*parent.children(), *experts.children()):
+            if child is not experts:
+                hooks.append(child.register_forward_hook(_keeper(seen), with_kwargs=True))
+        layer.watch = _asked(found, name, parent, seen, layer.num_experts)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = torch.randint(0, vocabulary, (1, WATCHED_TOKENS), generator=generator).to(model.device)
+    finished = False
+    try:
+        # A family that does not run on bare token ids is served exactly only; each says so in its own way.
+        with suppress(Exception), torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+            finished = True
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers.values():
+            layer.watch = None
+    return found if finished else dict.fromkeys(layers) | found
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One call of a module beside the experts."""
+
+    module: torch.nn.Module
+    arguments: tuple[Any, ...]
+    output: Any
+
+
+def _keeper(seen: list[_Seen]) -> Callable[..., None]:
+    def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.append(_Seen(module, (*args, *kwargs.values()), output))
+
+    return keep
+
+
+def _asked(
+    found: dict[str, WatchedRouter | None], name: str, parent: torch.nn.Module, seen: list[_Seen], num_experts: int
+) -> Call:
+    def asked(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        candidates = [_explain(call, parent, hidden, index, weights, num_experts) for call in seen]
+        seen.clear()
+        found[name] = next((router for router in candidates if router is not None), None)
+
+    return asked
+
+
+def _explain(
+    call: _Seen,
+    parent: torch.nn.Module,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    num_experts: int,
+) -> WatchedRouter | None:
+    """Return the router if this call's output explains what the experts were asked."""
+    outputs = call.output if isinstance(call.output, tuple | list) else (call.output,)
+    for place, part in enumerate(outputs):
+        if not _is_logits(part, index.shape[0], num_experts):
+            continue
+        choice = Choice(part.reshape(-1, num_experts), weights, index)
+        if _tells_of_the_chosen_only(choice):
+            continue
+        rule = find_rule(choice, _per_expert(call, parent, num_experts), _groups(call.module))
+        if rule is not None:
+            position = place if isinstance(call.output, tuple | list) else None
+            watched = WatchedRouter(call.module, position, rule, None)
+            return WatchedRouter(call.module, position, rule, _chooser(watched, hidden, index))
+    return None
+
+
+def _is_logits(part: Any, tokens: int, num_experts: int) -> bool:
+    return (
+        isinstance(part, torch.Tensor)
+        and part.is_floating_point()
+        and part.dim() > 0
+        and part.shape[-1] == num_experts
+        and part.numel() == tokens * num_experts
+    )
+
+
+def _tells_of_the_chosen_only(choice: Choice) -> bool:
+    """Say whether the experts that were not chosen all have one value, so that there is no next best."""
+    chosen = torch.zeros_like(choice.logits, dtype=torch.bool).scatter_(1, choice.index, True)
+    others = choice.logits[~chosen].reshape(len(chosen), -1)
+    return others.shape[1] > 1 and bool((others == others[:, :1]).all())
+
+
+def _per_expert(call: _Seen, parent: torch.nn.Module, num_experts: int) -> list[torch.Tensor]:
+    """Return the tensors with one value per expert that the router holds, is given, or finds in its parent."""
+    held = [*call.module.parameters(), *call.module.buffers()]
+    beside = [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]
+    given = [argument for argument in call.arguments if isinstance(argument, torch.Tensor)]
+    found: list[torch.Tensor] = []
+    for tensor in (*held, *beside, *given):
+        if tensor.is_floating_point() and tensor.numel() == num_experts and not any(tensor is one for one in found):
+            found.append(tensor)
+    return found
+
+
+def _groups(router: torch.nn.Module) -> tuple[int, int] | None:
+    count = getattr(router, "num_group", None) or getattr(router, "n_group", None)
+    kept = getattr(router, "topk_group", None)
+    return (count, kept) if isinstance(count, int) and isinstance(kept, int) else None
+
+
+def _chooser(watched: WatchedRouter, hidden: torch.Tensor, index: torch.Tensor) -> Choose | None:
+    """Return the router as a function of the experts' input alone, if it gives the same answer that way."""
+
+    def choose(rows: torch.Tensor) -> torch.Tensor:
+        # Past the module's hooks, which would take the logits of a guess for the layer's own.
+        return watched.rule.choose(watched.logits(watched.router.forward(rows)).float(), index.shape[-1])
+
+    try:
+        again = choose(hidden)
+    except (TypeError, RuntimeError, IndexError, ValueError, AttributeError):
+        return None
+    return choose if torch.equal(again.sort(-1).values, index.sort(-1).values) else None

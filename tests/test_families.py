@@ -1,0 +1,78 @@
+"""Integration: every Mixture-of-Experts family of the installed transformers is served exactly, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import logging as transformers_logging
+from typer.testing import CliRunner
+
+from emoe_core.checkpoint import open_checkpoint
+from emoe_core.errors import UnsupportedFamilyError
+from emoe_core.families import REFUSED, decorated_modules, families
+from workbench.cli import app
+from workbench.families import EXACT_ONLY, as_markdown, prove, recorded, refused
+from workbench.reference_model.tiny_families import tiny_config
+
+ROWS = {row.model_type: row for row in recorded()}
+DOCUMENT = Path(__file__).parent.parent / "docs" / "families.md"
+SERVED = [family.model_type for family in families() if family.model_type not in REFUSED]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_transformers() -> None:
+    transformers_logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("model_type", SERVED)
+def test_family_is_bit_identical_under_a_budget_and_rerouted_by_its_rule(model_type: str, tmp_path: Path) -> None:
+    row = prove(model_type, tmp_path)
+    assert row == ROWS.get(model_type), "the record is old: emoe models --check all --write"
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_refused_family_is_refused_by_name_and_reason(model_type: str, tmp_path: Path) -> None:
+    tiny_config(model_type).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedFamilyError, match=rf"'{model_type}'.*{REFUSED[model_type]}"):
+        open_checkpoint(tmp_path)
+
+
+def test_every_modeling_file_with_the_decorator_leads_to_a_family() -> None:
+    lost = set(decorated_modules()) - {family.module for family in families()}
+    assert not lost, f"transformers has decorated experts without a model type that loads: {sorted(lost)}"
+
+
+def test_every_family_is_recorded_and_no_other() -> None:
+    found = {family.model_type for family in families()} | set(REFUSED)
+    assert not found - set(ROWS), "new families: prove them with emoe models --check all --write"
+    assert not set(ROWS) - found, "families that this transformers no longer has"
+    assert all(ROWS[row.model_type] == row for row in refused())
+
+
+def test_only_families_whose_router_follows_no_rule_are_exact_only() -> None:
+    exact_only = {row.model_type for row in ROWS.values() if row.rerouting == EXACT_ONLY}
+    # Choices by token id, by a sequence of masked softmaxes, and with a class that skips all experts.
+    assert exact_only == {"deepseek_v4", "phimoe", "zaya"}
+
+
+def test_the_document_is_up_to_date() -> None:
+    assert DOCUMENT.read_text() == as_markdown(recorded()), "write it again: emoe models --markdown > docs/families.md"
+
+
+def test_models_lists_every_family_with_its_rule_or_reason() -> None:
+    answer = CliRunner().invoke(app, ["models"], env={"COLUMNS": "200"})
+    assert answer.exit_code == 0
+    for row in ROWS.values():
+        (line,) = [line for line in answer.output.splitlines() if f" {row.model_type} " in line]
+        assert (row.refused or row.rerouting)[:20] in line
+
+
+def test_models_proves_a_family_on_request() -> None:
+    answer = CliRunner().invoke(app, ["models", "--check", "mixtral"])
+    assert answer.exit_code == 0 and "exact" in answer.output and "softmax" in answer.output
+
+
+def test_models_refuses_an_unknown_family() -> None:
+    answer = CliRunner().invoke(app, ["models", "--check", "mixtrall"])
+    assert answer.exit_code != 0 and "mixtrall" in str(answer.exception)

@@ -1,0 +1,68 @@
+"""``emoe models``: which Mixture-of-Experts families are served, and how."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from emoe_core.errors import OptionError
+
+if TYPE_CHECKING:
+    from workbench.families import FamilyRow
+
+
+def models(
+    check: Annotated[
+        list[str] | None,
+        typer.Option(help="Prove this model type anew on a tiny random checkpoint; may be given often, or be 'all'."),
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="After '--check all': renew the record.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """List model families: how their experts lie on disk, whether they are exact, and how they are rerouted."""
+    from workbench.families import as_markdown, recorded
+
+    if write and check != ["all"]:
+        raise OptionError("--write renews the whole record: give it with --check all.")
+    rows = recorded() if check is None else _proven(check)
+    if write:
+        from workbench.families import write_record
+
+        write_record(list(rows))
+    if markdown:
+        typer.echo(as_markdown(rows), nl=False)
+        return
+    table = Table()
+    for column in ("model type", "class in transformers", "experts on disk", "tolerance 0", "rerouting"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row.cells())
+    Console().print(table)
+
+
+def _proven(wanted: list[str]) -> tuple[FamilyRow, ...]:
+    from transformers import logging as transformers_logging
+
+    from emoe_core.families import REFUSED, families
+    from workbench.commands.checkpoints import progress_bar
+    from workbench.families import prove, refused
+
+    known = [family.model_type for family in families()]
+    unknown = sorted(set(wanted) - {*known, *REFUSED, "all"})
+    if unknown:
+        raise OptionError(f"--check {unknown[0]}: no such family; 'emoe models' lists them.")
+    chosen = [*known, *REFUSED] if "all" in wanted else wanted
+    rows = [row for row in refused() if row.model_type in chosen]
+    served = [model_type for model_type in chosen if model_type not in REFUSED]
+    transformers_logging.disable_progress_bar()
+    with progress_bar("proving families") as progress:
+        for done, model_type in enumerate(served):
+            progress(done, len(served))
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(prove(model_type, Path(folder)))
+    return tuple(sorted(rows, key=lambda row: row.model_type))

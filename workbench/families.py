@@ -1,0 +1,206 @@
+"""What emoe does with each Mixture-of-Experts family: proven on a tiny random checkpoint, and recorded.
+
+`prove` is the proof: it writes a checkpoint of the family, loads it with stock transformers and through an engine that
+holds too few experts, and compares. The table that `emoe models` shows is a record of its answers
+(``families.json``), which the tests repeat family by family; it says nothing that a test does not.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import emoe_core
+from emoe_core.checkpoint import CheckpointIndex
+from emoe_core.errors import ExperimentError, UnsupportedFamilyError
+from emoe_core.experts import handle_of
+from emoe_core.families import REFUSED, class_name
+from workbench.reference_model.tiny_families import FIRST_PLAIN_TOKEN, VOCABULARY, tiny_family
+
+RECORD = Path(__file__).with_name("families.json")
+# About two of eight experts a layer, so that experts are really missed and evicted.
+BUDGET = "30%"
+PROMPT_TOKENS = 17
+# Between weights in float32 and those that a rule computes from the logits.
+MAX_SHARE_ERROR = 1e-4
+EXACT_ONLY = "exact only"
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """What was proven of one family.
+
+    Attributes
+    ----------
+    model_type : str
+    model_class : str
+        The class of transformers that is served.
+    on_disk : str
+        "one by one" (a tensor for each expert) or "fused" (one for all experts of a layer).
+    layout : tuple of str
+        What is unusual about its experts.
+    rerouting : str
+        The routing rules of its layers, or `EXACT_ONLY`.
+    refused : str
+        Why it cannot be served; empty if it is served, and then it is exact.
+    """
+
+    model_type: str
+    model_class: str
+    on_disk: str = ""
+    layout: tuple[str, ...] = ()
+    rerouting: str = ""
+    refused: str = ""
+
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Return what a table shows: model type, class, experts on disk, exactness, rerouting or refusal."""
+        if self.refused:
+            return self.model_type, self.model_class, "", "refused", self.refused
+        on_disk = ", ".join((self.on_disk, *self.layout))
+        return self.model_type, self.model_class, on_disk, "exact", self.rerouting
+
+
+def prove(model_type: str, folder: Path) -> FamilyRow:
+    """Prove what emoe does with a family, on a tiny checkpoint that is written to an empty folder.
+
+    Raises
+    ------
+    ExperimentError
+        When the family is served but not exactly, or rerouted other than its rule says.
+    UnsupportedFamilyError, CheckpointError
+        When it is refused.
+    """
+    model_class = tiny_family(folder, model_type)
+    stock = model_class.from_pretrained(folder, experts_implementation="eager").eval()
+    expected = _prefill_and_decode(stock)
+    options: dict[str, Any] = {"budget": BUDGET, "predictor": None, "pack_dir": folder, "verify": "always"}
+    with emoe_core.load(folder, **options) as engine:
+        logits = _prefill_and_decode(engine.model)
+        counters = engine.stats().counters
+        if not all(torch.equal(mine, theirs) for mine, theirs in zip(logits, expected, strict=True)):
+            raise ExperimentError(f"{model_type}: logits at tolerance 0 are not those of stock transformers")
+        if not counters.evictions:
+            raise ExperimentError(f"{model_type}: the prompt asked for too few experts to prove anything")
+        rules = _check_rules(engine, model_type)
+        on_disk, layout = _on_disk(engine.index), _layout(engine)
+    try:
+        with emoe_core.load(folder, tolerance=1.0, **options) as engine:
+            logits = _prefill_and_decode(engine.model)
+            rerouted = engine.stats().counters.reroutes
+    except UnsupportedFamilyError:
+        if rules is not None:
+            raise
+        rules = EXACT_ONLY
+    else:
+        if rules is None or not rerouted or not all(bool(part.isfinite().all()) for part in logits):
+            raise ExperimentError(
+                f"{model_type}: rerouting at tolerance 1 does not work ({rules}, {rerouted} reroutes)"
+            )
+    return FamilyRow(model_type, model_class.__name__, on_disk, layout, rules)
+
+
+def recorded() -> tuple[FamilyRow, ...]:
+    """Return the record of every family, sorted by model type."""
+    rows: list[dict[str, Any]] = json.loads(RECORD.read_text())
+    return tuple(FamilyRow(**(row | {"layout": tuple(row["layout"])})) for row in rows)
+
+
+def refused() -> tuple[FamilyRow, ...]:
+    """Return the rows of families that are refused by name."""
+    return tuple(
+        FamilyRow(model_type, class_name(model_type) or "", refused=reason) for model_type, reason in REFUSED.items()
+    )
+
+
+def as_markdown(rows: tuple[FamilyRow, ...]) -> str:
+    """Return the document ``docs/families.md``."""
+    served = [row for row in rows if not row.refused]
+    rerouted = [row for row in served if row.rerouting != EXACT_ONLY]
+    lines = [
+        "# Model families",
+        "",
+        f"Of {len(rows)} model types with routed experts in transformers, {len(served)} are served bit-identically at "
+        f"tolerance 0, {len(rerouted)} of them can be rerouted, and {len(rows) - len(served)} are refused. Each row is "
+        "proven by `tests/test_families.py` on a tiny random checkpoint that transformers itself wrote: prefill and a "
+        "decode step with a KV cache in float32, slots for 30% of the experts, and the routing rule compared with the "
+        "family's own router. `emoe models --check TYPE` repeats the proof; this file is `emoe models --markdown`.",
+        "",
+        '*Experts on disk*: "one by one" is a tensor for each expert, "fused" one for all experts of a layer. '
+        "*Rerouting* names what weights are proportional to, and what is added: a correction of the choice (bias), a "
+        "factor per expert (scale), a limit to the best groups. A class for images or sound is served whole, as "
+        "transformers loads it; the proof is of text.",
+        "",
+        "| model type | class in transformers | experts on disk | tolerance 0 | rerouting |",
+        "|---|---|---|---|---|",
+        *(f"| {' | '.join(row.cells())} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_record(rows: list[FamilyRow]) -> None:
+    """Write the record that `recorded` reads."""
+    ordered = sorted(rows, key=lambda row: row.model_type)
+    RECORD.write_text(json.dumps([asdict(row) for row in ordered], indent=1) + "\n")
+
+
+def _prompt(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, (1, PROMPT_TOKENS), generator=generator)
+
+
+def _prefill_and_decode(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        first = model(input_ids=_prompt(0), use_cache=True)
+        token = _prompt(1)[:, :1]
+        second = model(input_ids=token, past_key_values=first.past_key_values, use_cache=True)
+    return first.logits, second.logits
+
+
+def _check_rules(engine: emoe_core.Engine, model_type: str) -> str | None:
+    """Compare rules with the routers on a new prompt; return the rules' names, None if a layer has none."""
+    names, differing = set(), []
+    handles = [handle_of(engine.model.get_submodule(layer.name)) for layer in engine.index.layers]
+
+    def compare(handle: Any) -> Any:
+        def asked(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+            logits, shares = handle.router_logits.float(), weights.float() / weights.float().sum(-1, keepdim=True)
+            chosen = handle.rule.choose(logits, index.shape[-1])
+            error = (handle.rule.log_scores(logits).gather(1, index).softmax(-1) - shares).abs().max().item()
+            if not torch.equal(chosen.sort(-1).values, index.sort(-1).values) or error > MAX_SHARE_ERROR:
+                differing.append(handle.layer)
+
+        return asked
+
+    for handle in handles:
+        if not handle.explained:
+            return None
+        if handle.rule is not None:
+            names.add(handle.rule.name)
+            handle.watch = compare(handle)
+    with torch.no_grad():
+        engine.model(input_ids=_prompt(2), use_cache=False)
+    for handle in handles:
+        handle.watch = None
+    if differing:
+        raise ExperimentError(f"{model_type}: the routing rules of MoE layers {differing} do not hold on a new prompt")
+    return ", ".join(sorted(names))
+
+
+def _on_disk(index: CheckpointIndex) -> str:
+    return "fused" if index.fused else "one by one"
+
+
+def _layout(engine: emoe_core.Engine) -> tuple[str, ...]:
+    module: Any = engine.model.get_submodule(engine.index.layers[0].name)
+    traits = {
+        "transposed": getattr(module, "is_transposed", False),
+        "biased": getattr(module, "has_bias", False),
+        "interleaved": not getattr(module, "is_concatenated", True),
+        "gateless": not getattr(module, "has_gate", True),
+        "normalised": getattr(module, "has_post_expert_norm", False),
+    }
+    return tuple(name for name, holds in traits.items() if holds)
