@@ -5,11 +5,11 @@ Terms
 prefill cost
     Seconds to run a prompt of W tokens alone: ``prefill_fixed_s + W * prefill_token_s``.
 step cost
-    Seconds of one decode step of b sequences, measured at some b and interpolated between; one token comes out for each.
+    Seconds of one decode step of b sequences, measured at some b and interpolated between; it gives each one token.
     The paper's ``c`` per token is the step cost over b.
 load
-    Seconds until one absent expert is in its slot, when a plan swaps many: the slope of time over experts. ``swap_s`` is
-    the rest: what a swap takes however few experts it moves.
+    Seconds until one absent expert is in its slot, when a plan swaps many: the slope of time over experts. ``swap_s``
+    is the rest: what a swap takes however few experts it moves.
 prediction
     Seconds to ask the predictor and plan, once.
 load of a task

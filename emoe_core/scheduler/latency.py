@@ -9,13 +9,13 @@ the running requests that finish after i, c the profiled cost per token and r_i 
 
 Two things are refined here. A token of a prompt costs something else than one of a decode step, and a step of b
 sequences does not take b times as long as one (b = 1: all weights are read either way), so ``c`` is profiled apart:
-``prefill_s(W)`` and ``s(b)``. And requests that finish before i share i's steps until they do, which ``n_i * G_i`` leaves
-out. With G sorted, the batch shrinks step by step:
+``prefill_s(W)`` and ``s(b)``. And requests that finish before i share i's steps until they do, which ``n_i * G_i``
+leaves out. With G sorted, the batch shrinks step by step:
 
     t_i = r_i + dE + prefill_s(W) + sum over k with G_k <= G_i of (G_k - G_(k-1)) * s(b_k)
 
-b_k being the sequences left in that stretch, the new one included for as long as it is expected to run. Where all others
-finish after i and ``s(b) = b * c``, the sum is the paper's ``n_i * G_i * c``, with i and the new one counted in n_i.
+b_k being the sequences left in that stretch, the new one included for as long as it is expected to run. Where all
+others finish after i and ``s(b) = b * c``, the sum is the paper's ``n_i * G_i * c``, with i and the new one counted in n_i.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DecodeForecast:
         self._single_s = float(step_s[1])
 
     def alone_s(self, tokens: np.ndarray) -> np.ndarray:
-        """Return the seconds until members have put out that many tokens each, if nobody joins; at most the largest G."""
+        """Return the seconds until members have put out that many tokens (at most the largest G), if nobody joins."""
         return np.interp(tokens, self._ends, self._alone)
 
     def joined_s(self, tokens: np.ndarray) -> np.ndarray:

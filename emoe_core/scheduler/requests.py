@@ -101,7 +101,7 @@ class ServiceRequest:
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How much may run at once: ``max_requests`` sequences, and ``max_tokens`` reserved tokens (T_max, the KV cache)."""
+    """How much may run at once: ``max_requests`` sequences, ``max_tokens`` reserved tokens (T_max, the KV cache)."""
 
     max_requests: int
     max_tokens: int

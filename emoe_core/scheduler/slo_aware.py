@@ -5,7 +5,7 @@ its own objective can be met, and every running request that meets its objective
 (`latency.py`).
 
 Where this departs from the printed algorithm
-* T starts from the tokens of the running batch (printed: from the number of running requests) and R is added (printed: S).
+* T starts from the tokens of the running batch (printed: the number of running requests) and R is added (printed: S).
 * R's own objective is checked too. A request that is late already has none left to check: it comes after all that can
   still be in time, in order of arrival.
 * Nobody starves (`admission.py`): one that was bypassed too often is admitted without regard to anybody's objective.

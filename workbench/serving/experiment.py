@@ -4,8 +4,8 @@ Terms
 -----
 capacity
     Requests a second that one replica could serve with a full batch and nothing to load: the mean prompt and the mean
-    answer, each step shared by a full batch. ``load`` is a share of it, so that a configuration means the same for every
-    model; a service near 1 is saturated.
+    answer, each step shared by a full batch. ``load`` is a share of it, so that a configuration means the same for
+    every model; a service near 1 is saturated.
 unloaded
     A request alone, its experts resident: its prompt's time, then a step of one sequence for each token. Objectives are
     multiples of a task's median: one number for all tasks would make EDF the order of arrival.

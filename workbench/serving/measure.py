@@ -8,7 +8,7 @@ everything warms it. Times are medians of repeats, in the order that the engine 
 * swaps of several sizes, from start until every byte has arrived: a line through (experts, seconds);
 * one prediction with its plan.
 
-Each task's lengths and expert shares come from prompts of the profile split: shares from their prompts and first tokens,
+Each task's lengths and expert shares come from prompts of the profile split: shares from prompts and first tokens,
 lengths of answers from the model's task profile where there is one, else from short answers measured here.
 
 Times on a busy machine are wrong; the file records how busy it was.
@@ -325,7 +325,7 @@ def _prefill(engine: emoe_core.Engine, ids: torch.Tensor) -> None:
 
 
 def _random_ids(engine: emoe_core.Engine, count: int, seed: int) -> torch.Tensor:
-    vocabulary = int(engine.model.get_input_embeddings().weight.shape[0])
+    vocabulary = engine.model.config.get_text_config().vocab_size
     drawn = np.random.default_rng(seed).integers(vocabulary, size=(1, count))
     return torch.tensor(drawn, device=engine.device)
 

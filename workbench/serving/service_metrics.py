@@ -28,7 +28,7 @@ PERCENTILES = (50, 90, 99)
 
 
 def request_table(served: Sequence[Served]) -> pd.DataFrame:
-    """Return one row a request: its record, ``wait_s, ttft_s, tpot_s, latency_s`` and whether objectives were ``met``."""
+    """Return one row a request: its record, ``wait_s, ttft_s, tpot_s, latency_s``, and if objectives were ``met``."""
     table = pd.DataFrame([asdict(record) for record in served])
     table["wait_s"] = table["admitted_s"] - table["arrival_s"]
     table["ttft_s"] = table["first_token_s"] - table["arrival_s"]
@@ -70,7 +70,7 @@ def task_metrics(requests: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for task, group in requests.groupby("task"):
         found = service_metrics(group)
-        kept = ("requests", "attainment_share", "held_mass")
-        kept += tuple(f"{stem}_{what}_s" for stem in ("ttft", "tpot", "latency") for what in ("mean", "p90"))
+        kept = ["requests", "attainment_share", "held_mass"]
+        kept += [f"{stem}_{what}_s" for stem in ("ttft", "tpot", "latency") for what in ("mean", "p90")]
         rows.append({"task": task} | {name: found.get(name, float("nan")) for name in kept})
     return pd.DataFrame(rows)

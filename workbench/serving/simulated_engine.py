@@ -1,8 +1,8 @@
 """One engine as a discrete-event simulation: what it would do, by the costs that were measured.
 
 The loop is the real driver's. Between steps the scheduler is asked; those it admits are planned for (a swap, and a
-prediction every p admitted requests), then their prompts run one by one, each giving its first token; then everybody who
-runs takes a step. Nothing else happens at the same time: a swap, a prompt and a step each hold up all others.
+prediction every p admitted requests), then their prompts run one by one, each giving its first token; then everybody
+who runs takes a step. Nothing else happens at the same time: a swap, a prompt and a step each hold up all others.
 
 A request arrives between steps or waits for the end of the one in progress. Steps in which nobody can join are taken
 together, which changes no result. Whether a request ends is known to the simulation alone; schedulers see expectations.
