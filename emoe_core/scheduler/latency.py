@@ -15,7 +15,7 @@ leaves out. With G sorted, the batch shrinks step by step:
     t_i = r_i + dE + prefill_s(W) + sum over k with G_k <= G_i of (G_k - G_(k-1)) * s(b_k)
 
 b_k being the sequences left in that stretch, the new one included for as long as it is expected to run. Where all
-others finish after i and ``s(b) = b * c``, the sum is the paper's ``n_i * G_i * c``, with i and the new one counted in n_i.
+others finish after i and ``s(b) = b * c``, the sum is the paper's ``n_i * G_i * c``, n_i counting i and the new one.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 import emoe_core
@@ -32,6 +31,7 @@ from emoe_core.costs import CostsError, ServingCosts, TaskLoad
 from emoe_core.errors import DataError, OptionError
 from emoe_core.generation import encode
 from emoe_core.tasks import LENGTH_QUANTILES, TASK_TYPES, UNKNOWN, Profile, TaskProfile
+from workbench.busy import OtherWork
 from workbench.environment import describe_environment
 from workbench.models import resolve_model
 from workbench.profiling import RECIPES, profile_path, stored_profile
@@ -97,7 +97,6 @@ def measure_costs(config: CostsConfig, progress: Progress | None = None) -> Serv
     """
     report = progress or (lambda stage, done, total: None)
     checkpoint = resolve_model(config.model)
-    process = psutil.Process()
     with emoe_core.load(
         checkpoint,
         budget=config.budget,
@@ -109,13 +108,11 @@ def measure_costs(config: CostsConfig, progress: Progress | None = None) -> Serv
     ) as engine:
         profile = _profile_of(checkpoint)
         tasks = _task_loads(engine, config, profile, report)
-        before, began = _cpu_seconds(process), time.perf_counter()
+        others = OtherWork()
         slope, intercept = _prompts(engine, config, report)
         steps = _steps(engine, config, report)
         load_s, swap_s = _swaps(engine, config, report)
         prediction_s = _prediction(engine, config)
-        spent_s = time.perf_counter() - began
-        others = (_cpu_seconds(process) - before) / (spent_s * (psutil.cpu_count() or 1))
         environment = {
             key: value for key, value in describe_environment().to_dict().items() if key in KEPT_OF_ENVIRONMENT
         }
@@ -132,7 +129,7 @@ def measure_costs(config: CostsConfig, progress: Progress | None = None) -> Serv
             kv_token_bytes=engine.memory(1, 1).kv_bytes,
             tasks=tasks,
             settings=_settings(config, engine),
-            environment=environment | {"others_cpu_share": max(0.0, min(1.0, others))},
+            environment=environment | {"others_cpu_share": others.share()},
         )
 
 
@@ -333,14 +330,6 @@ def _random_ids(engine: emoe_core.Engine, count: int, seed: int) -> torch.Tensor
 def _synchronize(engine: emoe_core.Engine) -> None:
     if engine.device.type == "cuda":
         torch.cuda.synchronize(engine.device)
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    """Return the processor seconds that others than this process have used since the machine started."""
-    machine = psutil.cpu_times()
-    used = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
-    own = process.cpu_times()
-    return float(used - own.user - own.system)
 
 
 def _settings(config: CostsConfig, engine: emoe_core.Engine) -> dict[str, Any]:
