@@ -340,3 +340,26 @@ def _settings(config: CostsConfig, engine: emoe_core.Engine) -> dict[str, Any]:
         "dtype": str(engine.index.dtype).removeprefix("torch."),
         "device": engine.device.type,
     }
+
+
+def costs_of(model: str, progress: Progress | None = None) -> ServingCosts:
+    """Return the costs of a model for a notebook: stored ones, or those of the tiny model, measured in seconds.
+
+    Parameters
+    ----------
+    model : str
+        "tiny" (a random model of the tests, measured here and kept), or a name that `stored_costs` knows.
+    progress : callable, optional
+        Called with (stage, done, total).
+    """
+    if model != "tiny":
+        return stored_costs(resolve_model(model))
+    from workbench.reference_model.tiny import cached_tiny_moe
+
+    checkpoint = cached_tiny_moe()
+    try:
+        return stored_costs(checkpoint)
+    except DataError:
+        found = measure_costs(CostsConfig(str(checkpoint), source="fixture", prompts=3), progress)
+        found.save(costs_path(found.model_hash))
+        return found
