@@ -2,8 +2,8 @@
 
     python -m workbench.serving.decision_time --waiting 1000
 
-Each decision starts from a queue of that many requests of six tasks and a batch of ``--max-batch`` with ``--free`` places,
-and is timed in processor time of this thread, so that other work on the machine does not count.
+Each decision starts from a queue of that many requests of six tasks and a batch of ``--max-batch`` with ``--free``
+places, and is timed in processor time of this thread, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
