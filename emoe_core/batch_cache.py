@@ -10,6 +10,7 @@ Families whose cache is not one growing tensor a layer (sliding windows, states)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -49,14 +50,16 @@ class BatchCache:
         if self.cache is None:
             self.cache, self.lengths = cache, [length]
             return
-        for layer in (*self.cache.layers, *cache.layers):
+        layers: list[Any] = list(self.cache.layers)
+        added: list[Any] = list(cache.layers)
+        for layer in (*layers, *added):
             if type(layer) is not DynamicLayer:
                 raise UnsupportedFamilyError(
                     f"sequences of a family with a {type(layer).__name__} cannot share a batch here: serve them one at "
                     f"a time (a batch limit of 1)"
                 )
         width = max(self.longest, length)
-        for mine, new in zip(self.cache.layers, cache.layers, strict=True):
+        for mine, new in zip(layers, added, strict=True):
             mine.keys = torch.cat([_padded(mine.keys, width), _padded(new.keys, width)])
             mine.values = torch.cat([_padded(mine.values, width), _padded(new.values, width)])
         self.lengths.append(length)
@@ -70,7 +73,8 @@ class BatchCache:
             self.cache = None
             return
         width = self.longest
-        for layer in self.cache.layers:
+        kept: list[Any] = list(self.cache.layers)
+        for layer in kept:
             chosen = torch.tensor(list(rows), device=layer.keys.device)
             layer.keys = layer.keys.index_select(0, chosen)[..., -width:, :].contiguous()
             layer.values = layer.values.index_select(0, chosen)[..., -width:, :].contiguous()

@@ -272,10 +272,10 @@ class TestRouters:
             for place in range(count)
         ]
 
-    def replicas_of(self, router: str, tasks: list[str], gap_s: float = 0.0) -> list[int]:
+    def replicas_of(self, router: str, tasks: list[str], gap_s: float = 0.0, slack: float = 0.0) -> list[int]:
         costs = make_costs(expert_load_s=0.5)
         requests = [(make_request(n, n * gap_s, task=task), 2) for n, task in enumerate(tasks)]
-        return [one.replica for one in Cluster(self.engines(2, costs), router).run(requests)]
+        return [one.replica for one in Cluster(self.engines(2, costs), router, slack).run(requests)]
 
     def test_round_robin_goes_in_turn(self) -> None:
         assert self.replicas_of("round_robin", ["qa"] * 5) == [0, 1, 0, 1, 0]
@@ -287,12 +287,16 @@ class TestRouters:
     def test_affinity_sends_tasks_to_where_their_experts_are(self) -> None:
         tasks = ["qa", "code", "code", "qa", "qa", "code"]
         # The second finds both empty of its experts, and the first replica no busier.
-        found = self.replicas_of("affinity", tasks, gap_s=1.0)
+        found = self.replicas_of("affinity", tasks, gap_s=1.0, slack=0.5)
         assert found[1] != found[0]
         assert [found[n] for n in (2, 3, 4, 5)] == [found[1], found[0], found[0], found[1]]
 
+    def test_without_slack_affinity_only_decides_between_the_least_loaded(self) -> None:
+        assert self.replicas_of("affinity", ["qa"] * 4) == [0, 1, 0, 1]
+        assert self.replicas_of("affinity", ["qa", "code", "qa", "code"], gap_s=50.0) == [0, 1, 0, 1]
+
     def test_affinity_does_not_pile_a_task_up_at_one_replica(self) -> None:
-        found = self.replicas_of("affinity", ["qa"] * 12)
+        found = self.replicas_of("affinity", ["qa"] * 12, slack=0.5)
         assert abs(found.count(0) - found.count(1)) <= 3
 
 

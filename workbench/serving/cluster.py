@@ -7,9 +7,9 @@ round_robin
 least_loaded
     The one with the fewest unfinished requests.
 affinity
-    The one whose residents lack the fewest of the task's experts, among those that are not much busier than the least
-    loaded (at most `SLACK` of a full batch more); ties go to the less loaded. Without that bound, one task would queue
-    at one replica while others idle.
+    The one whose residents lack the fewest of the task's experts, among those that are busier than the least loaded by
+    at most ``slack`` of a full batch; ties go to the less loaded. 0 lets the fit decide between the least loaded only;
+    more saves loading and fills batches unevenly. Without a bound, one task would queue while other replicas idle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from emoe_core.scheduler import ServiceRequest
 from workbench.serving.simulated_engine import Served, SimulatedEngine
 
 ROUTERS = ("round_robin", "least_loaded", "affinity")
-SLACK = 0.5
 Progress = Callable[[str, int, int], None]
 PROGRESS_EVERY = 100
 
@@ -34,15 +33,20 @@ class Cluster:
     replicas : sequence of SimulatedEngine
     router : str
         One of `ROUTERS`.
+    slack : float
+        Of "affinity", as a share of a full batch.
     """
 
-    def __init__(self, replicas: Sequence[SimulatedEngine], router: str = "round_robin") -> None:
+    def __init__(self, replicas: Sequence[SimulatedEngine], router: str = "round_robin", slack: float = 0.0) -> None:
         if router not in ROUTERS:
             raise OptionError(f"unknown router {router!r}: choose one of {', '.join(ROUTERS)}")
         if not replicas:
             raise OptionError("a cluster needs at least one replica")
+        if slack < 0:
+            raise OptionError(f"a slack of {slack} makes no sense; give 0 or more of a full batch")
         self.replicas = list(replicas)
         self.router = router
+        self.slack = slack
         self._turn = 0
 
     def run(self, requests: Sequence[tuple[ServiceRequest, int]], progress: Progress | None = None) -> list[Served]:
@@ -78,7 +82,7 @@ class Cluster:
         places = range(len(self.replicas))
         if self.router == "least_loaded":
             return min(places, key=lambda place: (load[place], place))
-        bound = min(load) + SLACK * max(replica.limits.max_requests for replica in self.replicas)
+        bound = min(load) + self.slack * max(replica.limits.max_requests for replica in self.replicas)
         near = [place for place in places if load[place] <= bound]
         missing = {place: self.replicas[place].missing_for(request.task) for place in near}
         return min(near, key=lambda place: (missing[place], load[place], place))

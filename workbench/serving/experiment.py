@@ -64,6 +64,8 @@ class ServingConfig:
         As in `emoe_core.EngineConfig`.
     replicas : int
     router : str
+    affinity_slack : float
+        How much busier than the least loaded, as a share of a full batch, a replica may be that fits a task better.
     ttft_factor, tpot_factor : float
         Objectives, as multiples of the unloaded median.
     max_bypassed : int
@@ -87,6 +89,7 @@ class ServingConfig:
     replan: str = "admission"
     replicas: int = 1
     router: str = "round_robin"
+    affinity_slack: float = 0.0
     ttft_factor: float = 5.0
     tpot_factor: float = 2.0
     max_bypassed: int = MAX_BYPASSED
@@ -141,7 +144,8 @@ def simulate_serving(
         raise OptionError("these costs describe no task: measure them with `emoe costs MODEL`")
     coming = make_arrivals(config, costs) if arrivals is None else list(arrivals)
     promised = objectives(coming, costs, config.ttft_factor, config.tpot_factor)
-    cluster = Cluster([make_replica(config, costs, place) for place in range(config.replicas)], config.router)
+    replicas = [make_replica(config, costs, place) for place in range(config.replicas)]
+    cluster = Cluster(replicas, config.router, config.affinity_slack)
     served = cluster.run([make_request(config, costs, promised, one) for one in coming], progress)
     table = request_table(served)
     metrics = service_metrics(table)

@@ -27,18 +27,16 @@ import torch
 
 import emoe_core
 from emoe_core.checkpoint import open_checkpoint
-from emoe_core.costs import CostsError, ServingCosts, TaskLoad
+from emoe_core.costs import CostsError, ServingCosts
 from emoe_core.errors import DataError, OptionError
-from emoe_core.generation import encode
-from emoe_core.tasks import LENGTH_QUANTILES, TASK_TYPES, UNKNOWN, Profile, TaskProfile
+from emoe_core.tasks import TASK_TYPES, UNKNOWN
 from workbench.busy import OtherWork
 from workbench.environment import describe_environment
 from workbench.models import resolve_model
-from workbench.profiling import RECIPES, profile_path, stored_profile
-from workbench.workloads import StreamConfig, prompt_stream
+from workbench.profiling import RECIPES, profile_path
+from workbench.serving.task_loads import profile_of, task_loads
 
 Progress = Callable[[str, int, int], None]
-LENGTH_SAMPLES = 19
 KEPT_OF_ENVIRONMENT = ("platform", "packages", "cpu", "cpu_flags", "cores", "threads", "ram_bytes", "gpus", "commit")
 
 
@@ -106,8 +104,8 @@ def measure_costs(config: CostsConfig, progress: Progress | None = None) -> Serv
         seed=config.seed,
         record=True,
     ) as engine:
-        profile = _profile_of(checkpoint)
-        tasks = _task_loads(engine, config, profile, report)
+        profile = profile_of(checkpoint)
+        tasks = task_loads(engine, profile, config.prompts, config.answer_tokens, config.source, config.seed, report)
         others = OtherWork()
         slope, intercept = _prompts(engine, config, report)
         steps = _steps(engine, config, report)
@@ -261,54 +259,6 @@ def _prediction(engine: emoe_core.Engine, config: CostsConfig) -> float:
         before = control.prediction_s
     engine.loader.settle()
     return float(np.median(times))
-
-
-def _task_loads(
-    engine: emoe_core.Engine, config: CostsConfig, profile: Profile | None, report: Progress
-) -> dict[str, TaskLoad]:
-    tokenizer = engine.tokenizer
-    if tokenizer is None:
-        raise OptionError(f"{engine.index.path} has no tokenizer: save one beside the weights")
-    loads = {}
-    for place, task in enumerate(TASK_TYPES):
-        stream = StreamConfig((task,), config.prompts, "uniform", 8.0, config.seed, "profile", config.source)  # type: ignore[arg-type]
-        texts = [prompt.text for prompt in prompt_stream(stream)]
-        engine.forget_trace()
-        answers = engine.generate(texts, [task] * len(texts), max_new_tokens=config.answer_tokens)
-        trace = engine.trace()
-        counts = np.sum([trace.counts(request) for request in trace.tasks], axis=0)
-        shares = counts / counts.sum(axis=1, keepdims=True)
-        entry = None if profile is None else profile.tasks.get(task)
-        lengths = sorted(len(answer.token_ids) for answer in answers) if entry is None else _lengths(entry)
-        loads[task] = TaskLoad(
-            tuple(sorted(len(encode(tokenizer, text)) for text in texts)),
-            tuple(lengths),
-            max(1.0, float(np.mean(lengths)) if entry is None else entry.expected_output_tokens),
-            tuple(tuple(round(float(value), 5) for value in row) for row in shares),
-        )
-        report("tasks", place + 1, len(TASK_TYPES))
-    engine.forget_trace()
-    return loads
-
-
-def _lengths(entry: TaskProfile) -> list[int]:
-    """Return samples of a task's output length: its profile's quantiles, joined by lines from 1 token to the cap."""
-    if not entry.length_quantiles_tokens:
-        return [max(1, round(entry.expected_output_tokens))]
-    longest = max(entry.length_cap_tokens, entry.length_quantiles_tokens[-1])
-    places = np.linspace(0, 1, LENGTH_SAMPLES + 2)[1:-1]
-    known = (0.0, *LENGTH_QUANTILES, 1.0)
-    return [
-        max(1, round(float(value)))
-        for value in np.interp(places, known, (1.0, *entry.length_quantiles_tokens, longest))
-    ]
-
-
-def _profile_of(checkpoint: str | Path) -> Profile | None:
-    try:
-        return stored_profile(checkpoint)
-    except DataError:
-        return None
 
 
 def _prefill(engine: emoe_core.Engine, ids: torch.Tensor) -> None:
