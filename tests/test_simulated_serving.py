@@ -293,7 +293,11 @@ class TestRouters:
 
     def test_without_slack_affinity_only_decides_between_the_least_loaded(self) -> None:
         assert self.replicas_of("affinity", ["qa"] * 4) == [0, 1, 0, 1]
-        assert self.replicas_of("affinity", ["qa", "code", "qa", "code"], gap_s=50.0) == [0, 1, 0, 1]
+        costs = make_costs(expert_load_s=0.5)
+        coming = [(0.0, "qa"), (0.0, "code"), (50.0, "code"), (99.0, "qa")]
+        requests = [(make_request(n, at, task=task), 2) for n, (at, task) in enumerate(coming)]
+        served = Cluster(self.engines(2, costs), "affinity").run(requests)
+        assert [one.replica for one in served] == [0, 1, 1, 0]
 
     def test_affinity_does_not_pile_a_task_up_at_one_replica(self) -> None:
         found = self.replicas_of("affinity", ["qa"] * 12, slack=0.5)
