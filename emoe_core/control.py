@@ -179,15 +179,12 @@ class ControlLoop:
             return 1.0
         return tolerance
 
-    def _make_plan(self) -> None:
-        if self.predictor is None:
-            return
-        started = time.perf_counter()
-        requests = (
-            list(self._recent)
-            if self.replan == "interval"
-            else [RunningRequest(request.task, request.input_tokens) for request in self.running.values()]
-        )
+    def plan_for(self, requests: Sequence[RunningRequest]) -> Plan:
+        """Return the plan that some requests would get by the cached frequencies; nothing is swapped.
+
+        A task that nothing was predicted for since the last prediction is predicted now.
+        """
+        assert self.predictor is not None, "on demand there is no plan"
         for task in sorted({request.task for request in requests}):
             if task not in self._frequencies:
                 self._frequencies[task] = self.predictor.predict(task)
@@ -203,7 +200,17 @@ class ControlLoop:
                 else profile.expected_output_tokens(task, DEFAULT_OUTPUT_TOKENS)
             ),
         )
-        plan = make_plan(demand * self._exists if demand.size else demand, self.loader.table.capacity)
+        return make_plan(demand * self._exists if demand.size else demand, self.loader.table.capacity)
+
+    def _make_plan(self) -> None:
+        if self.predictor is None:
+            return
+        started = time.perf_counter()
+        plan = self.plan_for(
+            list(self._recent)
+            if self.replan == "interval"
+            else [RunningRequest(request.task, request.input_tokens) for request in self.running.values()]
+        )
         self.prediction_s += time.perf_counter() - started
         if plan.is_empty:
             return

@@ -104,6 +104,20 @@ class ForwardPasses:
         self._control.finish(numbers)
         self._assigned = None
 
+    def admit_beside(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
+        """Admit requests beside those that run (continuous batching); `seat` says whose rows a pass holds."""
+        self._require_open()
+        self._end_anonymous()
+        return self._control.admit(tasks, input_tokens)
+
+    def seat(self, numbers: Sequence[int] | None) -> None:
+        """Say whose rows the passes to come hold, in order; None when no admitted request runs any more."""
+        self._assigned = None if numbers is None else list(numbers)
+
+    def leave(self, numbers: Sequence[int]) -> None:
+        """End some of the requests that run; the others stay."""
+        self._control.finish(numbers)
+
     def begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Publish the context of the pass that starts; the model's forward pre-hook."""
         self._require_open()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from emoe_core.errors import EmoeError
-from workbench.commands import checkpoints, experiments, families, material, predictors, simulate
+from workbench.commands import checkpoints, experiments, families, material, predictors, serving, simulate
 
 DEBUG_OPTION = "--debug"
 USER_ERROR_EXIT_CODE = 2
@@ -57,6 +57,8 @@ app.add_typer(material.data_app, name="data")
 app.command("profile")(material.profile)
 app.add_typer(predictors.predictor_app, name="predictor")
 app.command("simulate")(simulate.simulate)
+app.command("costs")(serving.costs)
+app.command("simulate-serving")(serving.simulate_serving)
 app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
 

@@ -1,0 +1,95 @@
+"""The KV cache of a batch whose members come and go, one row each, padded on the left.
+
+A prompt is run alone and brings its own cache; `join` adds it as a row, `keep` drops the rows of those who are done and
+the padding that nobody needs any more. Both copy the whole cache, which is the price of a plain tensor: it happens when
+the batch changes, not at every step. Rows are padded to the longest, so memory is rows times the longest sequence.
+
+Families whose cache is not one growing tensor a layer (sliding windows, states) cannot be padded so and are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .errors import UnsupportedFamilyError
+
+
+class BatchCache:
+    """Rows of a decoding batch.
+
+    Attributes
+    ----------
+    cache : DynamicCache or None
+        What the model is given: keys and values [rows, heads, longest, head size] of each layer. None without rows.
+    lengths : list of int
+        Real tokens of each row.
+    """
+
+    def __init__(self) -> None:
+        self.cache: DynamicCache | None = None
+        self.lengths: list[int] = []
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths, default=0)
+
+    def join(self, cache: DynamicCache, length: int) -> None:
+        """Add a row: the cache of one sequence of ``length`` tokens, without padding. The cache given is taken over.
+
+        Raises
+        ------
+        UnsupportedFamilyError
+            When a second row is to be added to a cache that cannot be padded.
+        """
+        if self.cache is None:
+            self.cache, self.lengths = cache, [length]
+            return
+        layers: list[Any] = list(self.cache.layers)
+        added: list[Any] = list(cache.layers)
+        for layer in (*layers, *added):
+            if type(layer) is not DynamicLayer:
+                raise UnsupportedFamilyError(
+                    f"sequences of a family with a {type(layer).__name__} cannot share a batch here: serve them one at "
+                    f"a time (a batch limit of 1)"
+                )
+        width = max(self.longest, length)
+        for mine, new in zip(layers, added, strict=True):
+            mine.keys = torch.cat([_padded(mine.keys, width), _padded(new.keys, width)])
+            mine.values = torch.cat([_padded(mine.values, width), _padded(new.values, width)])
+        self.lengths.append(length)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only some rows, in the order given."""
+        if self.cache is None or list(rows) == list(range(len(self.lengths))):
+            return
+        self.lengths = [self.lengths[row] for row in rows]
+        if not self.lengths:
+            self.cache = None
+            return
+        width = self.longest
+        kept: list[Any] = list(self.cache.layers)
+        for layer in kept:
+            chosen = torch.tensor(list(rows), device=layer.keys.device)
+            layer.keys = layer.keys.index_select(0, chosen)[..., -width:, :].contiguous()
+            layer.values = layer.values.index_select(0, chosen)[..., -width:, :].contiguous()
+
+    def next_inputs(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mask [rows, longest + 1] and positions [rows, 1] for one more token of every row."""
+        width = self.longest + 1
+        lengths = torch.tensor(self.lengths, device=device).unsqueeze(-1)
+        mask = torch.arange(width, device=device) >= width - 1 - lengths
+        return mask.long(), lengths
+
+    def grew(self) -> None:
+        """Take note that the model has added one token to every row."""
+        self.lengths = [length + 1 for length in self.lengths]
+
+
+def _padded(states: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(states, (0, 0, width - states.shape[-2], 0))
