@@ -1,0 +1,90 @@
+"""How alike two all-resident runs are that differ only by rounding: the floor that text similarity is read against.
+
+Greedy text amplifies rounding: where two tokens are nearly as likely, the last bit decides, and the texts part. So a
+lossy run cannot be expected to come closer to all-resident texts than all-resident runs come to each other. Here the
+first prompts of a configuration are answered by stock transformers with every expert resident, once with the experts
+multiplied in groups (its default) instead of one by one, once in bfloat16 instead of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from emoe_core.errors import OptionError
+from workbench.configuration import ExperimentConfig
+from workbench.experiment import all_resident
+from workbench.models import resolve_model
+from workbench.quality import bootstrap_interval
+from workbench.reference_outputs import Reference
+from workbench.similarity import similarity
+from workbench.workloads import prompt_stream
+
+VARIANTS = {"grouped products": ("grouped_mm", None), "bfloat16": ("eager", "bfloat16")}
+Progress = Callable[[str, int, int], None]
+
+
+def noise_floor(config: ExperimentConfig, progress: Progress | None = None) -> pd.DataFrame:
+    """Answer the first ``answers`` prompts of a configuration all-resident, in ways that differ by rounding only.
+
+    Returns
+    -------
+    DataFrame
+        One row a way: label, similarity (mean over prompts, with its 95% interval ``_low`` and ``_high``),
+        identical (share of texts that are equal), prompts.
+
+    Raises
+    ------
+    OptionError
+        When no answers were asked for.
+    """
+    if config.answers < 1:
+        raise OptionError("the noise floor is of answers: set answers to 1 or more")
+    checkpoint = resolve_model(config.model)
+    prompts = prompt_stream(config.stream())
+    reference = all_resident(config, checkpoint, prompts, "reference", progress)
+    expected = [output.text for output in reference.outputs[: config.answers]]
+    rows = []
+    for label, (implementation, dtype) in VARIANTS.items():
+        given = _answers(checkpoint, reference, config, implementation, dtype or config.dtype, label, progress)
+        found = similarity(expected, given)
+        low, high = bootstrap_interval(found, seed=config.seed)
+        rows.append(
+            {
+                "label": label,
+                "similarity": float(found.mean()),
+                "similarity_low": low,
+                "similarity_high": high,
+                "identical": sum(a == b for a, b in zip(expected, given, strict=True)) / len(given),
+                "prompts": len(given),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _answers(
+    checkpoint: str | Path,
+    reference: Reference,
+    config: ExperimentConfig,
+    implementation: str,
+    dtype: str,
+    label: str,
+    progress: Progress | None,
+) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype if dtype == "auto" else getattr(torch, dtype), experts_implementation=implementation
+    ).eval()
+    texts = []
+    for expected in reference.outputs[: config.answers]:
+        ids = torch.tensor([expected.prompt_ids])
+        found = model.generate(input_ids=ids, max_new_tokens=config.max_new_tokens, do_sample=False)
+        texts.append(str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)))
+        if progress is not None:
+            progress(label, len(texts), min(config.answers, len(reference.outputs)))
+    return texts
