@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from emoe_core.errors import EmoeError
-from workbench.commands import checkpoints, experiments, families, material, predictors, simulate
+from workbench.commands import checkpoints, experiments, families, material, predictors, simulate, synthetic
 
 DEBUG_OPTION = "--debug"
 USER_ERROR_EXIT_CODE = 2
@@ -52,6 +52,7 @@ app.command("pack")(checkpoints.pack)
 app.command("estimate")(checkpoints.estimate)
 app.command("cache")(checkpoints.cache)
 app.command("models")(families.models)
+material.model_app.command("synth")(synthetic.synth)
 app.add_typer(material.model_app, name="model")
 app.add_typer(material.data_app, name="data")
 app.command("profile")(material.profile)
