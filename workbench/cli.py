@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from emoe_core.errors import EmoeError
-from workbench.commands import checkpoints, experiments, families, material, predictors, simulate, synthetic
+from workbench.commands import bench, checkpoints, experiments, families, material, predictors, simulate, synthetic
 
 DEBUG_OPTION = "--debug"
 USER_ERROR_EXIT_CODE = 2
@@ -58,6 +58,8 @@ app.add_typer(material.data_app, name="data")
 app.command("profile")(material.profile)
 app.add_typer(predictors.predictor_app, name="predictor")
 app.command("simulate")(simulate.simulate)
+app.command("bench")(bench.bench)
+app.command("bench-systems")(bench.bench_systems)
 app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
 
