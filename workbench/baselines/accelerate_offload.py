@@ -38,7 +38,8 @@ class OffloadedDecoder(TorchDecoder):
             raise
 
     def description(self) -> str:
-        places = list(self.model.hf_device_map.values())
+        # There is no map where everything found room.
+        places = list(getattr(self.model, "hf_device_map", {"": "cpu"}).values())
         written = sum(file.stat().st_size for file in Path(self._folder.name).rglob("*") if file.is_file())
         return (
             f"accelerate {version('accelerate')}, {places.count('disk')} of {len(places)} modules on disk "

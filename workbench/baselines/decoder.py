@@ -7,12 +7,12 @@ heavy: the process of a small system stays small.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 
 class Decoder(Protocol):
-    """A loaded system; made by `load_decoder`."""
+    """A loaded system; made by what `decoder_class` returns."""
 
     def prefill(self, token_ids: Sequence[int]) -> int:
         """Start a new sequence with a prompt; return the likeliest next token."""
@@ -30,22 +30,21 @@ class Decoder(Protocol):
         """Release everything."""
 
 
-def load_decoder(spec: dict[str, Any]) -> Decoder:
-    """Load a system in this process; ``spec`` is what `workbench.bench.runner` writes."""
-    adapter = spec["adapter"]
+def decoder_class(adapter: str) -> Callable[[dict[str, Any]], Decoder]:
+    """Import what an adapter needs, and return what loads a system from a spec of `workbench.bench.prepare`."""
     if adapter == "emoe":
         from workbench.baselines.engine import EngineDecoder
 
-        return EngineDecoder(spec)
+        return EngineDecoder
     if adapter == "stock":
         from workbench.baselines.stock import StockDecoder
 
-        return StockDecoder(spec)
+        return StockDecoder
     if adapter == "accelerate":
         from workbench.baselines.accelerate_offload import OffloadedDecoder
 
-        return OffloadedDecoder(spec)
+        return OffloadedDecoder
     assert adapter == "llama.cpp", adapter
     from workbench.baselines.llama_cpp import LlamaDecoder
 
-    return LlamaDecoder(spec)
+    return LlamaDecoder

@@ -35,11 +35,10 @@ class EngineDecoder(TorchDecoder):
 
     def description(self) -> str:
         config, plan = self.engine.config, self.engine.plan
-        return (
-            f"emoe, {min(plan.slots_per_layer)} slots a layer of {plan.num_experts[0]}, tolerance {config.tolerance:g}, "
-            f"policy {config.policy}, predictor {config.predictor or 'none'}, lookahead {config.lookahead}; "
-            f"{self.engine.loader.storage.description}"
-        )
+        slots = f"{min(plan.slots_per_layer)} slots a layer of {plan.num_experts[0]}"
+        choice = f"policy {config.policy}, predictor {config.predictor or 'none'}, lookahead {config.lookahead}"
+        storage = self.engine.loader.storage.description
+        return f"emoe, {slots}, tolerance {config.tolerance:g}, {choice}; {storage}"
 
     def close(self) -> None:
         self._end_request()

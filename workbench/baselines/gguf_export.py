@@ -1,9 +1,9 @@
 """Write a checkpoint as a GGUF file for llama.cpp: OLMoE, Qwen2-MoE and Mixtral, 16-bit or 32-bit, piece by piece.
 
-The file holds the same weights in the same dtype (norms, biases and routers in float32, as llama.cpp's own converter has
-it). It holds no tokenizer: it is for measuring and for comparing logits, with token ids from outside. Rotary embedding
-decides one thing: Mixtral uses llama's architecture there, which pairs neighbouring values, so rows of its query and key
-projections are permuted; the other two pair halves, as transformers does.
+The file holds the same weights in the same dtype (norms, biases and routers in float32, as llama.cpp's own converter
+has it). It holds no tokenizer: it is for measuring and for comparing logits, with token ids from outside. Mixtral uses
+llama's architecture there, whose rotary embedding pairs neighbouring values, so rows of its query and key projections
+are permuted; the other two pair halves, as transformers does.
 
 A configuration that llama.cpp would compute differently is refused by name. One expert matrix is in memory at a time.
 """
@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ import numpy as np
 import torch
 
 from emoe_core.cache import cache_dir
-from emoe_core.checkpoint import CheckpointIndex
+from emoe_core.checkpoint import CheckpointIndex, MoeLayer
 from emoe_core.errors import DataError, UnsupportedFamilyError
-from emoe_core.shards import TensorRef
+from emoe_core.shards import TensorRef, byte_view
 
 ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "mixtral": "llama"}
 _KINDS = {
@@ -103,8 +104,8 @@ def export_gguf(index: CheckpointIndex, dest: str | Path, progress: Progress | N
             f"the GGUF file needs {total:,} bytes, {target.parent} has {free_bytes:,} free. Free space, or leave "
             f"llama.cpp out of --systems."
         )
-    partial = target.with_suffix(f".{os.getpid()}.part")
-    writer = gguf.GGUFWriter(partial, architecture)
+    unfinished = target.with_suffix(f".{os.getpid()}.part")
+    writer = gguf.GGUFWriter(unfinished, architecture)
     try:
         _write_metadata(writer, index, architecture)
         for entry in entries:
@@ -114,12 +115,13 @@ def export_gguf(index: CheckpointIndex, dest: str | Path, progress: Progress | N
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        assert writer.fout is not None
         stream = writer.fout[0]
         done = 0
         for entry in entries:
             writer.write_padding(stream, stream.tell())
             for piece in entry.pieces():
-                stream.write(memoryview(piece.to(entry.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()))
+                stream.write(byte_view(piece.to(entry.dtype).contiguous()))
                 done += piece.numel() * entry.dtype.itemsize
                 if progress is not None:
                     progress(done, total)
@@ -127,12 +129,12 @@ def export_gguf(index: CheckpointIndex, dest: str | Path, progress: Progress | N
         stream.flush()
         os.fsync(stream.fileno())
         writer.close()
-        partial.replace(target)
+        unfinished.replace(target)
     except OSError as error:
         raise DataError(f"cannot write {target} ({error.strerror or error}); it needs {total:,} bytes") from error
     finally:
         writer.close()
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return target
 
 
@@ -157,7 +159,7 @@ def _require_supported(index: CheckpointIndex) -> str:
         differing.append("scaled rotary embeddings")
     if differing:
         raise UnsupportedFamilyError(
-            f"llama.cpp computes {index.model_type} otherwise with {', '.join(differing)}: leave llama.cpp out of --systems"
+            f"llama.cpp computes {index.model_type} otherwise with {', '.join(differing)}: leave it out of --systems"
         )
     return architecture
 
@@ -203,7 +205,7 @@ def _dense_entries(index: CheckpointIndex) -> Iterator[_Entry]:
                 name,
                 shape,
                 torch.float32 if full else index.dtype,
-                lambda tensor=tensor, module=module: iter([_read(index, tensor, module)]),
+                partial(_dense_piece, index, tensor, module),
             )
 
 
@@ -216,13 +218,13 @@ def _gguf_name(module: str, index: CheckpointIndex) -> str:
     raise UnsupportedFamilyError(f"{index.path}: the GGUF export does not know the tensor of {module}")
 
 
-def _read(index: CheckpointIndex, source: TensorRef, module: str) -> torch.Tensor:
+def _dense_piece(index: CheckpointIndex, source: TensorRef, module: str) -> Iterator[torch.Tensor]:
     tensor = source.read()
     if index.model_type == "mixtral" and module.endswith(("q_proj", "k_proj")):
         config: Any = index.config
         heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
-        return neighbour_pairs(tensor, heads)
-    return tensor
+        tensor = neighbour_pairs(tensor, heads)
+    yield tensor
 
 
 def neighbour_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -244,7 +246,10 @@ def _expert_entries(index: CheckpointIndex) -> Iterator[_Entry]:
                 f"blk.{layer.index}.{name}.weight",
                 (layer.num_experts, *shape),
                 index.dtype,
-                lambda layer=layer, param=param, rows=rows: (
-                    index.expert_tensors(layer.index, expert)[param][rows] for expert in range(layer.num_experts)
-                ),
+                partial(_expert_pieces, index, layer, param, rows),
             )
+
+
+def _expert_pieces(index: CheckpointIndex, layer: MoeLayer, param: str, rows: slice) -> Iterator[torch.Tensor]:
+    for expert in range(layer.num_experts):
+        yield index.expert_tensors(layer.index, expert)[param][rows]

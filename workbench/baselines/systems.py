@@ -20,7 +20,7 @@ accelerate             transformers with accelerate's disk offload for what the 
 llama.cpp              llama.cpp on a GGUF file of the same weights, memory-mapped
 =====================  ==============================================================================================
 
-``NAME:no-limit`` runs a system without the memory limit, for a reference; ``NAME[key=value;key=value]`` changes options.
+``NAME:no-limit`` runs a system without the memory limit; ``NAME[key=value;key=value]`` changes its options.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def find_system(name: str) -> System:
     plain, bracket, rest = name.removesuffix(NO_LIMIT).partition("[")
     if plain not in SYSTEMS or (bracket and not rest.endswith("]")):
         raise OptionError(
-            f"unknown system {name!r}: choose of {', '.join(SYSTEMS)}, with '{NO_LIMIT}' behind it to run it without the "
-            f"limit, or options, as in 'emoe[policy=lru;threads=4]'"
+            f"unknown system {name!r}: choose of {', '.join(SYSTEMS)}, with '{NO_LIMIT}' behind it to run it without "
+            f"the limit, or options, as in 'emoe[policy=lru;threads=4]'"
         )
     system = SYSTEMS[plain]
     return replace(system, name=name, limited=limited, options={**system.options, **_options(rest.rstrip("]"), name)})

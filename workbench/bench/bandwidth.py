@@ -2,8 +2,8 @@
 
 Disk: random records of the model's own expert pack, read past the page cache into page-aligned memory, by 1 to 8
 threads; the best rate counts, and the rates by number of threads are kept. Memory: a large buffer summed by torch's
-threads, best of several; a decoded token must read its weights at least once. Where ``fio`` is installed its rate for the
-same file and block size stands beside ours.
+threads, best of several; a decoded token must read its weights at least once. Where ``fio`` is installed its rate for
+the same file and block size stands beside ours.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def measure_bandwidths(pack: Pack, threads: int, seconds: float = 2.0, seed: int
     finally:
         storage.close()
     block = max(layer.spec.record_bytes for layer in pack.layers)
-    return Bandwidths(
-        max(rates.values()), direct, block, memory_rate(threads), rates, fio_rate(pack, block, seconds)
-    )
+    return Bandwidths(max(rates.values()), direct, block, memory_rate(threads), rates, fio_rate(pack, block, seconds))
 
 
 def _disk_rate(pack: Pack, storage: PackedFile, threads: int, seconds: float, seed: int) -> float:

@@ -8,6 +8,7 @@ A model that knows language reads the project's own fixture prompts, one after t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def forced_tokens(
         ids = np.random.default_rng([seed, 5]).integers(0, vocab, sum(sizes)).tolist()
         source = "random ids; random routers"
     ends = np.cumsum((0, *sizes)).tolist()
-    parts = [tuple(int(item) for item in ids[start:end]) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    parts = [tuple(int(item) for item in ids[start:end]) for start, end in pairwise(ends)]
     return ForcedTokens(parts[0], parts[1], parts[2], parts[3], source)
 
 
@@ -58,8 +59,8 @@ def _recorded(trace: RoutingTrace, vocab: int, sizes: tuple[int, ...]) -> list[i
     available, needed = min(len(trace), vocab), sum(sizes)
     if needed > available:
         raise OptionError(
-            f"the checkpoint's recorded routing has {available} tokens, {needed} are asked for: give fewer --tokens, or "
-            f"write a checkpoint with a longer recording"
+            f"the checkpoint's recorded routing has {available} tokens, {needed} are asked for: give fewer --tokens, "
+            f"or write a checkpoint with a longer recording"
         )
     # Where an answer starts; the timed part should be decoding in the recording as well.
     answers = np.flatnonzero(trace.prefill[:-1] & ~trace.prefill[1:]) + 1

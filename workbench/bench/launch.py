@@ -107,9 +107,7 @@ def _unlimited(command: list[str], env: dict[str, str], patience_s: float, targe
     return _ended(run.returncode, run.stderr, _found(target) if run.returncode == 0 else {}, (None, None, 0))
 
 
-def _ended(
-    returncode: int, errors: str, found: dict[str, Any], limits: tuple[int | None, int | None, int]
-) -> Launched:
+def _ended(returncode: int, errors: str, found: dict[str, Any], limits: tuple[int | None, int | None, int]) -> Launched:
     if returncode == measured_run.NO_MEMORY:
         return Launched(NO_MEMORY, {}, *limits)
     if returncode != 0 or not found:

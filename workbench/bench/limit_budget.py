@@ -84,7 +84,7 @@ def control_bytes(spec: dict[str, Any], limit_bytes: int, controller: Controller
     run = launch(tiny, [], limit_bytes=limit_bytes, controller=controller)
     if run.outcome != MEASURED and run.limit_hits:
         raise BudgetError(
-            f"a limit of {limit_bytes:,} bytes is too small for the process itself, before any model: give 600MB or more"
+            f"a limit of {limit_bytes:,} bytes is too small for the process itself, without a model: give 600MB or more"
         )
     if run.outcome != MEASURED:
         raise ExperimentError(f"the control process failed: {run.error or run.outcome}")

@@ -2,7 +2,8 @@
 
 Started by `launch.py` as ``python -m workbench.bench.measured_run SPEC RESULT``; the process does nothing else, imports
 only what its system needs, and reports what it took: seconds of each token, bytes that the disk delivered, the
-operating system's peak of its memory. Exit code 3 says that memory could not be had, 2 that the system refused.
+operating system's peak of its memory. Importing libraries is kept apart
+from loading. Exit code 3 says that memory could not be had, 2 that the system refused.
 
 The sequences: prompt and a few tokens to warm up, then a fresh sequence: its prompt gives the time to the first token
 (TTFT), each further pass the time of a token (TPOT). The first prompt's time, with everything cold, is kept beside it.
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from workbench.baselines.decoder import Decoder, load_decoder
+from workbench.baselines.decoder import Decoder, decoder_class
 from workbench.busy import OtherWork
 from workbench.process_counters import read_bytes, status_bytes
 
@@ -28,9 +29,13 @@ COUNTED = ("requests", "hits", "loads", "reroutes", "prefetches", "bytes_loaded"
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Run a system as a spec of `launch.py` says, and return what it took."""
+    started = time.perf_counter()
+    make = decoder_class(spec["adapter"])
+    import_s = time.perf_counter() - started
     started, before = time.perf_counter(), read_bytes()
-    decoder = load_decoder(spec)
+    decoder = make(spec)
     found: dict[str, Any] = {
+        "import_s": import_s,
         "load_s": time.perf_counter() - started,
         "load_read_bytes": read_bytes() - before,
         "load_peak_bytes": status_bytes("VmHWM"),

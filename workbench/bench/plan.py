@@ -1,8 +1,8 @@
 """What one bench measures: validated settings, and the folder that a bench rests in.
 
 A bench's folder holds ``plan.json`` (these settings), ``results.jsonl`` (one line a measured process, appended when it
-ends), ``prepared.json`` (tokens, routing, bandwidths, budget: made once) and, at the end, ``summary.json``, the table and
-the figure. The same command in the same folder goes on where it stopped; other settings there are refused.
+ends), ``prepared.json`` (tokens, routing, bandwidths, budget: made once) and, at the end, ``summary.json``, the table
+and the figure. The same command in the same folder goes on where it stopped; other settings there are refused.
 """
 
 from __future__ import annotations

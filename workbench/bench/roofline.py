@@ -6,9 +6,9 @@ Terms, for one decoded token:
     compute time = the shortest time per token of the same code with every expert resident, where the bench has it;
                    else weights that the token uses / measured memory bandwidth
     bound        = 1 / max(disk time, compute time)          tokens/s that the system's own reads allow
-    ideal        = 1 / max(Belady's misses x record / disk bandwidth, weights used / memory bandwidth)
+    ideal        = 1 / max(Belady's misses x record / disk bandwidth, weights / memory bandwidth)
 
-`bound` takes a system's reads as they are and asks how well it hides them; `ideal` asks what any system with the bench's
+    bound        = 1 / max(disk time, compute time)      what the system's own reads allow, tokens/s
 expert slots could do that computes the same model exactly.
 """
 

@@ -36,7 +36,9 @@ def bench(
     tokens: Annotated[int, typer.Option(help="Tokens decoded and timed in each process.")] = 128,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 32,
     warm_tokens: Annotated[int, typer.Option(help="Tokens decoded before, untimed.")] = 16,
-    threads: Annotated[int | None, typer.Option(help="Computing threads of every system; the cores if missing.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Computing threads of every system; the cores if missing.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
     max_seconds: Annotated[float, typer.Option(help="A process stops decoding after this long.")] = 600.0,
     reference: Annotated[str | None, typer.Option(help="System that ratios are to; the first if missing.")] = None,
@@ -80,7 +82,8 @@ def bench(
         results = run_bench(plan, prepared, out, controller, on_result)
     table, notes = _summarised(plan, prepared, results, reference, out)
     shown = Console(highlight=False)
-    shown.print(_rich(table, notes, plan))
+    for part in _tables(table, plan):
+        shown.print(part)
     _print_notes(shown, notes, plan)
     if track:
         _track(plan, prepared.index.source_hash, results, table, notes, out)
@@ -136,39 +139,41 @@ def _title(plan: BenchPlan) -> str:
     return f"{Path(plan.model).name}, {limit}, {plan.tokens} tokens, {plan.threads} threads"
 
 
-def _rich(table: pd.DataFrame, notes: dict[str, Any], plan: BenchPlan) -> Table:
+def _tables(table: pd.DataFrame, plan: BenchPlan) -> tuple[Table, Table]:
+    """Return the speeds, and what was read and held for them."""
     from workbench.quantities import show
 
-    shown = Table(title=_title(plan))
-    shown.add_column("system")
-    for heading in (
-        "tokens/s (range)", "ratio", "bound", "of bound", "TTFT", "load", "peak", "read/token", "amplif.", "hits",
-        "stalls", "wasted", "agrees",
-    ):  # fmt: skip
-        shown.add_column(heading, justify="right")
+    speeds, costs = Table(title=_title(plan)), Table(title="What it took")
+    for shown, headings in (
+        (speeds, ("tokens/s", "range", "ratio", "of bound", "first token", "load")),
+        (costs, ("peak", "read/token", "amplification", "hits", "stalls", "wasted", "agrees")),
+    ):
+        shown.add_column("system")
+        for heading in headings:
+            shown.add_column(heading, justify="right")
     for row in table.to_dict("records"):
         name = row["system"] if row["limited"] or not plan.limit else f"{row['system']} *"
         if row["processes"] == 0:
-            shown.add_row(name, row["outcome"])
+            speeds.add_row(name, "–", row["outcome"])
             continue
-        spread = f"{row['tokens_per_s_low']:.3g} to {row['tokens_per_s_high']:.3g}"
-        shown.add_row(
+        speeds.add_row(
             name,
-            f"{row['tokens_per_s']:.3g} ({spread})",
+            f"{row['tokens_per_s']:.3g}",
+            f"{row['tokens_per_s_low']:.3g} to {row['tokens_per_s_high']:.3g}",
             f"{row['speed_ratio']:.2f}",
-            f"{row['bound_tokens_per_s']:.3g}",
-            f"{row['share_of_bound']:.0%}",
+            f"{row['share_of_bound']:.0%} of {row['bound_tokens_per_s']:.3g}",
             show("ttft_s", row["ttft_s"]),
             show("load_s", row["load_s"]),
+        )
+        costs.add_row(
+            name,
             show("peak_bytes", row["peak_bytes"]),
             show("read_bytes", row["read_bytes_per_token"]),
             f"{row['read_amplification']:.2f}",
-            show("hit_rate", row["hit_rate"]),
-            show("stall_share", row["stall_share"]),
-            show("wasted_bytes", row["wasted_bytes"]),
+            *(show(figure, row[figure]) for figure in ("hit_rate", "stall_share", "wasted_bytes")),
             show("top1_agreement", row["agreement"]),
         )
-    return shown
+    return speeds, costs
 
 
 def _print_notes(console: Console, notes: dict[str, Any], plan: BenchPlan) -> None:
@@ -179,15 +184,17 @@ def _print_notes(console: Console, notes: dict[str, Any], plan: BenchPlan) -> No
         f"Tokens from {notes['tokens_from']}. Median over processes; a fresh process each, in turn, page cache dropped.",
         f"A token routes to {show_bytes(notes['routed_bytes_per_token'])} of experts; with {min(slots)} slots a layer "
         f"Belady loads {show_bytes(notes['belady_bytes_per_token'])}, so at most "
-        f"{notes['ideal_tokens_per_s']:.3g} tokens/s exactly (disk {show_bytes(bandwidths['disk_bytes_per_s'])}/s, memory "
-        f"{show_bytes(bandwidths['memory_bytes_per_s'])}/s).",
-        "bound: 1 / max(own reads / disk bandwidth, time per token with all resident). amplif.: bytes read / bytes routed. "
-        "agrees: own likeliest token is the exact system's.",
+        f"{notes['ideal_tokens_per_s']:.3g} tokens/s exactly (disk {show_bytes(bandwidths['disk_bytes_per_s'])}/s, "
+        f"memory {show_bytes(bandwidths['memory_bytes_per_s'])}/s).",
+        "bound: 1 / max(own reads / disk bandwidth, time per token with all resident). amplification: bytes read / "
+        "bytes routed. agrees: own likeliest token is the exact system's.",
     ]
     if plan.limit:
         lines.append(f"Limit by {notes['limit_by'] or 'none'}; * ran without it.")
     if notes["routing_agreement"] is not None:
-        lines.append(f"The model followed the recorded routing in {show('top1_agreement', notes['routing_agreement'])}.")
+        lines.append(
+            f"Recorded routing was followed in {show('top1_agreement', notes['routing_agreement'])} of choices."
+        )
     console.print("[dim]" + "\n".join(lines) + "[/]", soft_wrap=True)
     for warning in notes["warnings"]:
         console.print(f"[yellow]Warning: {warning}[/]", soft_wrap=True)

@@ -36,7 +36,7 @@ def synth(
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder to write; in the cache when not given.")] = None,
 ) -> None:
-    """Write a checkpoint with random weights that loads like the model it is shaped after (goes on where it stopped)."""
+    """Write a checkpoint with random weights that loads like its model (goes on where it stopped)."""
     from workbench.commands.checkpoints import progress_bar
     from workbench.quantities import show_bytes
     from workbench.synthetic.recorded_routing import OWN, recorded_trace

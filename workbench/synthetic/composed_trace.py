@@ -1,11 +1,11 @@
 """Recorded routing of one model, laid out for a shape with another number of layers and experts.
 
-No recording of a model with, say, 64 experts can be had offline, and what a cache lives from (which experts are popular,
-how often the last token's are wanted again) cannot be guessed. So it is taken from what was recorded: the experts of a
-synthetic layer are those of several recorded layers side by side, and a token chooses the ``top_k`` of them with the
-largest recorded router weights. Where recorded layers run out they are used again, at other tokens of the recording
-(rotated by a part of it), so that no two experts of a layer move together. A trace of the same experts and top-k is
-thereby replayed as it is.
+No recording of a model with, say, 64 experts can be had offline, and what a cache lives from (which experts are
+popular, how often the last token's are wanted again) cannot be guessed. So it is taken from what was recorded: the
+experts of a synthetic layer are those of several recorded layers side by side, and a token chooses the ``top_k`` of
+them with the largest recorded router weights. Where recorded layers run out they are used again, at other tokens of
+the recording (rotated by a part of it), so that no two experts of a layer move together. A trace of the same experts
+and top-k is thereby replayed as it is.
 
 `locality` gives what can be compared before and after: it says how far the composed routing is from the recorded one.
 """

@@ -165,7 +165,8 @@ def overridden(shape: Shape, **sizes: int | None) -> Shape:
         if size < 1:
             raise OptionError(f"--{name.replace('_', '-')} {size}: give at least 1")
     hidden = given.pop("hidden", None)
-    return replace(shape if hidden is None else _with_hidden(shape, hidden), **given)
+    fields: dict[str, Any] = dict(given)
+    return replace(shape if hidden is None else _with_hidden(shape, hidden), **fields)
 
 
 def _with_hidden(shape: Shape, hidden: int) -> Shape:

@@ -27,6 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from emoe_core.errors import DataError, OptionError
 from emoe_core.routing import RoutingTrace
+from emoe_core.shards import byte_view
 from workbench.reference_model.tiny import tiny_tokenizer
 from workbench.synthetic.shapes import Shape
 from workbench.synthetic.written_routing import RESIDUAL_SHARE, WrittenRouting
@@ -147,8 +148,8 @@ def write_synthetic(
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise DataError(
-                f"cannot write {path} ({error.strerror or error}). Free space and give the same command again: finished "
-                f"shards are kept."
+                f"cannot write {path} ({error.strerror or error}). Free space and give the same command again: "
+                f"finished shards are kept."
             ) from error
         partial.replace(path)
     _finish(folder, shape, shards, dtype, total, record)
@@ -277,7 +278,7 @@ def _pieces(tensor: Tensor, written: WrittenRouting | None, layers: int, seed: i
 
 def _write_piece(stream: BinaryIO, piece: torch.Tensor, dtype: str) -> None:
     kind = _DTYPES[dtype][1]
-    stream.write(memoryview(piece.to(kind).contiguous().reshape(-1).view(torch.uint8).numpy()))
+    stream.write(byte_view(piece.to(kind).contiguous()))
 
 
 def _finish(

@@ -65,7 +65,7 @@ class WrittenRouting:
             components = np.zeros((len(rows), self.trace.experts), dtype=np.float32)
             np.put_along_axis(components, self.trace.chosen[rows, layer].astype(np.int64), lengths[:, layer], axis=1)
             routed += components @ directions
-        noise = np.stack([self._noise(token) for token in tokens])
+        noise = np.stack([self._noise(token) for token in tokens.tolist()])
         if self.exact_directions:
             noise[:, : self._layers * self.trace.experts] *= 0.05
         rest = np.maximum(self.hidden - (routed**2).sum(axis=1, keepdims=True), 0.02 * self.hidden)
