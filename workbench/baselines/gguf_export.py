@@ -149,6 +149,8 @@ def _require_supported(index: CheckpointIndex) -> str:
     differing = []
     if architecture != "llama" and getattr(config, "norm_topk_prob", False):
         differing.append("norm_topk_prob=True")
+    if architecture == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
+        differing.append("grouped query heads")
     if getattr(config, "clip_qkv", None) is not None:
         differing.append("clip_qkv")
     if len(index.layers) != config.num_hidden_layers:

@@ -43,8 +43,6 @@ class LlamaDecoder:
 
     def prefill(self, token_ids: Sequence[int]) -> int:
         self.model.reset()
-        # The cells of an earlier sequence would be attended to otherwise.
-        self.model._ctx.kv_cache_clear()
         return self._step(list(token_ids))
 
     def decode(self, token_id: int) -> int:

@@ -8,8 +8,8 @@ Terms, for one decoded token:
     bound        = 1 / max(disk time, compute time)          tokens/s that the system's own reads allow
     ideal        = 1 / max(Belady's misses x record / disk bandwidth, weights / memory bandwidth)
 
-    bound        = 1 / max(disk time, compute time)      what the system's own reads allow, tokens/s
-expert slots could do that computes the same model exactly.
+`bound` takes a system's reads as they are and asks how well it hides them; `ideal` asks what any system with the
+bench's expert slots could do that computes the same model exactly.
 """
 
 from __future__ import annotations

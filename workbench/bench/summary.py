@@ -25,7 +25,8 @@ from workbench.busy import busy_warning
 # Figures that get a median and a spread.
 FIGURES = (
     "import_s", "load_s", "cold_ttft_s", "ttft_s", "tpot_s", "tokens_per_s", "peak_bytes", "anonymous_bytes",
-    "group_peak_bytes", "read_bytes_per_token", "read_amplification", "hit_rate", "stall_share", "wasted_bytes", "agreement",
+    "group_peak_bytes", "read_bytes_per_token", "read_amplification", "hit_rate", "stall_share", "wasted_bytes",
+    "agreement",
 )  # fmt: skip
 
 

@@ -181,7 +181,7 @@ def _print_notes(console: Console, notes: dict[str, Any], plan: BenchPlan) -> No
 
     bandwidths, slots = notes["bandwidths"], notes["slots_per_layer"]
     lines = [
-        f"Tokens from {notes['tokens_from']}. Median over processes; a fresh process each, in turn, page cache dropped.",
+        f"Tokens from {notes['tokens_from']}. Median over fresh processes run in turn, page cache dropped before each.",
         f"A token routes to {show_bytes(notes['routed_bytes_per_token'])} of experts; with {min(slots)} slots a layer "
         f"Belady loads {show_bytes(notes['belady_bytes_per_token'])}, so at most "
         f"{notes['ideal_tokens_per_s']:.3g} tokens/s exactly (disk {show_bytes(bandwidths['disk_bytes_per_s'])}/s, "

@@ -8,9 +8,10 @@ as the logarithm of the recorded router weight asks, and each router looks along
 experts write little into the stream (`RESIDUAL_SHARE`), so the component is still there in the last layer. A system
 that is made to read tokens t, t+1, ... then routes as rows t, t+1, ... did, with stock code.
 
-Directions are axes where the hidden size has one for every (layer, expert); beyond that they are random signs, which
-are nearly orthogonal, and some choices come out otherwise: `agreement` says how many do in the weights alone, and the
-bench records what the model in fact routed.
+Directions are axes where the hidden size has one for every (layer, expert), and the routing is then followed in full.
+Beyond that they are random signs, which overlap, and many choices come out otherwise (a quarter at one and a half times
+as many as axes): `agreement` says how many hold in the weights alone, and the bench records what the model in fact
+routed.
 """
 
 from __future__ import annotations
