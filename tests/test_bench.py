@@ -306,7 +306,8 @@ def test_a_whole_bench_runs_resumes_and_shows_one_table(
     checkpoint: Path, controller: Controller, tmp_path: Path
 ) -> None:
     command = [
-        sys.executable, "-m", "workbench.cli", "bench", str(checkpoint), "--out", str(tmp_path / "b"), "--limit", "900MB",
+        sys.executable, "-m", "workbench.cli", "bench", str(checkpoint), "--out", str(tmp_path / "b"),
+        "--limit", "900MB",
         "--systems", "emoe,stock-eager:no-limit", "--repeats", "1", "--tokens", "4", "--prompt-tokens", "3",
         "--warm-tokens", "2", "--threads", "1", "--no-track",
     ]  # fmt: skip

@@ -76,10 +76,11 @@ def _text(checkpoint: str | Path, count: int) -> list[int]:
     from emoe_core.generation import encode
     from workbench.workloads.fixture import load_fixture
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{checkpoint} has no tokenizer to read prompts with: save one beside the weights") from error
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    # Asked for first: transformers would look for a missing one on the hub.
+    if not any((Path(checkpoint) / name).exists() for name in files):
+        raise OptionError(f"{checkpoint} has no tokenizer to read prompts with: save one beside the weights")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids: list[int] = []
     while len(ids) < count:
         for prompt in load_fixture()["prompt"]:
