@@ -302,25 +302,21 @@ def test_reads_bound_a_system_that_computes_faster_than_it_reads(checkpoint: Pat
     assert memory_rate(1, 2**20, 1) > 0
 
 
-def test_a_whole_bench_runs_resumes_and_shows_one_table(
+def test_a_whole_bench_runs_under_the_limit_and_shows_one_table(
     checkpoint: Path, controller: Controller, tmp_path: Path
 ) -> None:
     command = [
         sys.executable, "-m", "workbench.cli", "bench", str(checkpoint), "--out", str(tmp_path / "b"),
-        "--limit", "900MB",
-        "--systems", "emoe,stock-eager:no-limit", "--repeats", "1", "--tokens", "4", "--prompt-tokens", "3",
-        "--warm-tokens", "2", "--threads", "1", "--no-track",
+        "--limit", "900MB", "--systems", "emoe,stock-eager:no-limit", "--repeats", "1", "--tokens", "4",
+        "--prompt-tokens", "3", "--warm-tokens", "2", "--threads", "1", "--no-track",
     ]  # fmt: skip
-    runs = [subprocess.run(command, capture_output=True, text=True, timeout=900) for _ in range(2)]
-    assert runs[0].returncode == 0, runs[0].stderr
-    assert "stock-eager:no-limit" in runs[0].stdout and "Warning: a trial" in runs[0].stdout
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr
+    assert "stock-eager:no-limit" in run.stdout and "Warning: a trial" in run.stdout
     rows = read_results(tmp_path / "b")
-    assert [(row["system"], row["outcome"]) for row in rows] == [
-        ("emoe", MEASURED),
-        ("stock-eager:no-limit", MEASURED),
-    ]
-    assert rows[0]["limit_bytes"] <= 900_000_000 and rows[1]["limit_bytes"] is None
+    assert [row["system"] for row in rows] == ["emoe", "stock-eager:no-limit"]
+    assert {row["outcome"] for row in rows} == {MEASURED}
+    assert 0 < rows[0]["limit_bytes"] <= 900_000_000 and rows[1]["limit_bytes"] is None
     assert rows[0]["likeliest"] == rows[1]["likeliest"]
-    assert len((tmp_path / "b" / "results.jsonl").read_text().split("\n{")) == 2
     assert json.loads((tmp_path / "b" / "summary.json").read_text())["notes"]["limit_by"] == controller.description
-    assert runs[1].returncode == 0 and (tmp_path / "b" / "speed.png").stat().st_size > 0
+    assert (tmp_path / "b" / "speed.png").stat().st_size > 0
