@@ -158,6 +158,11 @@ def test_the_routing_pass_counts_what_the_engine_counts(checkpoint: Path, routed
     assert routed.belady_misses((8, 8, 8)) <= routed.belady_misses((2, 2, 2)) <= routed.routed_experts()
 
 
+def test_the_resident_engine_loads_no_expert_after_loading(checkpoint: Path) -> None:
+    found = measure(spec_of(checkpoint, budget="100%", predictor=None))
+    assert found["counters"]["bytes_loaded"] == 0 and found["counters"]["hits"] == found["counters"]["requests"] > 0
+
+
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
 def test_emoe_stock_and_accelerate_decode_the_same_likeliest_tokens(family: str, tmp_path: Path) -> None:
     path = tiny_moe(tmp_path / "model", family)

@@ -82,6 +82,8 @@ def bench(
         results = run_bench(plan, prepared, out, controller, on_result)
     table, notes = _summarised(plan, prepared, results, reference, out)
     shown = Console(highlight=False)
+    # Into a file or a pipe, the tables need not be cut to a terminal that is not there.
+    shown.width = shown.width if shown.is_terminal else max(shown.width, 120)
     for part in _tables(table, plan):
         shown.print(part)
     _print_notes(shown, notes, plan)
@@ -145,10 +147,10 @@ def _tables(table: pd.DataFrame, plan: BenchPlan) -> tuple[Table, Table]:
 
     speeds, costs = Table(title=_title(plan)), Table(title="What it took")
     for shown, headings in (
-        (speeds, ("tokens/s", "range", "ratio", "of bound", "first token", "load")),
-        (costs, ("peak", "read/token", "amplification", "hits", "stalls", "wasted", "agrees")),
+        (speeds, ("tokens/s", "range", "ratio", "bound", "of it", "TTFT", "load")),
+        (costs, ("peak", "charged", "read/token", "amplif.", "hits", "stalls", "wasted", "agrees")),
     ):
-        shown.add_column("system")
+        shown.add_column("system", overflow="fold")
         for heading in headings:
             shown.add_column(heading, justify="right")
     for row in table.to_dict("records"):
@@ -159,15 +161,17 @@ def _tables(table: pd.DataFrame, plan: BenchPlan) -> tuple[Table, Table]:
         speeds.add_row(
             name,
             f"{row['tokens_per_s']:.3g}",
-            f"{row['tokens_per_s_low']:.3g} to {row['tokens_per_s_high']:.3g}",
+            f"{row['tokens_per_s_low']:.3g}–{row['tokens_per_s_high']:.3g}",
             f"{row['speed_ratio']:.2f}",
-            f"{row['share_of_bound']:.0%} of {row['bound_tokens_per_s']:.3g}",
+            f"{row['bound_tokens_per_s']:.3g}",
+            f"{row['share_of_bound']:.0%}",
             show("ttft_s", row["ttft_s"]),
             show("load_s", row["load_s"]),
         )
         costs.add_row(
             name,
             show("peak_bytes", row["peak_bytes"]),
+            show("peak_bytes", row["group_peak_bytes"]),
             show("read_bytes", row["read_bytes_per_token"]),
             f"{row['read_amplification']:.2f}",
             *(show(figure, row[figure]) for figure in ("hit_rate", "stall_share", "wasted_bytes")),
@@ -186,8 +190,9 @@ def _print_notes(console: Console, notes: dict[str, Any], plan: BenchPlan) -> No
         f"Belady loads {show_bytes(notes['belady_bytes_per_token'])}, so at most "
         f"{notes['ideal_tokens_per_s']:.3g} tokens/s exactly (disk {show_bytes(bandwidths['disk_bytes_per_s'])}/s, "
         f"memory {show_bytes(bandwidths['memory_bytes_per_s'])}/s).",
-        "bound: 1 / max(own reads / disk bandwidth, time per token with all resident). amplification: bytes read / "
-        "bytes routed. agrees: own likeliest token is the exact system's.",
+        "bound: 1 / max(own reads / disk bandwidth, time per token with all resident). amplif.: bytes read / bytes "
+        "routed. agrees: own likeliest token is the exact system's. peak: resident memory, shared libraries and mapped files "
+        "included; charged: what the limit counted at most, page cache included.",
     ]
     if plan.limit:
         lines.append(f"Limit by {notes['limit_by'] or 'none'}; * ran without it.")
