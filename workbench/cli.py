@@ -16,7 +16,17 @@ from rich.console import Console
 from rich.text import Text
 
 from emoe_core.errors import EmoeError
-from workbench.commands import checkpoints, experiments, families, material, predictors, serving, simulate
+from workbench.commands import (
+    bench,
+    checkpoints,
+    experiments,
+    families,
+    material,
+    predictors,
+    serving,
+    simulate,
+    synthetic,
+)
 
 DEBUG_OPTION = "--debug"
 USER_ERROR_EXIT_CODE = 2
@@ -52,6 +62,7 @@ app.command("pack")(checkpoints.pack)
 app.command("estimate")(checkpoints.estimate)
 app.command("cache")(checkpoints.cache)
 app.command("models")(families.models)
+material.model_app.command("synth")(synthetic.synth)
 app.add_typer(material.model_app, name="model")
 app.add_typer(material.data_app, name="data")
 app.command("profile")(material.profile)
@@ -59,6 +70,8 @@ app.add_typer(predictors.predictor_app, name="predictor")
 app.command("simulate")(simulate.simulate)
 app.command("costs")(serving.costs)
 app.command("simulate-serving")(serving.simulate_serving)
+app.command("bench")(bench.bench)
+app.command("bench-systems")(bench.bench_systems)
 app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
 

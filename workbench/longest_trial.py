@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import emoe_core
 from emoe_core.errors import EmoeError
+from workbench.process_counters import read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ def read_and_decode(model: Any, token_ids: torch.Tensor, new_tokens: int) -> dic
         started = time.perf_counter()
         output = model(input_ids=token_ids, use_cache=True, logits_to_keep=1)
         chosen = output.logits[:, -1:].argmax(-1)
-        passes, before = [time.perf_counter()], _read_bytes()
+        passes, before = [time.perf_counter()], read_bytes()
         for _ in range(new_tokens):
             output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
             chosen = output.logits[:, -1:].argmax(-1)
@@ -70,16 +71,8 @@ def read_and_decode(model: Any, token_ids: torch.Tensor, new_tokens: int) -> dic
     return {
         "ttft_s": passes[0] - started,
         "decode_tokens_per_s": token_ids.shape[0] * new_tokens / (passes[-1] - passes[0]),
-        "decode_read_bytes": float(_read_bytes() - before),
+        "decode_read_bytes": float(read_bytes() - before),
     }
-
-
-def _read_bytes() -> int:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/io").read_text().splitlines():
-            if line.startswith("read_bytes:"):
-                return int(line.split()[1])
-    return 0
 
 
 def _trial(spec: dict[str, Any]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from emoe_core.errors import EmoeError, ExperimentError
 from emoe_core.heap import return_free_memory
 from emoe_core.routing import RoutingTrace
 from workbench.busy import OtherWork
+from workbench.process_counters import status_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +32,9 @@ _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ +(/.*)$")
 
 def process_peak_bytes() -> int:
     """Return the peak resident memory of this process in bytes (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    peak_bytes = status_bytes("VmHWM")
+    if peak_bytes is not None:
+        return peak_bytes
     raise ExperimentError("this operating system does not report peak memory (no VmHWM in /proc/self/status)")
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 Kind = Annotated[str, typer.Option(help="'upcycled' (the model 'reference') or 'carved'.")]
 
-model_app = typer.Typer(help="The embedded reference models.", no_args_is_help=True)
+model_app = typer.Typer(help="The embedded reference models, and synthetic ones.", no_args_is_help=True)
 data_app = typer.Typer(help="Prompts of six task types.", no_args_is_help=True)
 
 

@@ -1,0 +1,55 @@
+"""The emoe engine decoding given tokens: one request for each sequence, with the engine's own counters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import emoe_core
+from emoe_core.routing import RoutingTrace
+from emoe_core.tasks import UNKNOWN
+from workbench.baselines.stock import TorchDecoder
+
+
+class EngineDecoder(TorchDecoder):
+    """Options are those of `emoe_core.load`; ``spec["warm_trace"]`` is a file that a predictor is taught."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.engine = emoe_core.load(spec["checkpoint"], device="cpu", dtype=spec["dtype"], **spec["options"])
+        self.model = self.engine.model
+        self._request: list[int] = []
+        if self.engine.plan.all_resident:
+            # On demand, experts would come one by one long after loading.
+            self.engine.loader.swap([range(count) for count in self.engine.plan.num_experts])
+            self.engine.loader.settle()
+        if spec.get("warm_trace"):
+            self.engine.warm_start(RoutingTrace.load(Path(spec["warm_trace"])))
+
+    def prefill(self, token_ids: Sequence[int]) -> int:
+        self._end_request()
+        self._request = self.engine.admit([UNKNOWN], [len(token_ids)])
+        return super().prefill(token_ids)
+
+    def counters(self) -> dict[str, float]:
+        counters = self.engine.stats().counters
+        return {**asdict(counters), "slot_bytes": float(self.engine.loader.slot_bytes)}
+
+    def description(self) -> str:
+        config, plan = self.engine.config, self.engine.plan
+        slots = f"{min(plan.slots_per_layer)} slots a layer of {plan.num_experts[0]}"
+        choice = f"policy {config.policy}, predictor {config.predictor or 'none'}, lookahead {config.lookahead}"
+        storage = self.engine.loader.storage.description
+        return f"emoe, {slots}, tolerance {config.tolerance:g}, {choice}; {storage}"
+
+    def close(self) -> None:
+        self._end_request()
+        self.engine.close()
+        super().close()
+
+    def _end_request(self) -> None:
+        request, self._request = self._request, []
+        if request:
+            self.engine.finish(request)

@@ -1,0 +1,55 @@
+"""Stock transformers with every expert resident, decoding given tokens with its own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+class TorchDecoder:
+    """Decodes with a transformers model, batch 1; the base of the systems that are one."""
+
+    model: Any
+
+    def __init__(self) -> None:
+        self._cache: Any = None
+
+    def prefill(self, token_ids: Sequence[int]) -> int:
+        self._cache = None
+        return self._step(list(token_ids))
+
+    def decode(self, token_id: int) -> int:
+        return self._step([token_id])
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self._cache = None
+        self.model = None
+
+    def _step(self, token_ids: list[int]) -> int:
+        with torch.no_grad():
+            output = self.model(
+                input_ids=torch.tensor([token_ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
+        self._cache = output.past_key_values
+        return int(output.logits[0, -1].argmax())
+
+
+class StockDecoder(TorchDecoder):
+    """``from_pretrained``, with one of transformers' ways to compute experts (option ``experts_implementation``)."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self._experts = spec["options"]["experts_implementation"]
+        self.model = AutoModelForCausalLM.from_pretrained(
+            spec["checkpoint"], dtype=spec["dtype"], experts_implementation=self._experts
+        ).eval()
+
+    def description(self) -> str:
+        return f"transformers {version('transformers')}, all resident, experts {self._experts}"

@@ -1,0 +1,133 @@
+"""The systems that the bench compares, by name.
+
+`emoe` configurations and the policies of other systems share one engine, so that a difference between them is the
+policy's and nothing else's; transformers, accelerate and llama.cpp run their own code.
+
+=====================  ==============================================================================================
+name                   what runs
+=====================  ==============================================================================================
+emoe                   the engine, exact (tolerance 0), keeping experts by decayed demand
+emoe-lookahead         the same, fetching what the next layer's router is guessed to want
+emoe-lossy-0.1         the engine at miss tolerance 0.1
+emoe-lossy-1.0         the engine at miss tolerance 1: absent experts are replaced, not loaded
+emoe-resident          the engine with every expert resident
+lru                    on-demand LRU, the cache of mixtral-offloading, on our engine (its quantisation left out)
+activation-map         MoE-Infinity's activation map choosing residents, on our engine, taught the warm-up's routing
+lookahead              on-demand LRU with lookahead, on our engine
+stock-eager            transformers, every expert resident, experts computed one by one
+stock-grouped_mm       transformers, every expert resident, its grouped products
+accelerate             transformers with accelerate's disk offload for what the limit leaves no room for
+llama.cpp              llama.cpp on a GGUF file of the same weights, memory-mapped
+=====================  ==============================================================================================
+
+``NAME:no-limit`` runs a system without the memory limit; ``NAME[key=value;key=value]`` changes its options.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from emoe_core.errors import OptionError
+
+NO_LIMIT = ":no-limit"
+
+
+@dataclass(frozen=True)
+class System:
+    """One system of a comparison.
+
+    Attributes
+    ----------
+    name : str
+        As the user wrote it.
+    adapter : str
+        "emoe", "stock", "accelerate" or "llama.cpp".
+    options : dict
+        Of the adapter; for "emoe" those of `emoe_core.load`.
+    limited : bool
+        Whether it runs under the bench's memory limit.
+    resident : bool
+        Whether it holds every expert.
+    """
+
+    name: str
+    adapter: str
+    options: dict[str, Any]
+    limited: bool = True
+    resident: bool = False
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether it takes the bench's expert budget."""
+        return self.adapter == "emoe" and "budget" not in self.options
+
+
+def _emoe(**options: Any) -> System:
+    return System("", "emoe", {"predictor": None, "policy": "decayed_demand", **options})
+
+
+SYSTEMS: dict[str, System] = {
+    "emoe": _emoe(),
+    "emoe-lookahead": _emoe(lookahead=1),
+    "emoe-lossy-0.1": _emoe(tolerance=0.1),
+    "emoe-lossy-1.0": _emoe(tolerance=1.0),
+    "emoe-resident": replace(_emoe(budget="100%"), resident=True),
+    "lru": _emoe(policy="lru"),
+    "activation-map": _emoe(policy="lru", predictor="activation_map", interval=1),
+    "lookahead": _emoe(policy="lru", lookahead=1),
+    "stock-eager": System("", "stock", {"experts_implementation": "eager"}, resident=True),
+    "stock-grouped_mm": System("", "stock", {"experts_implementation": "grouped_mm"}, resident=True),
+    "accelerate": System("", "accelerate", {}),
+    "llama.cpp": System("", "llama.cpp", {}),
+}
+DEFAULT_SYSTEMS = (
+    "emoe", "emoe-lookahead", "emoe-lossy-0.1", "emoe-lossy-1.0", "lru", "activation-map", "lookahead",
+    "stock-eager", "stock-eager:no-limit", "stock-grouped_mm:no-limit", "emoe-resident:no-limit",
+    "accelerate", "llama.cpp", "llama.cpp:no-limit",
+)  # fmt: skip
+
+
+def find_systems(names: Sequence[str]) -> list[System]:
+    """Return systems by name, in the given order.
+
+    Raises
+    ------
+    OptionError
+        When a name is unknown, given twice, or no name is given.
+    """
+    found = [find_system(name.strip()) for name in names if name.strip()]
+    if not found:
+        raise OptionError(f"no system was named: choose of {', '.join(SYSTEMS)}")
+    twice = sorted({system.name for system in found if sum(other.name == system.name for other in found) > 1})
+    if twice:
+        raise OptionError(f"{', '.join(twice)} was named twice: name each system once")
+    return found
+
+
+def find_system(name: str) -> System:
+    """Return one system by name, with its suffixes understood."""
+    limited = not name.endswith(NO_LIMIT)
+    plain, bracket, rest = name.removesuffix(NO_LIMIT).partition("[")
+    if plain not in SYSTEMS or (bracket and not rest.endswith("]")):
+        raise OptionError(
+            f"unknown system {name!r}: choose of {', '.join(SYSTEMS)}, with '{NO_LIMIT}' behind it to run it without "
+            f"the limit, or options, as in 'emoe[policy=lru;threads=4]'"
+        )
+    system = SYSTEMS[plain]
+    return replace(system, name=name, limited=limited, options={**system.options, **_options(rest.rstrip("]"), name)})
+
+
+def _options(text: str, name: str) -> dict[str, Any]:
+    options = {}
+    for pair in filter(None, text.split(";")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise OptionError(f"{name!r}: write options as key=value, with ';' between them")
+        try:
+            options[key.strip()] = json.loads(value)
+        except ValueError:
+            options[key.strip()] = value.strip()
+    return options

@@ -1,0 +1,1 @@
+"""The speed bench: systems side by side, under one hard memory limit, beside what the hardware allows."""

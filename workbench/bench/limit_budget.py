@@ -1,0 +1,91 @@
+"""How many bytes a memory limit leaves for experts.
+
+    budget = limit - control - dense weights - KV cache - workspace - logits - reserve
+
+*Control* is measured: the peak of the same process with a tiny model under the same limit, as the control group
+charges it (libraries, interpreter, allocator). The reserve is a share of the limit, for what the terms do not name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from emoe_core.budget import plan_slots
+from emoe_core.checkpoint import CheckpointIndex
+from emoe_core.errors import BudgetError, ExperimentError
+from emoe_core.footprint import memory_breakdown
+from workbench.bench.launch import MEASURED, launch
+from workbench.control_groups import Controller
+
+RESERVE_SHARE = 0.04
+
+
+@dataclass(frozen=True)
+class LimitBudget:
+    """The terms, in bytes; `expert_bytes` is what is left, at most all experts."""
+
+    limit_bytes: int
+    control_bytes: int
+    dense_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    reserve_bytes: int
+    expert_bytes: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the terms by name."""
+        return asdict(self)
+
+
+def limit_budget(index: CheckpointIndex, limit_bytes: int, control_bytes: int, max_tokens: int) -> LimitBudget:
+    """Return what a limit leaves for experts.
+
+    Raises
+    ------
+    BudgetError
+        When that is less than the smallest exact budget; the message names the smallest limit that works.
+    """
+    least = plan_slots(index, "1 slot")
+    terms = memory_breakdown(index, least, max_tokens)
+    other = control_bytes + terms.dense_bytes + terms.kv_bytes + terms.workspace_bytes + terms.logits_bytes
+    reserve = int(RESERVE_SHARE * limit_bytes)
+    left = limit_bytes - other - reserve
+    if left < least.slot_bytes:
+        smallest = (other + least.slot_bytes) / (1 - RESERVE_SHARE)
+        raise BudgetError(
+            f"a limit of {limit_bytes:,} bytes leaves {max(left, 0):,} for experts after the process itself "
+            f"({control_bytes:,}), dense weights ({terms.dense_bytes:,}) and activations; one slot a layer needs "
+            f"{least.slot_bytes:,}. Give a limit of at least {-(-smallest // 10**7) / 100:.2f}GB, or shorter sequences."
+        )
+    return LimitBudget(
+        limit_bytes,
+        control_bytes,
+        terms.dense_bytes,
+        terms.kv_bytes,
+        terms.workspace_bytes + terms.logits_bytes,
+        reserve,
+        min(left, index.expert_bytes_total),
+    )
+
+
+def control_bytes(spec: dict[str, Any], limit_bytes: int, controller: Controller) -> int:
+    """Measure the control process; ``spec`` is that of an emoe system, its model is replaced by a tiny one.
+
+    Raises
+    ------
+    BudgetError
+        When not even the tiny model runs under the limit.
+    """
+    from workbench.reference_model.tiny import cached_tiny_moe
+
+    tiny = {**spec, "checkpoint": str(cached_tiny_moe()), "warm_trace": None, "options": {"budget": "50%"}}
+    tiny |= {name: [1 + token % 255 for token in spec[name]] for name in ("warm_prompt", "warm", "prompt", "timed")}
+    run = launch(tiny, [], limit_bytes=limit_bytes, controller=controller)
+    if run.outcome != MEASURED and run.limit_hits:
+        raise BudgetError(
+            f"a limit of {limit_bytes:,} bytes is too small for the process itself, without a model: give 600MB or more"
+        )
+    if run.outcome != MEASURED:
+        raise ExperimentError(f"the control process failed: {run.error or run.outcome}")
+    return run.group_peak_bytes or int(run.found["peak_bytes"])

@@ -1,0 +1,234 @@
+"""``emoe bench``: systems side by side under one hard memory limit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from workbench.commands.checkpoints import ModelArgument
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from workbench.bench.plan import BenchPlan
+    from workbench.bench.runner import Step
+
+
+def bench(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Folder for results; the same command goes on where it stopped.")],
+    limit: Annotated[
+        str | None, typer.Option(help="Hard memory limit of each process, such as '2.2GB'; none if not given.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Memory for experts of the emoe systems; what the limit leaves if not given.")
+    ] = None,
+    systems: Annotated[
+        str | None, typer.Option(help="Comma-separated; see `emoe bench-systems`. All that can run if not given.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Processes of each system; figures need 5 or more.")] = 5,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded and timed in each process.")] = 128,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 32,
+    warm_tokens: Annotated[int, typer.Option(help="Tokens decoded before, untimed.")] = 16,
+    threads: Annotated[
+        int | None, typer.Option(help="Computing threads of every system; the cores if missing.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
+    max_seconds: Annotated[float, typer.Option(help="A process stops decoding after this long.")] = 600.0,
+    reference: Annotated[str | None, typer.Option(help="System that ratios are to; the first if missing.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of token ids where the model brings none.")] = 0,
+    track: Annotated[bool, typer.Option(help="Log the bench to MLflow.")] = True,
+) -> None:
+    """Measure systems side by side: same tokens, fresh processes in turn, cold page cache, one hard memory limit."""
+    from workbench.baselines.systems import find_systems
+    from workbench.bench.plan import BenchPlan, open_folder
+    from workbench.bench.prepare import prepare
+    from workbench.bench.runner import run_bench
+    from workbench.control_groups import find_controller
+    from workbench.environment import available_cores
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    plan = BenchPlan(
+        model, limit, budget, _systems(systems, console), repeats, tokens, prompt_tokens, warm_tokens, dtype,
+        threads or available_cores(), max_seconds, seed,
+    )  # fmt: skip
+    if reference is not None:
+        find_systems([reference])
+    # A limit that cannot be set is refused before anything is prepared.
+    limited = any(plan.is_limited(system) for system in plan.found_systems())
+    controller = find_controller() if limited else None
+    open_folder(out, plan)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        prepared = prepare(plan, out, controller, report)
+
+        def on_result(step: Step, row: dict[str, Any] | None, done: int, total: int) -> None:
+            name = f"{step.system.name}, repeat {step.repeat + 1} of {plan.repeats}"
+            bar.update(task, description=name, completed=done, total=total)
+            if row is not None:
+                bar.console.print(f"[dim]{name}: {_line(row)}[/]")
+
+        results = run_bench(plan, prepared, out, controller, on_result)
+    table, notes = _summarised(plan, prepared, results, reference, out)
+    shown = Console(highlight=False)
+    # Into a file or a pipe, the tables need not be cut to a terminal that is not there.
+    shown.width = shown.width if shown.is_terminal else max(shown.width, 120)
+    for part in _tables(table, plan):
+        shown.print(part)
+    _print_notes(shown, notes, plan)
+    if track:
+        _track(plan, prepared.index.source_hash, results, table, notes, out)
+    console.print(f"Results: [bold]{out}[/]")
+    if any(row["outcome"] == "failed" for row in results):
+        raise typer.Exit(1)
+
+
+def bench_systems() -> None:
+    """List the systems that `emoe bench` knows."""
+    from workbench.baselines import systems
+
+    typer.echo((systems.__doc__ or "").strip())
+
+
+def _systems(names: str | None, console: Console) -> tuple[str, ...]:
+    """Return the systems asked for; all of them, without llama.cpp where it is not installed, if none were."""
+    from workbench.baselines.llama_cpp import EXTRA, is_installed
+    from workbench.baselines.systems import DEFAULT_SYSTEMS
+
+    if names is not None:
+        return tuple(name.strip() for name in names.split(",") if name.strip())
+    if is_installed():
+        return DEFAULT_SYSTEMS
+    console.print(f"[yellow]llama.cpp is left out: {EXTRA}[/]")
+    return tuple(name for name in DEFAULT_SYSTEMS if not name.startswith("llama.cpp"))
+
+
+def _line(row: dict[str, Any]) -> str:
+    if row["outcome"] != "measured":
+        return f"{row['outcome']} {row['error']}".strip()
+    tokens, seconds = row["decoded_tokens"], sum(row["token_s"])
+    return f"{tokens / seconds:.3g} tokens/s over {tokens} tokens, loaded in {row['load_s']:.3g} s"
+
+
+def _summarised(
+    plan: BenchPlan, prepared: Any, results: list[dict[str, Any]], reference: str | None, out: Path
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    from workbench.bench.figure import bench_figure
+    from workbench.bench.plan import SUMMARY_FILE
+    from workbench.bench.summary import summarise
+
+    table, notes = summarise(plan, prepared, results, reference)
+    table.to_csv(out / "table.csv", index=False)
+    content = {"notes": notes, "systems": json.loads(table.to_json(orient="records"))}
+    (out / SUMMARY_FILE).write_text(json.dumps(content, indent=1))
+    bench_figure(table, notes, _title(plan)).savefig(out / "speed.png", dpi=120)
+    return table, notes
+
+
+def _title(plan: BenchPlan) -> str:
+    limit = f"hard limit {plan.limit}" if plan.limit else "no memory limit"
+    return f"{Path(plan.model).name}, {limit}, {plan.tokens} tokens, {plan.threads} threads"
+
+
+def _tables(table: pd.DataFrame, plan: BenchPlan) -> tuple[Table, Table]:
+    """Return the speeds, and what was read and held for them."""
+    from workbench.quantities import show
+
+    speeds, costs = Table(title=_title(plan)), Table(title="What it took")
+    for shown, headings in (
+        (speeds, ("tokens/s", "range", "ratio", "bound", "of it", "TTFT", "load")),
+        (costs, ("peak", "charged", "read/token", "amplif.", "hits", "stalls", "wasted", "agrees")),
+    ):
+        shown.add_column("system", overflow="fold")
+        for heading in headings:
+            shown.add_column(heading, justify="right")
+    for row in table.to_dict("records"):
+        name = row["system"] if row["limited"] or not plan.limit else f"{row['system']} *"
+        if row["processes"] == 0:
+            speeds.add_row(name, "–", row["outcome"])
+            continue
+        speeds.add_row(
+            name,
+            f"{row['tokens_per_s']:.3g}",
+            f"{row['tokens_per_s_low']:.3g}–{row['tokens_per_s_high']:.3g}",
+            f"{row['speed_ratio']:.2f}",
+            f"{row['bound_tokens_per_s']:.3g}",
+            f"{row['share_of_bound']:.0%}",
+            show("ttft_s", row["ttft_s"]),
+            show("load_s", row["load_s"]),
+        )
+        costs.add_row(
+            name,
+            show("peak_bytes", row["peak_bytes"]),
+            show("peak_bytes", row["group_peak_bytes"]),
+            show("read_bytes", row["read_bytes_per_token"]),
+            f"{row['read_amplification']:.2f}",
+            *(show(figure, row[figure]) for figure in ("hit_rate", "stall_share", "wasted_bytes")),
+            show("top1_agreement", row["agreement"]),
+        )
+    return speeds, costs
+
+
+def _print_notes(console: Console, notes: dict[str, Any], plan: BenchPlan) -> None:
+    from workbench.quantities import show, show_bytes
+
+    bandwidths, slots = notes["bandwidths"], notes["slots_per_layer"]
+    lines = [
+        f"Tokens from {notes['tokens_from']}. Median over fresh processes run in turn, page cache dropped before each.",
+        f"A token routes to {show_bytes(notes['routed_bytes_per_token'])} of experts; with {min(slots)} slots a layer "
+        f"Belady loads {show_bytes(notes['belady_bytes_per_token'])}, so at most "
+        f"{notes['ideal_tokens_per_s']:.3g} tokens/s exactly (disk {show_bytes(bandwidths['disk_bytes_per_s'])}/s, "
+        f"memory {show_bytes(bandwidths['memory_bytes_per_s'])}/s).",
+        "bound: 1 / max(own reads / disk bandwidth, time per token with all resident). amplif.: bytes read / bytes "
+        "routed. agrees: own likeliest token is the exact system's. peak: resident memory, shared libraries and mapped "
+        "files included; charged: what the limit counted at most, page cache included.",
+    ]
+    if plan.limit:
+        lines.append(f"Limit by {notes['limit_by'] or 'none'}; * ran without it.")
+    if notes["routing_agreement"] is not None:
+        lines.append(
+            f"Recorded routing was followed in {show('top1_agreement', notes['routing_agreement'])} of choices."
+        )
+    console.print("[dim]" + "\n".join(lines) + "[/]", soft_wrap=True)
+    for warning in notes["warnings"]:
+        console.print(f"[yellow]Warning: {warning}[/]", soft_wrap=True)
+
+
+def _track(
+    plan: BenchPlan,
+    model_hash: str,
+    results: list[dict[str, Any]],
+    table: pd.DataFrame,
+    notes: dict[str, Any],
+    out: Path,
+) -> None:
+    from dataclasses import asdict
+
+    from workbench import tracking
+    from workbench.bench.figure import bench_figure
+
+    name = f"{Path(plan.model).name}, {plan.limit or 'no limit'}"
+    with tracking.run("bench", name, params=asdict(plan), model_hash=model_hash) as run:
+        metrics = {"ideal_tokens_per_s": notes["ideal_tokens_per_s"]}
+        for row in table.to_dict("records"):
+            metric = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in row["system"])
+            for figure in ("tokens_per_s", "tpot_s", "ttft_s", "load_s", "peak_bytes", "share_of_bound"):
+                if row.get(figure) == row.get(figure):
+                    metrics[f"{metric}/{figure}"] = row.get(figure)
+        run.log_metrics(metrics)
+        run.log_frame("systems", table)
+        run.log_text("results.jsonl", "\n".join(json.dumps(row) for row in results))
+        run.log_text("notes.json", json.dumps(notes, indent=1))
+        run.log_figure("speed", bench_figure(table, notes, _title(plan)))
+        run.log_tags({"emoe.folder": str(out)})

@@ -1,0 +1,96 @@
+"""``emoe model synth``: a checkpoint of a published shape with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from emoe_core.routing import RoutingTrace
+    from workbench.synthetic.shapes import Shape
+
+Size = Annotated[int | None, typer.Option(show_default=False, help="In place of the shape's own.")]
+
+
+def synth(
+    like: Annotated[str, typer.Option(help="Shape: 'bench' (3.3 GB) or a published one, such as 'olmoe-1b-7b'.")],
+    scale: Annotated[
+        float, typer.Option(help="Share of the published bytes: widths and vocabulary times its square root.")
+    ] = 1.0,
+    routing: Annotated[
+        str,
+        typer.Option(
+            help="'own' (random routers), or recorded routing to write into the weights: 'reference', 'carved', a file."
+        ),
+    ] = "own",
+    layers: Size = None,
+    experts: Size = None,
+    top_k: Size = None,
+    hidden: Size = None,
+    intermediate: Size = None,
+    vocab: Size = None,
+    dtype: Annotated[str, typer.Option(help="'bfloat16', 'float16' or 'float32'.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; in the cache when not given.")] = None,
+) -> None:
+    """Write a checkpoint with random weights that loads like its model (goes on where it stopped)."""
+    from workbench.commands.checkpoints import progress_bar
+    from workbench.quantities import show_bytes
+    from workbench.synthetic.recorded_routing import OWN, recorded_trace
+    from workbench.synthetic.shapes import find_shape, overridden, scaled
+    from workbench.synthetic.writer import label_of, write_synthetic
+
+    sizes = {"layers": layers, "experts": experts, "top_k": top_k, "hidden": hidden}
+    sizes |= {"intermediate": intermediate, "vocab": vocab}
+    shape = overridden(scaled(find_shape(like), scale), **sizes)
+    changed = [f"{name.replace('_', '-')} {size}" for name, size in sizes.items() if size is not None]
+    label = " ".join([like, f"at scale {scale:g}", *(["with", ", ".join(changed)] if changed else [])])
+    trace, source = None, None
+    if routing != OWN:
+        with progress_bar("recording routing") as progress:
+            trace, source = recorded_trace(routing, progress)
+        trace = _laid_out(trace, shape)
+    folder = out or _cached(label, routing, dtype, seed)
+    with progress_bar("writing random weights") as progress:
+        write_synthetic(
+            folder, shape, label, trace=trace, trace_source=source, dtype=dtype, seed=seed, progress=progress
+        )
+    made = label_of(folder) or {}
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"RANDOM WEIGHTS, {made['label']}: [bold]{folder}[/] ({show_bytes(size)})")
+    console.print(f"[dim]routing: {_routing_line(made['routing'])}[/]")
+
+
+def _laid_out(trace: RoutingTrace, shape: Shape) -> RoutingTrace:
+    from workbench.synthetic.composed_trace import compose, locality
+    from workbench.synthetic.writer import tensors_of
+
+    moe_layers = sum(tensor.moe_layer is not None for tensor in tensors_of(shape))
+    composed = compose(trace, moe_layers, shape.experts, shape.top_k)
+    console = Console(soft_wrap=True, highlight=False)
+    for name, found in (("recorded", locality(trace)), ("written", locality(composed))):
+        console.print(
+            f"[dim]{name} routing: a token repeats {found.repeat_rate:.1%} of the last one's experts (even: "
+            f"{found.even_rate:.1%}), the better half of experts gets {found.best_half_mass:.1%} of choices[/]"
+        )
+    return composed
+
+
+def _routing_line(routing: dict[str, object]) -> str:
+    if "source" not in routing:
+        return str(routing["kind"])
+    return (
+        f"{routing['kind']}, from {routing['source']}; {routing['tokens']} tokens, weights alone reproduce "
+        f"{routing['agreement']:.2%} of choices"
+    )
+
+
+def _cached(label: str, routing: str, dtype: str, seed: int) -> Path:
+    from emoe_core.cache import cache_dir
+
+    name = f"{label.replace(' at scale 1', '')} {dtype} {Path(routing).stem} seed {seed}"
+    return cache_dir() / "synthetic" / name.replace(" ", "-").replace(",", "").replace(".", "_")

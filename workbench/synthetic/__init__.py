@@ -1,0 +1,1 @@
+"""Checkpoints of published shapes with random weights: real sizes for measuring speed, no language in them."""
