@@ -50,6 +50,7 @@ class Lease:
                 continue
             entry.pins += 1
             self._held[expert] = entry
+        self._residents = frozenset(self._held)
         try:
             self._advance()
         except BaseException:
@@ -76,7 +77,9 @@ class Lease:
         Parameters
         ----------
         lowest : bool
-            True: the lowest expert that is left. False: one that is there, if there is one.
+            True: the lowest expert that is left. False: the lowest that had a slot when the lease began; after
+            these the lowest that had none. The order does not depend on when reads end, so neither does what is
+            evicted.
         """
         loader = self._loader
         if self._current is not None:
@@ -89,7 +92,7 @@ class Lease:
         # Absent experts are asked for in ascending order, and the spare slot serves the first: the lowest one is held.
         expert = min(self._held)
         if not lowest:
-            expert = next((held for held, entry in self._held.items() if loader.arrived(entry)), expert)
+            expert = min(self._held.keys() & self._residents, default=expert)
         entry = self._held[expert]
         self._current = expert
         loader.wait(entry)

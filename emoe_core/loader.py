@@ -90,11 +90,6 @@ class ExpertLoader:
         self._loading[(layer, expert)] = self._pool.submit(self.memory.write, entry)
         return entry
 
-    def arrived(self, entry: Entry) -> bool:
-        """Tell whether waiting for an expert would return at once."""
-        future = self._loading.get((entry.layer, entry.expert))
-        return future is None or future.done()
-
     def wait(self, entry: Entry) -> None:
         """Block until an expert's bytes have arrived; the time counts as stall. Raises what the read raised."""
         future = self._loading.get((entry.layer, entry.expert))

@@ -12,6 +12,9 @@ preload
 gap closed
     (LRU's loads - the policy's) / (LRU's loads - MIN's): 0 is LRU, 1 is hindsight.
 
+Very long passes are the exception: where results would wait in more than 16 MiB, the engine takes experts in ascending
+order (`expert_compute.py`), and the last ones of the pass to be kept may be others.
+
 Time is not simulated: a policy that streams more through the one spare slot may load less and yet wait longer.
 """
 
@@ -145,8 +148,8 @@ def replay_table(accesses: Accesses, policy: str, table: SlotTable) -> Replay:
             table.begin(layer, tokens)
             before = loader.counters.loads
             with Lease(lender, layer, active) as lease:
-                for expert in active:
-                    lease[expert]
+                while lease.take() is not None:
+                    pass
             misses[step, layer] = loader.counters.loads - before
     return Replay(policy, table.capacity, misses)
 

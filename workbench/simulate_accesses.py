@@ -6,8 +6,8 @@ step
     One forward pass: the prompts of a batch, or one token of each of its continuations. All experts that a layer needs
     in a step are needed together.
 accesses
-    Per step and MoE layer, how many tokens chose each expert. What a cache sees of a workload; order within a step is
-    ascending expert id, as the engine computes.
+    Per step and MoE layer, how many tokens chose each expert. What a cache sees of a workload; within a step
+    resident experts come first, each group by ascending expert id, as the engine computes.
 
 Reference outputs are scored in one pass over prompt and continuation. Attention is causal, so each continuation token
 is routed as it would be when decoded alone (up to rounding); the last one is never fed to the model and is left out.
