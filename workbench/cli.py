@@ -19,6 +19,7 @@ from emoe_core.errors import EmoeError
 from workbench.commands import (
     bench,
     checkpoints,
+    doctor,
     experiments,
     families,
     material,
@@ -61,6 +62,7 @@ app.command("run")(checkpoints.run)
 app.command("pack")(checkpoints.pack)
 app.command("estimate")(checkpoints.estimate)
 app.command("cache")(checkpoints.cache)
+app.command("doctor")(doctor.doctor)
 app.command("models")(families.models)
 material.model_app.command("synth")(synthetic.synth)
 app.add_typer(material.model_app, name="model")

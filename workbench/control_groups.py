@@ -172,8 +172,25 @@ def _set_limit(group: Group, limit_bytes: int) -> None:
             raise LimitError(f"a limit of {limit_bytes} bytes does not hold in {outer}, which allows {around}")
 
 
+def memory_limit_bytes(proc: Path = PROC) -> int | None:
+    """Return the lowest memory limit of the groups that this process is in; None where none limits it.
+
+    cgroup v1 writes "no limit" as a number near 2**63: compare with the machine's memory before calling it one.
+    """
+    groups = ((Controller(version, group), group) for version, group in _own_groups(proc))
+    limits = (_number(group / controller.limit_file) for controller, group in groups)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def _candidates(proc: Path) -> Iterator[tuple[int, Path]]:
-    """Yield (version, group) to make groups below: this process's own, then its ancestors up to the mount."""
+    """Yield (version, group) to make groups below."""
+    for version, parent in _own_groups(proc):
+        if version == 1 or _hands_memory_on(parent):
+            yield version, parent
+
+
+def _own_groups(proc: Path) -> Iterator[tuple[int, Path]]:
+    """Yield (version, group): this process's own, then its ancestors up to the mount."""
     own = {}
     for line in _text(proc / "cgroup").splitlines():
         _, names, path = line.split(":", 2)
@@ -193,8 +210,7 @@ def _candidates(proc: Path) -> Iterator[tuple[int, Path]]:
         for parent in (group, *group.parents):
             if not parent.is_relative_to(mount):
                 break
-            if version == 1 or _hands_memory_on(parent):
-                yield version, parent
+            yield version, parent
 
 
 def _hands_memory_on(parent: Path) -> bool:

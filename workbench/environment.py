@@ -155,6 +155,11 @@ def gpu_names() -> list[str]:
     if torch is not None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return [torch.cuda.get_device_name(index) for index in range(count)]
+    return driver_gpus()
+
+
+def driver_gpus() -> list[str]:
+    """Return the names of the GPUs that NVIDIA's driver lists, whatever torch can use; empty without a driver."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
