@@ -9,9 +9,10 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from emoe_core.engine import Engine
 from emoe_core.serving_loop import Answer
@@ -32,16 +33,14 @@ def make_app(
     engine: Engine, worker: Worker, metrics: ServerMetrics, limits: ServerLimits, model: str, api_key: str | None
 ) -> FastAPI:
     """Return the application; ``model`` is the name that clients ask for."""
-    app = FastAPI(title="eMoE", docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.middleware("http")
-    async def check_key(request: Request, call_next: Any) -> Response:
+    async def check_key(request: Request) -> None:
         if api_key is not None and request.url.path not in OPEN_PATHS:
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), api_key.encode()):
-                return _refusal(ApiError(401, "the API key is missing or wrong", code="invalid_api_key"))
-        answer: Response = await call_next(request)
-        return answer
+                raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    app = FastAPI(title="eMoE", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(check_key)])
 
     @app.exception_handler(ApiError)
     async def refuse(request: Request, error: ApiError) -> Response:
@@ -82,7 +81,7 @@ def make_app(
             # The first token decides the status, also of a stream.
             first = await _unless_gone(request, exchange.next())
             if wanted.stream:
-                return StreamingResponse(_chunks(engine, exchange, first), media_type="text/event-stream")
+                return _Stream(engine, exchange, first)
             return JSONResponse(await _unless_gone(request, _whole(engine, exchange, first)))
         except (ClientGoneError, asyncio.CancelledError):
             exchange.close()
@@ -149,9 +148,20 @@ async def _chunks(engine: Engine, exchange: Exchange, event: int | Answer) -> As
     except ApiError as error:
         # The status is sent already: the error comes as an event, as OpenAI's clients expect.
         yield _sse(error.body())
-    finally:
-        # Also when the client has gone, which ends this generator wherever it stands.
-        exchange.close()
+
+
+class _Stream(StreamingResponse):
+    """A streamed answer that gives its place back when the client goes, even before the first chunk was asked for."""
+
+    def __init__(self, engine: Engine, exchange: Exchange, first: int | Answer) -> None:
+        super().__init__(_chunks(engine, exchange, first), media_type="text/event-stream")
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._exchange.close()
 
 
 def _reason(answer: Answer, exchange: Exchange) -> str:

@@ -1,7 +1,7 @@
 """Sockets and signals: one engine served until it is told to stop.
 
-The first SIGTERM or SIGINT ends admission (503, and not ready), lets accepted requests finish within ``drain_s``, and then
-closes the listening socket; a second one closes it at once.
+The first SIGTERM or SIGINT ends admission (503, and not ready), lets accepted requests finish within ``drain_s``, and
+then closes the listening socket; a second one closes it at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAST_BYTES_S = 5
 
 
 class EmoeServer(uvicorn.Server):
-    """A server of one engine; `run` it on the main thread, or `serve_in_thread` in tests.
+    """A server of one engine; `run_until_stopped` on the main thread, which gets the signals.
 
     Parameters
     ----------

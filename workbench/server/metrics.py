@@ -1,7 +1,7 @@
 """What Prometheus reads: experts, queue, latencies, objectives met. A registry of its own for each server.
 
 A request has an objective when its ``slo`` promised something; it is met when both its time to first token (from
-arrival) and its mean time per further token stay within it. Cancelled and failed requests meet none and are counted apart.
+arrival) and its mean time per further token stay within it. Cancelled and failed requests are counted apart.
 """
 
 from __future__ import annotations

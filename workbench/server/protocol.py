@@ -1,7 +1,7 @@
 """OpenAI's requests and answers, as far as they are served: one greedy answer, with three fields of our own.
 
 ``task`` (a task type; found from the words if missing), ``tolerance`` (the request's own miss tolerance) and ``slo``
-(``{"ttft": seconds, "tpot": seconds}``). What would change the answer and is not served is refused; the rest is ignored.
+(``{"ttft": seconds, "tpot": seconds}``). Other fields that would change the answer are refused; the rest is ignored.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ Event = int | Answer | ApiError
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way; ``deliver`` is called on the worker's thread with each token id, then an answer or error."""
+    """A request on its way; ``deliver`` is called on the worker's thread: each token id, then an answer or error."""
 
     prompt_ids: list[int]
     task: str
