@@ -75,13 +75,12 @@ class BatchCache:
         if self.cache is None:
             return
         rows, width = len(self.lengths), self.longest
-        layers: list[Any] = list(self.cache.layers)
+        layers: list[Any] = [layer for layer in self.cache.layers if type(layer) is DynamicLayer]
         for layer in layers:
-            if type(layer) is DynamicLayer:
-                # A failed join pads on the left and adds a row, a failed pass adds tokens on the right.
-                joined = layer.keys.shape[0] > rows
-                kept = slice(-width, None) if joined else slice(0, width)
-                layer.keys, layer.values = layer.keys[:rows, :, kept], layer.values[:rows, :, kept]
+            # A failed join pads on the left and adds a row, a failed pass adds tokens on the right.
+            joined = layer.keys.shape[0] > rows
+            kept = slice(-width, None) if joined else slice(0, width)
+            layer.keys, layer.values = layer.keys[:rows, :, kept], layer.values[:rows, :, kept]
 
     def alone(self, row: int) -> DynamicCache:
         """Return a copy of one row's cache, without padding."""

@@ -16,8 +16,8 @@ This loop gives tokens identical to `Engine.generate` for a batch of one; rows o
 within rounding.
 
 A request whose pass fails (an expert that cannot be read, memory that runs out) ends alone where ``on_failure`` is
-given: a failed step is taken again row by row, and who fails alone is out. Families whose caches cannot share a batch run one
-at a time anyway. Experts that a pass wanted before it failed are in the history twice.
+given: a failed step is taken again row by row, and who fails alone is out. Families whose caches cannot share a
+batch run one at a time anyway. Experts that a pass wanted before it failed are in the history twice.
 
 KV memory: the batch limits count each request's prompt and output limit as reserved from its admission; `limits_within`
 turns bytes into such tokens. Padding to the longest row comes on top (`batch_cache.py`).

@@ -169,14 +169,16 @@ def test_a_body_of_unknown_length_is_cut_off_at_the_limit(service: Service) -> N
 
 
 def test_metrics_count_what_was_served(service: Service) -> None:
-    names = ("emoe_requests_total", "emoe_ttft_seconds_count", "emoe_expert_requests_total")
-    before = [
-        service.metric(name, **({"result": "finished"} if "requests_total" == name[5:] else {})) for name in names
+    names: list[tuple[str, dict[str, str]]] = [
+        ("emoe_requests_total", {"result": "finished"}),
+        ("emoe_ttft_seconds_count", {}),
+        ("emoe_expert_requests_total", {}),
     ]
+    before = [service.metric(name, **labels) for name, labels in names]
     service.complete(extra_body={"slo": {"ttft": 1000, "tpot": 1000}, "task": "qa"}, max_tokens=3)
     service.complete(extra_body={"slo": {"ttft": 1e-9}}, max_tokens=3)
     service.wait_until_free()
-    after = [service.metric(name, **({"result": "finished"} if "requests_total" == name[5:] else {})) for name in names]
+    after = [service.metric(name, **labels) for name, labels in names]
     assert after[0] - before[0] == after[1] - before[1] == 2 and after[2] > before[2]
     assert service.metric("emoe_slo_requests_total", met="true") == 1
     assert service.metric("emoe_slo_requests_total", met="false") == 1

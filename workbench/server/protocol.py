@@ -203,7 +203,7 @@ def _prompt(engine: Engine, asked: CompletionRequest) -> tuple[list[int], str]:
             raise ApiError(400, f"{len(prompt)} prompts in one request: send one each", param="prompt")
         prompt = prompt[0]
     if not isinstance(prompt, str):
-        vocabulary = engine.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        vocabulary = engine.model.config.get_text_config().vocab_size
         ids = [int(token) for token in prompt]
         if any(not 0 <= token < vocabulary for token in ids):
             raise ApiError(400, f"prompt holds token ids outside 0 to {vocabulary - 1}", param="prompt")
