@@ -59,10 +59,39 @@ class BatchCache:
                     f"a time (a batch limit of 1)"
                 )
         width = max(self.longest, length)
-        for mine, new in zip(layers, added, strict=True):
-            mine.keys = torch.cat([_padded(mine.keys, width), _padded(new.keys, width)])
-            mine.values = torch.cat([_padded(mine.values, width), _padded(new.values, width)])
+        try:
+            for mine, new in zip(layers, added, strict=True):
+                keys = torch.cat([_padded(mine.keys, width), _padded(new.keys, width)])
+                mine.values = torch.cat([_padded(mine.values, width), _padded(new.values, width)])
+                mine.keys = keys
+        except BaseException:
+            # Memory may run out at any layer: those who were here before stay as they were.
+            self.restore()
+            raise
         self.lengths.append(length)
+
+    def restore(self) -> None:
+        """Drop what a join or a pass that failed midway has added to some layers."""
+        if self.cache is None:
+            return
+        rows, width = len(self.lengths), self.longest
+        layers: list[Any] = [layer for layer in self.cache.layers if type(layer) is DynamicLayer]
+        for layer in layers:
+            # A failed join pads on the left and adds a row, a failed pass adds tokens on the right.
+            joined = layer.keys.shape[0] > rows
+            kept = slice(-width, None) if joined else slice(0, width)
+            layer.keys, layer.values = layer.keys[:rows, :, kept], layer.values[:rows, :, kept]
+
+    def alone(self, row: int) -> DynamicCache:
+        """Return a copy of one row's cache, without padding."""
+        assert self.cache is not None
+        single = DynamicCache()
+        length = self.lengths[row]
+        layers: list[Any] = list(self.cache.layers)
+        for place, layer in enumerate(layers):
+            keys, values = (part[row : row + 1, :, -length:].clone() for part in (layer.keys, layer.values))
+            single.update(keys, values, place)
+        return single
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only some rows, in the order given."""

@@ -30,6 +30,8 @@ class StepContext:
         Whether the pass starts its requests.
     real : torch.Tensor or None
         Bool [batch * length] on the CPU, False at padding; None when there is no padding.
+    tolerances : tuple of (float or None)
+        Miss tolerance that each row's request brought; None where the engine's holds. Empty: the engine's for all.
     """
 
     forward: int
@@ -38,6 +40,7 @@ class StepContext:
     length: int
     is_prefill: bool
     real: torch.Tensor | None = None
+    tolerances: tuple[float | None, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -48,6 +51,10 @@ class StepContext:
     def tokens(self) -> int:
         """Rows that the experts see: batch * length."""
         return self.batch * self.length
+
+    def own_tolerance(self, row: int) -> float | None:
+        """Return the miss tolerance that a row's request brought, or None."""
+        return self.tolerances[row] if self.tolerances else None
 
     def row_of_token(self) -> torch.Tensor:
         """Return the batch row of each token, int64 [batch * length]."""

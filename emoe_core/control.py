@@ -34,12 +34,16 @@ from .tasks import Profile
 
 @dataclass
 class Request:
-    """One admitted prompt: its number, task, input length, and the experts its tokens wanted [layers, experts]."""
+    """One admitted prompt: its number, task, input length, and the experts its tokens wanted [layers, experts].
+
+    ``tolerance`` is its own miss tolerance, for every layer; None where the engine's holds.
+    """
 
     number: int
     task: str
     input_tokens: int
     counts: np.ndarray
+    tolerance: float | None = None
 
 
 class Layer(Protocol):
@@ -118,12 +122,15 @@ class ControlLoop:
         """Whether residents are still what came first, for want of history."""
         return self.predictor is not None and self.plan is None
 
-    def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
+    def admit(
+        self, tasks: Sequence[str], input_tokens: Sequence[int], tolerances: Sequence[float | None] | None = None
+    ) -> list[int]:
         """Number new requests, predict if one is due, plan, and start swapping; return their numbers."""
         numbers, due = [], False
-        for task, tokens in zip(tasks, input_tokens, strict=True):
+        own = [None] * len(tasks) if tolerances is None else tolerances
+        for task, tokens, tolerance in zip(tasks, input_tokens, own, strict=True):
             due |= self.interval.due(self.admitted)
-            self.running[self.admitted] = Request(self.admitted, task, tokens, np.zeros(self.shape))
+            self.running[self.admitted] = Request(self.admitted, task, tokens, np.zeros(self.shape), tolerance)
             self._recent.append(RunningRequest(task, tokens))
             numbers.append(self.admitted)
             self.admitted += 1

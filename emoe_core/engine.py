@@ -108,6 +108,7 @@ class Engine:
             self.loader, self.control, self.recorder, self.tolerance, config.cache_bias, self.quality
         )
         self.lookahead: Lookahead | None = None
+        self.reroutable = True
         self._closed = False
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase | None
@@ -229,6 +230,7 @@ class Engine:
     def _attach(self) -> None:
         handles = attach_layers(self.model, self.index, self.loader, self.passes)
         unexplained = [self.index.layers[handle.layer].name for handle in handles if not handle.explained]
+        self.reroutable = not unexplained
         profile = self.control.profile
         skips = profile is not None and not all(all(task.sensitive) for task in profile.tasks.values())
         skips = skips or bool(self.config.max_quality_loss)

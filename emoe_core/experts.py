@@ -152,7 +152,7 @@ class LayerHandle:
         if step is None:
             tolerance = torch.full((index.shape[0],), self.session.tolerance_of("unknown", self.layer))
         else:
-            per_row = torch.tensor([self.session.tolerance_of(task, self.layer) for task in step.tasks])
+            per_row = torch.tensor([self._tolerance(step, row) for row in range(step.batch)])
             tolerance = per_row.repeat_interleave(step.length)
         if not bool((tolerance > 0).any()):
             return None
@@ -180,6 +180,10 @@ class LayerHandle:
         if not bool(replace.any()):
             return None
         return substitute(choice, replace, present, self.rule)
+
+    def _tolerance(self, step: StepContext, row: int) -> float:
+        own = step.own_tolerance(row)
+        return self.session.tolerance_of(step.tasks[row], self.layer) if own is None else own
 
     def _count(
         self,

@@ -104,11 +104,16 @@ class ForwardPasses:
         self._control.finish(numbers)
         self._assigned = None
 
-    def admit_beside(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
-        """Admit requests beside those that run (continuous batching); `seat` says whose rows a pass holds."""
+    def admit_beside(
+        self, tasks: Sequence[str], input_tokens: Sequence[int], tolerances: Sequence[float | None] | None = None
+    ) -> list[int]:
+        """Admit requests beside those that run (continuous batching); `seat` says whose rows a pass holds.
+
+        ``tolerances`` are the requests' own, in place of what the engine, its profile or its quality target says.
+        """
         self._require_open()
         self._end_anonymous()
-        return self._control.admit(tasks, input_tokens)
+        return self._control.admit(tasks, input_tokens, tolerances)
 
     def seat(self, numbers: Sequence[int] | None) -> None:
         """Say whose rows the passes to come hold, in order; None when no admitted request runs any more."""
@@ -147,7 +152,8 @@ class ForwardPasses:
         self._loader.table.forward = self._forward
         running = self._control.running
         tasks = tuple(running[number].task if number in running else UNKNOWN for number in numbers)
-        self.step = StepContext(self._forward, tuple(numbers), tasks, length, past == 0, real)
+        own = tuple(running[number].tolerance if number in running else None for number in numbers)
+        self.step = StepContext(self._forward, tuple(numbers), tasks, length, past == 0, real, own)
         self._forward += 1
         self._loader.counters.forwards += 1
 

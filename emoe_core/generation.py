@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,11 +76,15 @@ class Scored:
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = True) -> list[int]:
     """Return a prompt's token ids, as a user's turn of the chat template where there is one."""
     if chat and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
     return list(tokenizer(prompt)["input_ids"])
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Return the token ids of a conversation (messages with "role" and "content") by the model's chat template."""
+    turns = [dict(message) for message in messages]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def generate(
@@ -207,7 +211,7 @@ def _generate_batch(
 ) -> list[Generation]:
     started = time.perf_counter()
     width = max(len(row) for row in ids)
-    ends = _end_tokens(engine, tokenizer)
+    ends = end_tokens(engine, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     inputs = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=engine.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=engine.device)
@@ -282,7 +286,8 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens
 
 
-def _end_tokens(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the token ids that end an answer: the generation config's, else the tokenizer's."""
     config = engine.model.generation_config
     declared = getattr(config, "eos_token_id", None) if config is not None else None
     if declared is None:

@@ -15,6 +15,10 @@ Why not transformers' ``generate_batch`` (5.23), which batches continuously too 
 This loop gives tokens identical to `Engine.generate` for a batch of one; rows of a larger batch are padded, and agree
 within rounding.
 
+A request whose pass fails (an expert that cannot be read, memory that runs out) ends alone where ``on_failure`` is
+given: a failed step is taken again row by row, and who fails alone is out. Families whose caches cannot share a
+batch run one at a time anyway. Experts that a pass wanted before it failed are in the history twice.
+
 KV memory: the batch limits count each request's prompt and output limit as reserved from its admission; `limits_within`
 turns bytes into such tokens. Padding to the longest row comes on top (`batch_cache.py`).
 """
@@ -62,6 +66,7 @@ class _Row:
     engine_number: int
     tokens: list[int]
     admitted_s: float
+    failure: Exception | None = None
 
 
 class ServingLoop:
@@ -78,6 +83,11 @@ class ServingLoop:
         Returns seconds; arrivals and objectives are of this clock.
     stop_tokens : collection of int
         Token ids that end an answer.
+    on_token : callable, optional
+        Called with (number, token id) as each token comes.
+    on_failure : callable, optional
+        Called with (number, error) when a request ends without an answer. Without it, the error of a pass ends all that
+        run, and is raised.
 
     Raises
     ------
@@ -93,6 +103,8 @@ class ServingLoop:
         costs: ServingCosts | None = None,
         clock: Callable[[], float] = time.perf_counter,
         stop_tokens: Collection[int] = (),
+        on_token: Callable[[int, int], None] | None = None,
+        on_failure: Callable[[int, Exception], None] | None = None,
     ) -> None:
         if costs is not None:
             costs.require_model(engine.index.source_hash)
@@ -103,7 +115,10 @@ class ServingLoop:
         self._clock = clock
         self._stops = frozenset(stop_tokens)
         self._queue = WaitingQueue()
+        self._on_token = on_token
+        self._on_failure = on_failure
         self._prompts: dict[int, tuple[int, ...]] = {}
+        self._tolerances: dict[int, float | None] = {}
         self._rows: list[_Row] = []
         self._cache = BatchCache()
         self._submitted = 0
@@ -114,6 +129,16 @@ class ServingLoop:
         """Whether there is nothing to do."""
         return not len(self._queue) and not self._rows
 
+    @property
+    def waiting(self) -> int:
+        """Requests that are not admitted yet."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        return len(self._rows)
+
     def submit(
         self,
         prompt_ids: Sequence[int],
@@ -121,6 +146,7 @@ class ServingLoop:
         max_new_tokens: int = 64,
         objective: Objective = NO_PROMISE,
         expected_output_tokens: float | None = None,
+        tolerance: float | None = None,
     ) -> int:
         """Take a request that arrives now; return its number.
 
@@ -132,12 +158,20 @@ class ServingLoop:
         objective : Objective
         expected_output_tokens : float, optional
             What the scheduler is told; the task profile's mean if not given, at most ``max_new_tokens``.
+        tolerance : float, optional
+            The request's own miss tolerance in [0, 1], whatever the engine's, its profile or quality target.
 
         Raises
         ------
+        OptionError
+            When the tolerance is out of range, or the family is served exactly only.
         RequestTooLargeError
             When the request would not fit the batch's limits alone.
         """
+        if tolerance is not None and not 0.0 <= tolerance <= 1.0:
+            raise OptionError(f"tolerance is {tolerance}: it must lie in [0, 1], 0 being exact")
+        if tolerance and not self._engine.reroutable:
+            raise OptionError(f"{self._engine.index.model_type} is served exactly only: leave tolerance out, or give 0")
         if expected_output_tokens is None:
             profile = self._engine.control.profile
             known = None if profile is None else profile.expected_output_tokens(task, DEFAULT_OUTPUT_TOKENS)
@@ -148,8 +182,25 @@ class ServingLoop:
         self._limits.require_fit(request)
         self._submitted += 1
         self._prompts[request.number] = tuple(prompt_ids)
+        self._tolerances[request.number] = tolerance
         self._queue.add(request)
         return request.number
+
+    def cancel(self, number: int) -> bool:
+        """Drop a request, waiting or running, and free its place; False when there is none (any more).
+
+        Between turns only, on the thread that takes them.
+        """
+        waiting = [request for request in self._queue if request.number == number]
+        if waiting:
+            self._queue.take(waiting)
+            self._forget(number)
+            return True
+        places = [place for place, row in enumerate(self._rows) if row.request.number == number]
+        if places:
+            self._remove(set(places))
+            self._seat(self._rows)
+        return bool(places)
 
     def run(self) -> list[Answer]:
         """Take turns until nothing is left; return the answers in order of completion."""
@@ -161,7 +212,8 @@ class ServingLoop:
     def turn(self) -> list[Answer]:
         """Admit, run the new prompts, take one step; return who is done. Without work, nothing happens.
 
-        An error of a forward pass ends every running request, whose numbers are lost, and is raised.
+        Without ``on_failure``, an error of a forward pass ends every running request, whose numbers are lost, and is
+        raised.
         """
         if self.idle:
             return []
@@ -186,24 +238,51 @@ class ServingLoop:
             return []
         self._queue.take(chosen)
         numbers = self._engine.passes.admit_beside(
-            [request.task for request in chosen], [request.input_tokens for request in chosen]
+            [request.task for request in chosen],
+            [request.input_tokens for request in chosen],
+            [self._tolerances[request.number] for request in chosen],
         )
         joining = [_Row(request, number, [], now_s) for request, number in zip(chosen, numbers, strict=True)]
-        self._rows += joining
-        for row in joining:
-            self._prefill(row)
+        for place, row in enumerate(joining):
+            try:
+                self._prefill(row)
+            except BaseException as error:
+                if self._on_failure is None or not isinstance(error, Exception):
+                    self._engine.passes.leave([later.engine_number for later in joining[place:]])
+                    raise
+                self._engine.passes.leave([row.engine_number])
+                self._fail(row, error)
+            else:
+                self._rows.append(row)
         return self._retire()
 
     def _prefill(self, row: _Row) -> None:
-        ids = torch.tensor([self._prompts.pop(row.request.number)], device=self._engine.device)
+        ids = torch.tensor([self._prompts[row.request.number]], device=self._engine.device)
         self._seat([row])
         output = self._engine.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         self._cache.join(output.past_key_values, ids.shape[1])
-        row.tokens.append(int(output.logits[0, -1].argmax()))
-        row.request.generated = 1
         row.request.first_token_s = self._clock()
+        self._put_out(row, int(output.logits[0, -1].argmax()))
 
     def _step(self) -> list[Answer]:
+        try:
+            tokens = self._step_together()
+        except Exception as error:
+            if self._on_failure is None:
+                raise
+            self._cache.restore()
+            if len(self._rows) == 1:
+                self._rows[0].failure = error
+                tokens = []
+            else:
+                tokens = self._step_apart()
+            self._remove_failed()
+        self.steps += 1
+        for row, token in zip(self._rows, tokens, strict=True):
+            self._put_out(row, token)
+        return self._retire()
+
+    def _step_together(self) -> list[int]:
         self._seat(self._rows)
         mask, positions = self._cache.next_inputs(self._engine.device)
         last = torch.tensor([[row.tokens[-1]] for row in self._rows], device=self._engine.device)
@@ -214,12 +293,49 @@ class ServingLoop:
             past_key_values=self._cache.cache,
             use_cache=True,
         )
+        tokens: list[int] = output.logits[:, -1].argmax(dim=-1).tolist()
         self._cache.grew()
-        self.steps += 1
-        for row, token in zip(self._rows, output.logits[:, -1].argmax(dim=-1).tolist(), strict=True):
-            row.tokens.append(token)
-            row.request.generated += 1
-        return self._retire()
+        return tokens
+
+    def _step_apart(self) -> list[int]:
+        """Take the step row by row; return the tokens of those who succeed, the others bear their failure."""
+        batch, tokens = BatchCache(), []
+        for place, row in enumerate(self._rows):
+            self._seat([row])
+            try:
+                cache = self._cache.alone(place)
+                output = self._engine.model(
+                    input_ids=torch.tensor([[row.tokens[-1]]], device=self._engine.device),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                batch.join(cache, self._cache.lengths[place] + 1)
+                tokens.append(int(output.logits[0, -1].argmax()))
+            except Exception as error:
+                row.failure = error
+        self._cache = batch
+        return tokens
+
+    def _remove_failed(self) -> None:
+        failed = [row for row in self._rows if row.failure is not None]
+        self._rows = [row for row in self._rows if row.failure is None]
+        if not self._rows:
+            self._cache = BatchCache()
+        self._engine.passes.leave([row.engine_number for row in failed])
+        for row in failed:
+            assert row.failure is not None
+            self._fail(row, row.failure)
+
+    def _fail(self, row: _Row, error: Exception) -> None:
+        self._forget(row.request.number)
+        assert self._on_failure is not None
+        self._on_failure(row.request.number, error)
+
+    def _put_out(self, row: _Row, token: int) -> None:
+        row.tokens.append(token)
+        row.request.generated += 1
+        if self._on_token is not None:
+            self._on_token(row.request.number, token)
 
     def _retire(self) -> list[Answer]:
         ended = [
@@ -228,11 +344,21 @@ class ServingLoop:
         if not any(ended):
             return []
         now_s = self._clock()
-        done = [row for row, over in zip(self._rows, ended, strict=True) if over]
-        self._cache.keep([place for place, over in enumerate(ended) if not over])
-        self._rows = [row for row, over in zip(self._rows, ended, strict=True) if not over]
-        self._engine.passes.leave([row.engine_number for row in done])
+        done = self._remove({place for place, over in enumerate(ended) if over})
         return [self._answer(row, now_s) for row in done]
+
+    def _remove(self, places: set[int]) -> list[_Row]:
+        gone = [row for place, row in enumerate(self._rows) if place in places]
+        self._cache.keep([place for place in range(len(self._rows)) if place not in places])
+        self._rows = [row for place, row in enumerate(self._rows) if place not in places]
+        self._engine.passes.leave([row.engine_number for row in gone])
+        for row in gone:
+            self._forget(row.request.number)
+        return gone
+
+    def _forget(self, number: int) -> None:
+        self._prompts.pop(number, None)
+        self._tolerances.pop(number, None)
 
     def _answer(self, row: _Row, now_s: float) -> Answer:
         request = row.request
@@ -251,6 +377,8 @@ class ServingLoop:
 
     def _abandon(self) -> None:
         self._engine.passes.leave([row.engine_number for row in self._rows])
+        for row in self._rows:
+            self._forget(row.request.number)
         self._rows, self._cache = [], BatchCache()
 
     def _seat(self, rows: Sequence[_Row]) -> None:

@@ -178,3 +178,57 @@ def test_what_cannot_be_served_is_refused(model: Path, tmp_path: Path) -> None:
         assert len(serve(engine, BatchLimits(1, 4096))[1]) == len(PROMPTS)
         with pytest.raises(UnsupportedFamilyError, match="batch limit of 1"):
             serve(engine, WIDE)
+
+
+def test_a_request_s_tolerance_is_its_own_in_a_mixed_batch(model: Path) -> None:
+    with load(model, budget="2 slots", predictor=None, record=True) as engine:
+        loop = ServingLoop(engine, make_scheduler("fcfs", None), WIDE)
+        for number, ids in enumerate(prompt_ids(engine)[:4]):
+            loop.submit(ids, "qa", 6, tolerance=float(number % 2))
+        loop.run()
+        assert engine.stats().counters.reroutes > 0
+        trace = engine.trace()
+        changed = {int(request) for request in trace.request[(trace.served != trace.chosen).any(axis=(1, 2))]}
+        assert changed == {1, 3}
+
+
+def test_a_cancelled_request_leaves_its_place_wherever_it_is(model: Path) -> None:
+    with load(model, budget="100%") as engine:
+        alone = {answer.number: answer.token_ids for answer in serve(engine, BatchLimits(1, 4096))[1]}
+        loop = ServingLoop(engine, make_scheduler("fcfs", None), BatchLimits(1, 4096))
+        for ids in prompt_ids(engine)[:3]:
+            loop.submit(ids, "qa", 9)
+        loop.turn()
+        assert loop.cancel(0) and loop.cancel(2) and not loop.cancel(0)
+        (answer,) = loop.run()
+        assert answer.number == 1 and answer.token_ids[: len(alone[1])] == alone[1]
+        assert loop.idle and not engine.control.running
+
+
+@pytest.mark.parametrize("where", ["prompt", "step"])
+def test_who_fails_fails_alone(model: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Every pass that holds the victim fails in its last layer, after earlier ones have grown the cache."""
+    with load(model, budget="100%", predictor=None) as engine:
+        alone = {answer.number: answer.token_ids for answer in serve(engine, BatchLimits(1, 4096))[1]}
+        failed: dict[int, Exception] = {}
+        loop = ServingLoop(
+            engine, make_scheduler("fcfs", None), WIDE, on_failure=lambda number, error: failed.update({number: error})
+        )
+        victim = engine.control.admitted + 1
+        lease = engine.loader.lease
+
+        def broken(layer: int, experts: list[int]) -> object:
+            step = engine.passes.step
+            assert step is not None
+            if victim in step.requests and layer == 2 and step.is_prefill == (where == "prompt"):
+                raise OSError("the disk is gone")
+            return lease(layer, experts)
+
+        monkeypatch.setattr(engine.loader, "lease", broken)
+        for ids, task, tokens in list(zip(prompt_ids(engine), TASKS, TOKENS, strict=True))[:3]:
+            loop.submit(ids, task, tokens)
+        found = {answer.number: answer.token_ids for answer in loop.run()}
+        assert list(failed) == [1] and isinstance(failed[1], OSError)
+        assert set(found) == {0, 2} and all(len(found[n]) == TOKENS[n] for n in found)
+        assert all(found[number][:2] == alone[number][:2] for number in found)
+        assert loop.idle and not engine.control.running

@@ -24,6 +24,7 @@ from workbench.commands import (
     families,
     material,
     predictors,
+    serve,
     serving,
     simulate,
     synthetic,
@@ -70,6 +71,7 @@ app.add_typer(material.data_app, name="data")
 app.command("profile")(material.profile)
 app.add_typer(predictors.predictor_app, name="predictor")
 app.command("simulate")(simulate.simulate)
+app.command("serve")(serve.serve)
 app.command("costs")(serving.costs)
 app.command("simulate-serving")(serving.simulate_serving)
 app.command("bench")(bench.bench)

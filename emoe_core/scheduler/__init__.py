@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..costs import ServingCosts
+from ..costs import CostsError, ServingCosts
 from ..errors import OptionError
 from .admission import MAX_BYPASSED, Scheduler, Situation
 from .orders import EarliestDueFirst, FirstComeFirstServed, ShortestExpectedFirst, TaskAffine
@@ -32,19 +32,36 @@ __all__ = [
     "make_scheduler",
 ]
 
-_MAKERS: dict[str, Callable[[ServingCosts, int], Scheduler]] = {
-    "fcfs": lambda costs, bypasses: FirstComeFirstServed(),
-    "edf": lambda costs, bypasses: EarliestDueFirst(bypasses),
+_COSTED: dict[str, Callable[[ServingCosts, int], Scheduler]] = {
     "shortest": ShortestExpectedFirst,
-    "affine": lambda costs, bypasses: TaskAffine(bypasses),
     "emoe": SloAware,
     "emoe_no_loading": lambda costs, bypasses: SloAware(costs, bypasses, counts_loading=False),
 }
-SCHEDULERS = tuple(_MAKERS)
 
 
-def make_scheduler(name: str, costs: ServingCosts, max_bypassed: int = MAX_BYPASSED) -> Scheduler:
-    """Return a scheduler by name; `OptionError` when there is none of it."""
-    if name not in _MAKERS:
+# These are an order of what is known without measuring.
+COSTLESS: dict[str, Callable[[int], Scheduler]] = {
+    "fcfs": lambda bypasses: FirstComeFirstServed(),
+    "edf": EarliestDueFirst,
+    "affine": TaskAffine,
+}
+SCHEDULERS = ("fcfs", "edf", "shortest", "affine", "emoe", "emoe_no_loading")
+
+
+def make_scheduler(name: str, costs: ServingCosts | None, max_bypassed: int = MAX_BYPASSED) -> Scheduler:
+    """Return a scheduler by name.
+
+    Raises
+    ------
+    OptionError
+        When there is none of that name.
+    CostsError
+        When it needs costs and there are none.
+    """
+    if name not in SCHEDULERS:
         raise OptionError(f"unknown scheduler {name!r}: choose one of {', '.join(SCHEDULERS)}")
-    return _MAKERS[name](costs, max_bypassed)
+    if name in COSTLESS:
+        return COSTLESS[name](max_bypassed)
+    if costs is None:
+        raise CostsError(f"scheduler {name!r} decides by measured costs: measure them with `emoe costs MODEL`")
+    return _COSTED[name](costs, max_bypassed)

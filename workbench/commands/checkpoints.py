@@ -66,7 +66,7 @@ def run(
             device=device,
             dtype=dtype,
             expert_dtype=expert_dtype,
-            **_memory_options(checkpoint, budget, max_quality_loss),
+            **memory_options(checkpoint, budget, max_quality_loss),
         )
     with engine:
         if engine.plan.warning:
@@ -140,7 +140,7 @@ def estimate(
 
     checkpoint = resolve_model(model)
     index = open_checkpoint(checkpoint, dtype).with_expert_dtype(expert_dtype)
-    plan, quality = plan_engine(index, EngineConfig(**_memory_options(checkpoint, budget, max_quality_loss)))
+    plan, quality = plan_engine(index, EngineConfig(**memory_options(checkpoint, budget, max_quality_loss)))
     least = plan_slots(index, "1 slot")
     console = Console()
     kind = "" if expert_dtype == "auto" else f", experts in {expert_dtype}"
@@ -192,7 +192,7 @@ def cache(
         raise OptionError(f"emoe cache {action}: give 'list' or 'clear'.")
 
 
-def _memory_options(checkpoint: str | Path, budget: str | None, max_quality_loss: float | None) -> dict[str, Any]:
+def memory_options(checkpoint: str | Path, budget: str | None, max_quality_loss: float | None) -> dict[str, Any]:
     """Return the options of `emoe_core.load` that a budget, a quality target or both come to."""
     if max_quality_loss is None:
         return {"budget": "40%" if budget is None else budget}

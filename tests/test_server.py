@@ -1,0 +1,290 @@
+"""Promises of `emoe serve`, asked by OpenAI's own client over real sockets on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import emoe_core
+from emoe_core.errors import OptionError
+from emoe_core.scheduler import BatchLimits, make_scheduler
+from workbench.commands.serve import KEY_VARIABLE, read_key
+from workbench.reference_model.tiny import tiny_moe
+from workbench.server.limits import ServerLimits, require_safe_host
+from workbench.server.listen import EmoeServer
+
+PATIENCE_S = 120.0
+LONG = 400
+
+
+class Service:
+    """A server in a thread of this process, and a client of it."""
+
+    def __init__(self, engine: emoe_core.Engine, limits: ServerLimits, api_key: str | None) -> None:
+        self.engine = engine
+        self._listening = threading.Event()
+        self.server = EmoeServer(
+            engine,
+            make_scheduler("fcfs", None),
+            limits,
+            BatchLimits(limits.max_batch, 8192),
+            "tiny",
+            port=0,
+            api_key=api_key,
+            on_listening=self._listen,
+        )
+        self.thread = threading.Thread(target=self.server.run_until_stopped)
+        self.thread.start()
+        assert self._listening.wait(PATIENCE_S)
+        key = api_key or "none"
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_S, headers={"authorization": f"Bearer {key}"})
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S)
+
+    def _listen(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._listening.set()
+
+    def metric(self, name: str, **labels: str) -> float:
+        for family in text_string_to_metric_families(self.http.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    return sample.value
+        raise AssertionError(f"no sample {name} {labels}")
+
+    def complete(self, prompt: str = "Why?", **options: object) -> openai.types.Completion:
+        return self.client.completions.create(model="tiny", prompt=prompt, **({"max_tokens": 8} | options))
+
+    def wait_until_free(self) -> None:
+        changed = self.server.worker._changed
+        with changed:
+            assert changed.wait_for(lambda: not self.server.worker._accepted, PATIENCE_S)
+
+    def close(self) -> None:
+        self.client.close()
+        self.http.close()
+        self.server.should_exit = True
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive()
+
+
+@contextmanager
+def serving(
+    model: Path, limits: ServerLimits | None = None, api_key: str | None = None, **options: object
+) -> Iterator[Service]:
+    with emoe_core.load(model, pack_dir=model.parent / "packs", **({"budget": "3 slots"} | options)) as engine:
+        # Answers of any wanted length: nothing ends them but the limit.
+        service = Service(engine, limits or ServerLimits(), api_key)
+        try:
+            yield service
+        finally:
+            service.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_moe(tmp_path_factory.mktemp("server") / "model", "mixtral", seed=3)
+
+
+@pytest.fixture(scope="module")
+def service(model: Path) -> Iterator[Service]:
+    with serving(model, ServerLimits(max_prompt_tokens=200, max_body_bytes=5000)) as running:
+        yield running
+
+
+def test_a_chat_is_answered_as_generate_does(service: Service) -> None:
+    messages = [{"role": "user", "content": "Is the sky blue?"}]
+    answer = service.client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=20)
+    chunks = service.client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=20, stream=True, stream_options={"include_usage": True}
+    )
+    pieces = list(chunks)
+    service.wait_until_free()
+    (expected,) = service.engine.generate(["Is the sky blue?"], max_new_tokens=20)
+    assert answer.choices[0].message.content == expected.text
+    assert answer.usage is not None and answer.usage.prompt_tokens == expected.prompt_tokens
+    assert answer.usage.completion_tokens == len(expected.token_ids)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces if chunk.choices) == expected.text
+    assert pieces[-1].usage == answer.usage and pieces[-2].choices[0].finish_reason == answer.choices[0].finish_reason
+
+
+def test_a_completion_streams_the_text_it_returns_whole(service: Service) -> None:
+    whole = service.complete(temperature=0, max_tokens=12)
+    streamed = "".join(chunk.choices[0].text for chunk in service.complete(stream=True, max_tokens=12))
+    service.wait_until_free()
+    (expected,) = service.engine.generate(["Why?"], max_new_tokens=12, chat=False)
+    assert whole.choices[0].text == streamed == expected.text
+    ids = service.engine.tokenizer("Why?")["input_ids"]  # type: ignore[misc]
+    assert service.complete(ids, max_tokens=12).choices[0].text == expected.text
+
+
+def test_the_model_is_listed(service: Service) -> None:
+    assert [item.id for item in service.client.models.list()] == ["tiny"]
+    assert service.http.get("/healthz").status_code == service.http.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ("{", 400, "JSON"),
+        ({"prompt": "x"}, 400, "model"),
+        ({"model": "other", "prompt": "x"}, 404, "no model 'other'"),
+        ({"model": "tiny", "prompt": ""}, 400, "empty"),
+        ({"model": "tiny", "prompt": [99999]}, 400, "token ids outside"),
+        ({"model": "tiny", "prompt": ["a", "b"]}, 400, "send one each"),
+        ({"model": "tiny", "prompt": "x", "temperature": 0.7}, 400, "greedy"),
+        ({"model": "tiny", "prompt": "x", "n": 2}, 400, "one answer"),
+        ({"model": "tiny", "prompt": "x", "tolerance": 1.5}, 400, "tolerance"),
+        ({"model": "tiny", "prompt": "x", "task": "poetry"}, 400, "task types"),
+        ({"model": "tiny", "prompt": "x", "slo": {"ttft": 0}}, 400, "slo.ttft"),
+        ({"model": "tiny", "prompt": "x", "max_tokens": 9999}, 400, "limit is"),
+        ({"model": "tiny", "prompt": "x", "max_tokens": 600}, 400, "exceed the model's 512"),
+        ({"model": "tiny", "prompt": "x" * 300}, 400, "limit is 200"),
+        ({"model": "tiny", "prompt": "x" * 6000}, 413, "5,000 bytes"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_openais_format(
+    service: Service, body: object, status: int, message: str
+) -> None:
+    content = body if isinstance(body, str) else json.dumps(body)
+    answer = service.http.post("/v1/completions", content=content)
+    error = answer.json()["error"]
+    assert answer.status_code == status and message in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_a_body_of_unknown_length_is_cut_off_at_the_limit(service: Service) -> None:
+    answer = service.http.post("/v1/completions", content=(b" " * 1000 for _ in range(7)))
+    assert answer.status_code == 413
+
+
+def test_metrics_count_what_was_served(service: Service) -> None:
+    names: list[tuple[str, dict[str, str]]] = [
+        ("emoe_requests_total", {"result": "finished"}),
+        ("emoe_ttft_seconds_count", {}),
+        ("emoe_expert_requests_total", {}),
+    ]
+    before = [service.metric(name, **labels) for name, labels in names]
+    service.complete(extra_body={"slo": {"ttft": 1000, "tpot": 1000}, "task": "qa"}, max_tokens=3)
+    service.complete(extra_body={"slo": {"ttft": 1e-9}}, max_tokens=3)
+    service.wait_until_free()
+    after = [service.metric(name, **labels) for name, labels in names]
+    assert after[0] - before[0] == after[1] - before[1] == 2 and after[2] > before[2]
+    assert service.metric("emoe_slo_requests_total", met="true") == 1
+    assert service.metric("emoe_slo_requests_total", met="false") == 1
+    assert 0 < service.metric("emoe_expert_hit_rate") <= 1 and service.metric("emoe_queue_length") == 0
+
+
+def test_a_request_that_does_not_fit_the_queue_is_told_to_come_back(model: Path) -> None:
+    with serving(model, ServerLimits(max_batch=1, max_waiting=0)) as service:
+        service.server.worker._loop._stops = frozenset()
+        stream = service.complete(stream=True, max_tokens=LONG)
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError, match="try again"):
+            service.complete()
+        stream.close()
+        service.wait_until_free()
+        assert service.complete().choices and service.metric("emoe_requests_total", result="cancelled") == 1
+
+
+def test_a_client_that_waits_for_a_whole_answer_and_goes_frees_its_place(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(model) as service:
+        held, entered = threading.Event(), threading.Event()
+        step = service.server.worker._loop._step
+
+        def hold() -> object:
+            entered.set()
+            assert held.wait(PATIENCE_S)
+            return step()
+
+        monkeypatch.setattr(service.server.worker._loop, "_step", hold)
+        cancelled = threading.Event()
+        cancel = service.server.worker.cancel
+        monkeypatch.setattr(service.server.worker, "cancel", lambda job: (cancel(job), cancelled.set()))
+        body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": LONG}).encode()
+        import socket
+
+        with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as plain:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            plain.sendall(head.encode() + body)
+            assert entered.wait(PATIENCE_S)
+        assert cancelled.wait(PATIENCE_S)
+        held.set()
+        service.wait_until_free()
+        assert service.metric("emoe_requests_total", result="cancelled") == 1
+
+
+def test_a_key_is_required_once_given(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(model, api_key="secret") as service:
+        assert service.complete().choices
+        for headers in ({}, {"authorization": "Bearer wrong"}):
+            answer = httpx.get(f"{service.url}/v1/models", headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(f"{service.url}/metrics").status_code == 401
+        assert httpx.get(f"{service.url}/healthz").status_code == 200
+    with pytest.raises(OptionError, match="api-key-file"):
+        require_safe_host("0.0.0.0", None)
+    require_safe_host("0.0.0.0", "secret")
+    require_safe_host("127.0.0.1", None)
+    monkeypatch.setenv(KEY_VARIABLE, "from the environment")
+    (tmp_path / "key").write_text("from a file\n")
+    (tmp_path / "empty").write_text("\n")
+    assert (read_key(None), read_key(tmp_path / "key")) == ("from the environment", "from a file")
+    for bad in ("empty", "missing"):
+        with pytest.raises(OptionError, match=bad):
+            read_key(tmp_path / bad)
+
+
+def test_a_truncated_pack_fails_one_request_and_the_server_goes_on(tmp_path: Path) -> None:
+    path = tiny_moe(tmp_path / "model", "mixtral", seed=3)
+    with serving(path, predictor=None) as service:
+        (pack,) = (tmp_path / "packs").iterdir()
+        whole = pack.read_bytes()
+        expected = service.complete().choices[0].text
+        os.truncate(pack, 4096)
+        with pytest.raises(openai.InternalServerError, match="this request failed"):
+            service.complete("A heron waits at the water, and nobody knows why it does")
+        pack.write_bytes(whole)
+        assert service.complete().choices[0].text == expected
+        assert service.metric("emoe_requests_total", result="failed") == 1
+
+
+def test_sigterm_lets_the_running_request_finish_and_refuses_others(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "workbench.cli", "serve", str(model), "--port", "0", "--budget", "3 slots"]
+    environment = os.environ | {"EMOE_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stderr is not None
+        url = next(line for line in process.stderr if "Serving" in line).split(" at ")[1].strip()
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE_S)
+        stream = client.completions.create(model="model", prompt="Why?", max_tokens=LONG, stream=True)
+        chunks = iter(stream)
+        next(chunks)
+        process.send_signal(signal.SIGTERM)
+        reasons = [chunk.choices[0].finish_reason for chunk in chunks]
+        assert reasons[-1] in ("stop", "length")
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_a_draining_server_refuses_new_requests(model: Path) -> None:
+    with serving(model) as service:
+        assert service.server.worker.drain(PATIENCE_S)
+        with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
+            service.complete()
+        assert refused.value.status_code == 503 and service.http.get("/readyz").status_code == 503

@@ -1,0 +1,111 @@
+"""``emoe serve``: an OpenAI-compatible server under a memory budget."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from emoe_core.errors import OptionError
+from workbench.commands.checkpoints import (
+    BudgetOption,
+    ExpertDtypeOption,
+    ModelArgument,
+    QualityOption,
+    memory_options,
+    progress_bar,
+)
+
+KEY_VARIABLE = "EMOE_API_KEY"
+
+
+def serve(
+    model: ModelArgument,
+    budget: BudgetOption = None,
+    max_quality_loss: QualityOption = None,
+    tolerance: Annotated[float, typer.Option(help="Where a request brings none: 0 is exact.")] = 0.0,
+    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help=f"File with the key that clients must send; or set {KEY_VARIABLE}.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Model name for clients; MODEL's last part if missing.")] = None,
+    scheduler: Annotated[str, typer.Option(help="fcfs, edf, affine; by costs: shortest, emoe, emoe_no_loading.")] = (
+        "fcfs"
+    ),
+    max_batch: Annotated[int, typer.Option(help="Requests that run at once.")] = 4,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait beside them; more get 429.")] = 64,
+    kv_tokens: Annotated[int, typer.Option(help="Tokens of KV cache, prompts and answers of all that run.")] = 16384,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Longest prompt.")] = 4096,
+    max_output_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
+    default_output_tokens: Annotated[int, typer.Option(help="Longest answer where a request does not say.")] = 128,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 1_000_000,
+    drain_s: Annotated[float, typer.Option(help="Seconds that running requests may take after SIGTERM.")] = 30.0,
+    device: Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
+    expert_dtype: ExpertDtypeOption = "auto",
+) -> None:
+    """Serve a model to OpenAI clients: /v1/completions and /v1/chat/completions, metrics at /metrics."""
+    if not all(importlib.util.find_spec(part) for part in ("fastapi", "uvicorn", "prometheus_client")):
+        raise OptionError("serving needs the extra 'serve': pip install -e '.[serve]'")
+    from workbench.server.limits import ServerLimits, require_safe_host
+
+    limits = ServerLimits(
+        max_body_bytes, max_prompt_tokens, max_output_tokens, default_output_tokens, max_batch, max_waiting
+    )
+    api_key = read_key(api_key_file)
+    require_safe_host(host, api_key)
+
+    import emoe_core
+    from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler
+    from workbench.models import resolve_model
+    from workbench.server.listen import EmoeServer
+    from workbench.serving.measure import stored_costs
+
+    checkpoint = resolve_model(model)
+    batch = BatchLimits(max_batch, kv_tokens)
+    costs = None if scheduler in COSTLESS else stored_costs(checkpoint)
+    chosen = make_scheduler(scheduler, costs)
+    console = Console(stderr=True, highlight=False)
+    with progress_bar("loading the model", "writing experts to a pack, once") as progress:
+        engine = emoe_core.load(
+            checkpoint,
+            progress=progress,
+            tolerance=tolerance,
+            device=device,
+            dtype=dtype,
+            expert_dtype=expert_dtype,
+            **memory_options(checkpoint, budget, max_quality_loss),
+        )
+    called = name or Path(model).name
+    with engine:
+        if engine.plan.warning:
+            console.print(f"[yellow]{engine.plan.warning}[/]")
+
+        def say(taken: int) -> None:
+            # On a line of its own for those who start servers by program.
+            console.print(f"Serving {called} at http://{host}:{taken}/v1", soft_wrap=True)
+
+        EmoeServer(
+            engine, chosen, limits, batch, called, host, port, api_key, costs, drain_s, on_listening=say
+        ).run_until_stopped()
+
+
+def read_key(path: Path | None) -> str | None:
+    """Return the key of a file, else of the environment, else None; `OptionError` when it is empty."""
+    if path is None:
+        key = os.environ.get(KEY_VARIABLE)
+        source = KEY_VARIABLE
+    else:
+        source = str(path)
+        try:
+            key = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise OptionError(f"--api-key-file {path} cannot be read: {error.strerror}") from error
+    if key is not None and not key.strip():
+        raise OptionError(f"the API key of {source} is empty: write one, or leave it out")
+    return None if key is None else key.strip()

@@ -1,0 +1,81 @@
+"""What the server accepts, and how it says no: errors in OpenAI's format."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, fields
+from typing import Any
+
+from emoe_core.errors import EmoeError, OptionError
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Bounds on what clients may ask.
+
+    Attributes
+    ----------
+    max_body_bytes : int
+        Of a request; more is refused with 413.
+    max_prompt_tokens, max_output_tokens : int
+        More is refused with 400.
+    default_output_tokens : int
+        Where a request does not say.
+    max_batch : int
+        Requests that run at once.
+    max_waiting : int
+        Requests accepted beyond those; more are refused with 429.
+    """
+
+    max_body_bytes: int = 1_000_000
+    max_prompt_tokens: int = 4096
+    max_output_tokens: int = 1024
+    default_output_tokens: int = 128
+    max_batch: int = 4
+    max_waiting: int = 64
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            least = 0 if item.name == "max_waiting" else 1
+            if getattr(self, item.name) < least:
+                raise OptionError(f"{item.name} is {getattr(self, item.name)}: give at least {least}")
+
+
+class ApiError(EmoeError):
+    """A request that is refused or failed: a status and OpenAI's error object."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.code = code
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """Return OpenAI's error object."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def shutting_down() -> ApiError:
+    """Return the error of a server that takes no more requests."""
+    return ApiError(503, "the server is shutting down: ask another, or wait", "server_error", "shutting_down")
+
+
+def require_safe_host(host: str, api_key: str | None) -> None:
+    """Raise `OptionError` when others could reach the server without a key."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and api_key is None:
+        raise OptionError(
+            f"--host {host} can be reached by others: give a key with --api-key-file or the environment variable "
+            f"EMOE_API_KEY, or stay on 127.0.0.1"
+        )

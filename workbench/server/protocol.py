@@ -1,0 +1,228 @@
+"""OpenAI's requests and answers, as far as they are served: one greedy answer, with three fields of our own.
+
+``task`` (a task type; found from the words if missing), ``tolerance`` (the request's own miss tolerance) and ``slo``
+(``{"ttft": seconds, "tpot": seconds}``). Other fields that would change the answer are refused; the rest is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jinja2
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from emoe_core.classifier import classify
+from emoe_core.engine import Engine
+from emoe_core.generation import encode, encode_chat
+from emoe_core.scheduler import Objective
+from emoe_core.serving_loop import NO_PROMISE
+from emoe_core.tasks import TASK_TYPES, UNKNOWN
+from workbench.server.limits import ApiError, ServerLimits
+
+# Fields that would change the answer, and the values that do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "temperature": (None, 0),
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "stop": (None, [], ""),
+    "logprobs": (None, False),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "tools": (None, []),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
+}
+
+
+class Slo(BaseModel):
+    """What is promised, in seconds."""
+
+    model_config = ConfigDict(extra="forbid")
+    ttft: float | None = Field(default=None, gt=0)
+    tpot: float | None = Field(default=None, gt=0)
+
+
+class _Common(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    stream: bool | None = False
+    stream_options: dict[str, Any] | None = None
+    task: str | None = None
+    tolerance: float | None = Field(default=None, ge=0, le=1)
+    slo: Slo | None = None
+
+
+class _Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_Part]
+
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class CompletionRequest(_Common):
+    """Body of /v1/completions."""
+
+    prompt: str | list[int] | list[str]
+
+
+class ChatRequest(_Common):
+    """Body of /v1/chat/completions."""
+
+    messages: list[_Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A request that was understood; ``name`` is the answer's id."""
+
+    model: str
+    chat: bool
+    prompt_ids: list[int]
+    max_new_tokens: int
+    task: str
+    tolerance: float | None
+    objective: Objective
+    stream: bool
+    include_usage: bool
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def piece(self, text: str, finish: str | None = None) -> dict[str, Any]:
+        """Return a chunk of a streamed answer."""
+        if self.chat:
+            choice: dict[str, Any] = {"delta": {"role": "assistant", "content": text} if finish is None else {}}
+        else:
+            choice = {"text": text}
+        return self._answer(".chunk" if self.chat else "", [self._choice(choice, finish)])
+
+    def whole(self, text: str, finish: str, output_tokens: int) -> dict[str, Any]:
+        """Return an answer in one piece."""
+        choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        return self._answer("", [self._choice(choice, finish)]) | self.usage(output_tokens)
+
+    def last(self, output_tokens: int) -> dict[str, Any]:
+        """Return the chunk that holds the usage only."""
+        return self._answer(".chunk" if self.chat else "", []) | self.usage(output_tokens)
+
+    def usage(self, output_tokens: int) -> dict[str, Any]:
+        """Return the count of tokens."""
+        counts = {"prompt_tokens": len(self.prompt_ids), "completion_tokens": output_tokens}
+        return {"usage": counts | {"total_tokens": sum(counts.values())}}
+
+    def _answer(self, suffix: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        name, kind = ("chatcmpl", "chat.completion") if self.chat else ("cmpl", "text_completion")
+        return {
+            "id": f"{name}-{self.name}",
+            "object": kind + suffix,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _choice(self, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
+
+
+def understand(body: bytes, chat: bool, engine: Engine, model: str, limits: ServerLimits) -> Wanted:
+    """Return what a request asks for; `ApiError` 400 or 404 when it cannot be served."""
+    kind = ChatRequest if chat else CompletionRequest
+    try:
+        asked = kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ApiError(400, f"{place or 'the body'}: {first['msg']}", param=place or None) from None
+    if asked.model != model:
+        raise ApiError(404, f"there is no model {asked.model!r} here, only {model!r}", code="model_not_found")
+    for name, values in NEUTRAL.items():
+        if (asked.model_extra or {}).get(name) not in values:
+            raise ApiError(
+                400, f"{name} is not served: decoding is greedy, one answer. Leave it out.", "invalid_request_error",
+                "unsupported_value", name,
+            )  # fmt: skip
+    if asked.task not in (None, UNKNOWN, *TASK_TYPES):
+        raise ApiError(400, f"task {asked.task!r}: the task types are {', '.join(TASK_TYPES)}", param="task")
+    if asked.tolerance and not engine.reroutable:
+        raise ApiError(400, "this model is served exactly only: leave tolerance out", param="tolerance")
+    if isinstance(asked, ChatRequest):
+        ids, text = _conversation(engine, asked)
+        limit = asked.max_completion_tokens or asked.max_tokens
+    else:
+        ids, text = _prompt(engine, asked)
+        limit = asked.max_tokens
+    return Wanted(
+        model=model,
+        chat=chat,
+        prompt_ids=ids,
+        max_new_tokens=_output_tokens(engine, len(ids), limit, limits),
+        task=asked.task or classify(text),
+        tolerance=asked.tolerance,
+        objective=NO_PROMISE if asked.slo is None else _objective(asked.slo),
+        stream=bool(asked.stream),
+        include_usage=bool((asked.stream_options or {}).get("include_usage")),
+    )
+
+
+def _objective(slo: Slo) -> Objective:
+    return Objective(*(math.inf if promise is None else promise for promise in (slo.ttft, slo.tpot)))
+
+
+def _conversation(engine: Engine, asked: ChatRequest) -> tuple[list[int], str]:
+    assert engine.tokenizer is not None
+    if not engine.tokenizer.chat_template:
+        raise ApiError(400, "this model has no chat template: use /v1/completions")
+    messages = [{"role": message.role, "content": message.text()} for message in asked.messages]
+    said = [message["content"] for message in messages if message["role"] == "user"]
+    try:
+        ids = encode_chat(engine.tokenizer, messages)
+    except (jinja2.TemplateError, ValueError) as error:
+        raise ApiError(400, f"the model's chat template refuses these messages: {error}", param="messages") from None
+    return ids, said[-1] if said else ""
+
+
+def _prompt(engine: Engine, asked: CompletionRequest) -> tuple[list[int], str]:
+    prompt, tokenizer = asked.prompt, engine.tokenizer
+    assert tokenizer is not None
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+        if len(prompt) > 1:
+            raise ApiError(400, f"{len(prompt)} prompts in one request: send one each", param="prompt")
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        vocabulary = engine.model.config.get_text_config().vocab_size
+        ids = [int(token) for token in prompt]
+        if any(not 0 <= token < vocabulary for token in ids):
+            raise ApiError(400, f"prompt holds token ids outside 0 to {vocabulary - 1}", param="prompt")
+        return ids, str(tokenizer.decode(ids, skip_special_tokens=True))
+    return encode(tokenizer, prompt, chat=False), prompt
+
+
+def _output_tokens(engine: Engine, inputs: int, asked: int | None, limits: ServerLimits) -> int:
+    def refuse(message: str, param: str) -> ApiError:
+        return ApiError(400, message, code="context_length_exceeded", param=param)
+
+    if not inputs:
+        raise ApiError(400, "the prompt is empty: say what to continue", param="prompt")
+    if inputs > limits.max_prompt_tokens:
+        raise refuse(f"the prompt has {inputs:,} tokens, the limit is {limits.max_prompt_tokens:,}", "prompt")
+    if asked is not None and asked > limits.max_output_tokens:
+        raise refuse(f"max_tokens is {asked:,}, the limit is {limits.max_output_tokens:,}", "max_tokens")
+    context = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    wanted = asked or int(min(limits.default_output_tokens, limits.max_output_tokens, max(1, context - inputs)))
+    if inputs + wanted > context:
+        raise refuse(f"{inputs:,} tokens of prompt and {wanted:,} of answer exceed the model's {context:,}", "prompt")
+    return wanted
