@@ -271,4 +271,4 @@ def plan_engine(index: CheckpointIndex, config: EngineConfig) -> tuple[SlotPlan,
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -123,7 +123,7 @@ def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
     ).eval()
     device = options.get("device", "auto")
     model.to("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(spec["checkpoint"])
+    tokenizer = AutoTokenizer.from_pretrained(spec["checkpoint"], trust_remote_code=False)
     load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()
     reset_peak()
     ttft, tpot, tokens = [], [], 0
@@ -186,7 +186,7 @@ def _main(source: Path, target: Path) -> int:
     if spec.get("tokenizer"):
         from transformers import AutoTokenizer
 
-        kept = AutoTokenizer.from_pretrained(spec["tokenizer"])
+        kept = AutoTokenizer.from_pretrained(spec["tokenizer"], trust_remote_code=False)
     try:
         result = _run_stock(spec) if stock else _run_emoe(spec)
     except EmoeError as error:

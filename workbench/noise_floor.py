@@ -76,7 +76,7 @@ def _answers(
     label: str,
     progress: Progress | None,
 ) -> list[str]:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=dtype if dtype == "auto" else getattr(torch, dtype), experts_implementation=implementation
     ).eval()

@@ -117,7 +117,7 @@ def score_quantized(
 
 
 def _answers(model: Any, checkpoint: str | Path, reference: Reference, count: int, max_new_tokens: int) -> list[str]:
-    tokenizer = AutoTokenizer.from_pretrained(open_checkpoint(checkpoint).path)
+    tokenizer = AutoTokenizer.from_pretrained(open_checkpoint(checkpoint).path, trust_remote_code=False)
     texts = []
     for expected in reference.outputs[:count]:
         ids = torch.tensor([expected.prompt_ids])

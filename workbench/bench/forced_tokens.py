@@ -80,7 +80,7 @@ def _text(checkpoint: str | Path, count: int) -> list[int]:
     # Asked for first: transformers would look for a missing one on the hub.
     if not any((Path(checkpoint) / name).exists() for name in files):
         raise OptionError(f"{checkpoint} has no tokenizer to read prompts with: save one beside the weights")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     ids: list[int] = []
     while len(ids) < count:
         for prompt in load_fixture()["prompt"]:
