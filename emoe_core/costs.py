@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from .errors import EmoeError
+from .json_file import frozen, read_object, write_whole
 
 COSTS_FORMAT = 1
 
@@ -168,17 +167,7 @@ class ServingCosts:
 
     def save(self, path: str | Path) -> Path:
         """Write the costs as JSON, atomically, and return the path."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(json.dumps({"format": COSTS_FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n")
-            Path(scratch).replace(target)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
-        return target
+        return write_whole(path, json.dumps({"format": COSTS_FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, model_hash: str | None = None) -> ServingCosts:
@@ -191,26 +180,16 @@ class ServingCosts:
         """
         source = Path(path)
         try:
-            content = json.loads(source.read_text(encoding="utf-8"))
+            content = read_object(
+                source, (COSTS_FORMAT,), CostsError, "costs", "serving costs", "measure them again with `emoe costs`"
+            )
         except FileNotFoundError:
             raise CostsError(f"there are no serving costs at {source}: measure them with `emoe costs MODEL`.") from None
-        except (OSError, ValueError) as error:
-            raise CostsError(f"{source} cannot be read as serving costs ({error}); measure them again.") from error
-        found = content.pop("format", None) if isinstance(content, dict) else None
-        if found != COSTS_FORMAT:
-            raise CostsError(f"{source} has costs format {found}, this version reads {COSTS_FORMAT}: measure again.")
         try:
-            tasks = {name: TaskLoad(**_frozen(entry)) for name, entry in content.pop("tasks").items()}
-            costs = cls(tasks=tasks, **_frozen(content))
+            tasks = {name: TaskLoad(**frozen(entry)) for name, entry in content.pop("tasks").items()}
+            costs = cls(tasks=tasks, **frozen(content))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CostsError(f"{source} is not a complete file of serving costs ({error!r}); measure again.") from error
         if model_hash is not None:
             costs.require_model(model_hash)
         return costs
-
-
-def _frozen(entry: Mapping[str, Any]) -> dict[str, Any]:
-    def freeze(value: Any) -> Any:
-        return tuple(freeze(item) for item in value) if isinstance(value, list) else value
-
-    return {name: freeze(value) for name, value in entry.items()}

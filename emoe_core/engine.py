@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import experts, generation
 from .attachment import attach_layers, attach_lookahead, refuse_misuse
@@ -41,6 +41,7 @@ from .predictor import make_predictor
 from .quality_target import QualityPlan, choose
 from .routing import RoutingTrace, TraceRecorder
 from .storage import HostMemory, PackedFile
+from .tokenizer import load_tokenizer
 
 
 def load(checkpoint: str | Path, *, progress: Progress | None = None, **options: Any) -> Engine:
@@ -115,7 +116,7 @@ class Engine:
         try:
             experts.register()
             self.model = index.build_model(self.device, config.attn_implementation, experts.IMPLEMENTATION)
-            self.tokenizer = _tokenizer(index.path)
+            self.tokenizer = load_tokenizer(index.path)
             self.model.requires_grad_(False)
             self._attach()
         except BaseException:
@@ -266,9 +267,3 @@ def plan_engine(index: CheckpointIndex, config: EngineConfig) -> tuple[SlotPlan,
     experts = [layer.num_experts for layer in index.layers]
     quality = choose(profile, target, experts, index.top_k, None if given is None else given.slots_per_layer)
     return given or plan_given(index, quality.slots_per_layer, f"a quality loss of at most {target:.2%}"), quality
-
-
-def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return None
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)

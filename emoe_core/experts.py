@@ -104,7 +104,7 @@ class LayerHandle:
         logits, self.router_logits = self.router_logits, None
         real = None if step is None or step.real is None else step.real.to(index.device)
         wanted = index if real is None else index[real]
-        demand = _count(wanted, self.num_experts)
+        demand = _demand(wanted, self.num_experts)
         active = [expert for expert, tokens in enumerate(demand) if tokens]
         self.loader.table.begin(self.layer, demand)
         resident = self.loader.table.resident(self.layer)
@@ -214,7 +214,7 @@ class LayerHandle:
         counters.requests += hits + reroutes
 
 
-def _count(index: torch.Tensor, num_experts: int) -> list[int]:
+def _demand(index: torch.Tensor, num_experts: int) -> list[int]:
     """Count how often each expert occurs in an index; for one token, without a call to torch but one."""
     if index.shape[0] != 1:
         return torch.bincount(index.flatten(), minlength=num_experts).tolist()

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 from .classifier import classify
 from .errors import OptionError, UnsupportedFamilyError
 from .tasks import UNKNOWN
+from .text_stream import TextStream
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -215,7 +216,7 @@ def _generate_batch(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     inputs = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=engine.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=engine.device)
-    watch = TokenWatch(tokenizer, width, ends, on_token)
+    watch = TokenWatch(tokenizer, ends, on_token)
     model: Any = engine.model
     numbers = engine.admit(tasks, [len(row) for row in ids])
     try:
@@ -237,7 +238,7 @@ def _generate_batch(
     for row, number in enumerate(numbers):
         tokens = _until_end(output[row, width:].tolist(), ends)
         text = str(tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True))
-        watch.finish(row, text)
+        watch.finish(row)
         last = times[len(tokens) - 1]
         tpot_s = (last - times[0]) / (len(tokens) - 1) if len(tokens) > 1 else None
         results.append(Generation(number, tasks[row], text, tuple(ids[row]), tuple(tokens), times[0], tpot_s, total_s))
@@ -247,36 +248,36 @@ def _generate_batch(
 class TokenWatch(StoppingCriteria):
     """A stopping criterion that never stops: ``times`` are the moments each token came (s); text is passed on."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, width: int, ends: set[int], on_token: OnToken | None = None
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: set[int], on_token: OnToken | None = None) -> None:
         self.times: list[float] = []
         self._tokenizer = tokenizer
-        self._width = width
         self._ends = ends
         self._on_token = on_token
-        self._emitted: dict[int, int] = {}
+        self._streams: dict[int, TextStream] = {}
+        self._ended: set[int] = set()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.times.append(time.perf_counter())
         if self._on_token is not None:
-            for row, tokens in enumerate(input_ids[:, self._width :].tolist()):
-                shown = [token for token in _until_end(tokens, self._ends) if token not in self._ends]
-                text = str(self._tokenizer.decode(shown, skip_special_tokens=True))
-                # A token may end inside a character: wait for the rest.
-                if not text.endswith("\ufffd"):
-                    self._emit(row, text)
+            for row, token in enumerate(input_ids[:, -1].tolist()):
+                # What follows an end is padding.
+                if row not in self._ended:
+                    self._emit(row, self._stream(row).push(token))
+                if token in self._ends:
+                    self._ended.add(row)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-    def finish(self, row: int, text: str) -> None:
-        """Pass on what is left of a row's whole text."""
-        self._emit(row, text)
+    def finish(self, row: int) -> None:
+        """Pass on what is left of a row's text."""
+        if self._on_token is not None:
+            self._emit(row, self._stream(row).finish())
+
+    def _stream(self, row: int) -> TextStream:
+        return self._streams.setdefault(row, TextStream(self._tokenizer, self._ends))
 
     def _emit(self, row: int, text: str) -> None:
-        before = self._emitted.get(row, 0)
-        if self._on_token is not None and len(text) > before:
-            self._emitted[row] = len(text)
-            self._on_token(row, text[before:])
+        if text and self._on_token is not None:
+            self._on_token(row, text)
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:

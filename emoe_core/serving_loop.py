@@ -32,10 +32,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .batch_cache import BatchCache
 from .costs import ServingCosts
 from .errors import OptionError
 from .planner import DEFAULT_OUTPUT_TOKENS, RunningRequest
+from .running_batch import Row, RunningBatch
 from .scheduler import BatchLimits, Objective, Scheduler, ServiceRequest, Situation, WaitingQueue
 
 if TYPE_CHECKING:
@@ -56,17 +56,6 @@ class Answer:
     admitted_s: float
     first_token_s: float
     finished_s: float
-
-
-@dataclass
-class _Row:
-    """A running request: its engine number, its tokens, and when it was admitted."""
-
-    request: ServiceRequest
-    engine_number: int
-    tokens: list[int]
-    admitted_s: float
-    failure: Exception | None = None
 
 
 class ServingLoop:
@@ -119,15 +108,14 @@ class ServingLoop:
         self._on_failure = on_failure
         self._prompts: dict[int, tuple[int, ...]] = {}
         self._tolerances: dict[int, float | None] = {}
-        self._rows: list[_Row] = []
-        self._cache = BatchCache()
+        self._batch = RunningBatch(engine)
         self._submitted = 0
         self.steps = 0
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not len(self._queue) and not self._rows
+        return not len(self._queue) and not self._batch.rows
 
     @property
     def waiting(self) -> int:
@@ -137,7 +125,7 @@ class ServingLoop:
     @property
     def running(self) -> int:
         """Requests in the batch."""
-        return len(self._rows)
+        return len(self._batch.rows)
 
     def submit(
         self,
@@ -196,10 +184,10 @@ class ServingLoop:
             self._queue.take(waiting)
             self._forget(number)
             return True
-        places = [place for place, row in enumerate(self._rows) if row.request.number == number]
+        places = {place for place, row in enumerate(self._batch.rows) if row.request.number == number}
         if places:
-            self._remove(set(places))
-            self._seat(self._rows)
+            self._remove(places)
+            self._batch.seat(self._batch.rows)
         return bool(places)
 
     def run(self) -> list[Answer]:
@@ -220,17 +208,18 @@ class ServingLoop:
         try:
             with torch.no_grad():
                 done = self._admit()
-                if self._rows:
+                if self._batch.rows:
                     done += self._step()
         except BaseException:
-            self._abandon()
+            for row in self._batch.abandon():
+                self._forget(row.request.number)
             raise
         finally:
-            self._seat(self._rows)
+            self._batch.seat(self._batch.rows)
         return done
 
     def _admit(self) -> list[Answer]:
-        running = [row.request for row in self._rows]
+        running = [row.request for row in self._batch.rows]
         now_s = self._clock()
         chosen = self._scheduler.choose(Situation(now_s, self._queue, running, self._limits, self._loading_s))
         assert chosen or running, "a scheduler left the engine idle though somebody waits"
@@ -242,7 +231,7 @@ class ServingLoop:
             [request.input_tokens for request in chosen],
             [self._tolerances[request.number] for request in chosen],
         )
-        joining = [_Row(request, number, [], now_s) for request, number in zip(chosen, numbers, strict=True)]
+        joining = [Row(request, number, [], now_s) for request, number in zip(chosen, numbers, strict=True)]
         for place, row in enumerate(joining):
             try:
                 self._prefill(row)
@@ -253,85 +242,35 @@ class ServingLoop:
                 self._engine.passes.leave([row.engine_number])
                 self._fail(row, error)
             else:
-                self._rows.append(row)
+                self._batch.rows.append(row)
         return self._retire()
 
-    def _prefill(self, row: _Row) -> None:
-        ids = torch.tensor([self._prompts[row.request.number]], device=self._engine.device)
-        self._seat([row])
-        output = self._engine.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-        self._cache.join(output.past_key_values, ids.shape[1])
+    def _prefill(self, row: Row) -> None:
+        token = self._batch.prefill(row, self._prompts[row.request.number])
         row.request.first_token_s = self._clock()
-        self._put_out(row, int(output.logits[0, -1].argmax()))
+        self._put_out(row, token)
 
     def _step(self) -> list[Answer]:
         try:
-            tokens = self._step_together()
+            tokens = self._batch.step()
         except Exception as error:
             if self._on_failure is None:
                 raise
-            self._cache.restore()
-            if len(self._rows) == 1:
-                self._rows[0].failure = error
-                tokens = []
-            else:
-                tokens = self._step_apart()
-            self._remove_failed()
+            tokens = self._batch.step_again(error)
+            for row in self._batch.take_failed():
+                assert row.failure is not None
+                self._fail(row, row.failure)
         self.steps += 1
-        for row, token in zip(self._rows, tokens, strict=True):
+        for row, token in zip(self._batch.rows, tokens, strict=True):
             self._put_out(row, token)
         return self._retire()
 
-    def _step_together(self) -> list[int]:
-        self._seat(self._rows)
-        mask, positions = self._cache.next_inputs(self._engine.device)
-        last = torch.tensor([[row.tokens[-1]] for row in self._rows], device=self._engine.device)
-        output = self._engine.model(
-            input_ids=last,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache.cache,
-            use_cache=True,
-        )
-        tokens: list[int] = output.logits[:, -1].argmax(dim=-1).tolist()
-        self._cache.grew()
-        return tokens
-
-    def _step_apart(self) -> list[int]:
-        """Take the step row by row; return the tokens of those who succeed, the others bear their failure."""
-        batch, tokens = BatchCache(), []
-        for place, row in enumerate(self._rows):
-            self._seat([row])
-            try:
-                cache = self._cache.alone(place)
-                output = self._engine.model(
-                    input_ids=torch.tensor([[row.tokens[-1]]], device=self._engine.device),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                batch.join(cache, self._cache.lengths[place] + 1)
-                tokens.append(int(output.logits[0, -1].argmax()))
-            except Exception as error:
-                row.failure = error
-        self._cache = batch
-        return tokens
-
-    def _remove_failed(self) -> None:
-        failed = [row for row in self._rows if row.failure is not None]
-        self._rows = [row for row in self._rows if row.failure is None]
-        if not self._rows:
-            self._cache = BatchCache()
-        self._engine.passes.leave([row.engine_number for row in failed])
-        for row in failed:
-            assert row.failure is not None
-            self._fail(row, row.failure)
-
-    def _fail(self, row: _Row, error: Exception) -> None:
+    def _fail(self, row: Row, error: Exception) -> None:
         self._forget(row.request.number)
         assert self._on_failure is not None
         self._on_failure(row.request.number, error)
 
-    def _put_out(self, row: _Row, token: int) -> None:
+    def _put_out(self, row: Row, token: int) -> None:
         row.tokens.append(token)
         row.request.generated += 1
         if self._on_token is not None:
@@ -339,7 +278,8 @@ class ServingLoop:
 
     def _retire(self) -> list[Answer]:
         ended = [
-            row.tokens[-1] in self._stops or len(row.tokens) >= row.request.output_limit_tokens for row in self._rows
+            row.tokens[-1] in self._stops or len(row.tokens) >= row.request.output_limit_tokens
+            for row in self._batch.rows
         ]
         if not any(ended):
             return []
@@ -347,11 +287,8 @@ class ServingLoop:
         done = self._remove({place for place, over in enumerate(ended) if over})
         return [self._answer(row, now_s) for row in done]
 
-    def _remove(self, places: set[int]) -> list[_Row]:
-        gone = [row for place, row in enumerate(self._rows) if place in places]
-        self._cache.keep([place for place in range(len(self._rows)) if place not in places])
-        self._rows = [row for place, row in enumerate(self._rows) if place not in places]
-        self._engine.passes.leave([row.engine_number for row in gone])
+    def _remove(self, places: Collection[int]) -> list[Row]:
+        gone = self._batch.remove(places)
         for row in gone:
             self._forget(row.request.number)
         return gone
@@ -360,7 +297,7 @@ class ServingLoop:
         self._prompts.pop(number, None)
         self._tolerances.pop(number, None)
 
-    def _answer(self, row: _Row, now_s: float) -> Answer:
+    def _answer(self, row: Row, now_s: float) -> Answer:
         request = row.request
         assert request.first_token_s is not None
         finished_s = now_s if len(row.tokens) > 1 else request.first_token_s
@@ -374,15 +311,6 @@ class ServingLoop:
             request.first_token_s,
             finished_s,
         )
-
-    def _abandon(self) -> None:
-        self._engine.passes.leave([row.engine_number for row in self._rows])
-        for row in self._rows:
-            self._forget(row.request.number)
-        self._rows, self._cache = [], BatchCache()
-
-    def _seat(self, rows: Sequence[_Row]) -> None:
-        self._engine.passes.seat([row.engine_number for row in rows] if rows else None)
 
     def _loading_s(self, task: str) -> float:
         """Return dE: what loading the plan's missing experts would take if a request of the task were admitted now."""

@@ -17,11 +17,11 @@ from typing import Literal, Protocol
 
 import torch
 
+from emoe_core.direct_io import PAGE_BYTES, open_direct
 from emoe_core.errors import OptionError, PackError
 from emoe_core.pack import Pack, Progress, truncated
 from emoe_core.shards import byte_view
 
-PAGE_BYTES = 4096
 Verify = Literal["first", "always", "never"]
 
 
@@ -144,7 +144,8 @@ class PackedFile(_Checked):
         self.fallback_reason: str | None = None
         self._fd = -1
         if direct:
-            self._open_direct()
+            self._fd, self.fallback_reason = open_direct(self.pack.path)
+            self.direct = self._fd >= 0
         if self._fd < 0:
             self._fd = self._open()
 
@@ -181,21 +182,6 @@ class PackedFile(_Checked):
             return os.open(self.pack.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise PackError(f"cannot open the pack {self.pack.path}: {error.strerror}") from error
-
-    def _open_direct(self) -> None:
-        if not hasattr(os, "O_DIRECT"):
-            self.fallback_reason = "this operating system has no O_DIRECT"
-            return
-        try:
-            self._fd = os.open(self.pack.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-            # Some file systems accept the flag and refuse the read.
-            os.preadv(self._fd, [byte_view(aligned_buffer(PAGE_BYTES))], 0)
-            self.direct = True
-        except OSError as error:
-            self.fallback_reason = f"the file system refuses O_DIRECT: {error.strerror}"
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
 
 
 class HostMemory(_Checked):

@@ -22,15 +22,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from emoe_core.errors import EmoeError
+from emoe_core.json_file import frozen, read_object, write_whole
 
 TaskType = Literal["qa", "summarization", "classification", "comparison", "conversation", "code"]
 TASK_TYPES: tuple[str, ...] = get_args(TaskType)
@@ -263,18 +262,7 @@ class Profile:
 
     def save(self, path: str | Path) -> Path:
         """Write the profile as JSON, atomically, and return its path."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        content = {"format": PROFILE_FORMAT, **asdict(self)}
-        handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(_as_json(content) + "\n")
-            Path(scratch).replace(target)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
-        return target
+        return write_whole(path, _as_json({"format": PROFILE_FORMAT, **asdict(self)}) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, model_hash: str | None = None) -> Profile:
@@ -287,34 +275,24 @@ class Profile:
         """
         source = Path(path)
         try:
-            content = json.loads(source.read_text(encoding="utf-8"))
+            content = read_object(
+                source,
+                READABLE_FORMATS,
+                ProfileError,
+                "profile",
+                "a task profile",
+                "measure it again with `emoe profile`",
+            )
         except FileNotFoundError:
             raise ProfileError(f"there is no task profile at {source}; measure one or give another path.") from None
-        except (OSError, ValueError) as error:
-            raise ProfileError(f"{source} cannot be read as a task profile ({error}); measure it again.") from error
-        found = content.pop("format", None) if isinstance(content, dict) else None
-        if found not in READABLE_FORMATS:
-            raise ProfileError(
-                f"{source} has profile format {found}, this version reads {READABLE_FORMATS}: "
-                f"measure it again with `emoe profile`."
-            )
         try:
-            tasks = {name: TaskProfile(**_frozen(entry)) for name, entry in content.pop("tasks").items()}
+            tasks = {name: TaskProfile(**frozen(entry)) for name, entry in content.pop("tasks").items()}
             profile = cls(tasks=tasks, **content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProfileError(f"{source} is not a complete task profile ({error!r}); measure it again.") from error
         if model_hash is not None:
             profile.require_model(model_hash)
         return profile
-
-
-def _frozen(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a task profile with JSON's lists as tuples."""
-
-    def freeze(value: Any) -> Any:
-        return tuple(freeze(item) for item in value) if isinstance(value, list) else value
-
-    return {name: freeze(value) for name, value in entry.items()}
 
 
 def _as_json(content: Mapping[str, Any]) -> str:

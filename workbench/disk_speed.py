@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from emoe_core.direct_io import open_direct
+
 PIECE_BYTES = 1 << 20
 MAX_BYTES = 256 << 20
 MAX_SECONDS = 4.0
@@ -76,7 +78,7 @@ def measure_disk(
     reader, reason = -1, None
     try:
         try:
-            reader, reason = _open_for_reading(name)
+            reader, reason = open_direct(name)
         finally:
             Path(name).unlink()
         written = _write(descriptor, pieces, max_seconds, clock, report)
@@ -95,15 +97,6 @@ def measure_disk(
         os.close(descriptor)
         if reader >= 0:
             os.close(reader)
-
-
-def _open_for_reading(name: str) -> tuple[int, str | None]:
-    if not hasattr(os, "O_DIRECT"):
-        return -1, "this operating system has no O_DIRECT"
-    try:
-        return os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT), None
-    except OSError as error:
-        return -1, f"the file system refuses O_DIRECT: {error.strerror}"
 
 
 def _write(

@@ -30,7 +30,7 @@ from emoe_core.cache import cache_dir
 from emoe_core.checkpoint import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.pack import ensure_pack
-from workbench import longest_trial
+from workbench import longest_trial, measured_job
 from workbench.control_groups import Controller
 from workbench.environment import available_cores
 from workbench.hard_limit import LimitedRun, drop_cached, run_limited
@@ -187,7 +187,7 @@ def outcome_of(run: LimitedRun, answered: bool) -> str:
         )
     if run.killed_by_limit:
         return KILLED
-    if run.returncode == longest_trial.NO_MEMORY:
+    if run.returncode == measured_job.NO_MEMORY:
         return NO_MEMORY
     if run.returncode != 0 or not answered:
         last = run.errors.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
@@ -200,6 +200,7 @@ def _code_digest() -> str:
     digest = hashlib.sha256(sys.version.encode())
     for library in ("torch", "transformers", "safetensors"):
         digest.update(version(library).encode())
-    for source in [*sorted(Path(emoe_core.__file__).parent.rglob("*.py")), Path(longest_trial.__file__)]:
+    trial = (Path(longest_trial.__file__), Path(measured_job.__file__))
+    for source in [*sorted(Path(emoe_core.__file__).parent.rglob("*.py")), *trial]:
         digest.update(source.read_bytes())
     return digest.hexdigest()

@@ -3,13 +3,12 @@
 Started by `limit_trials.py`, under a hard memory limit, as ``python -m workbench.longest_trial SPEC RESULT``. Prompts
 are random token ids, so that any length can be made; end-of-text is not heeded, so that every trial decodes the same
 number of tokens. Stock transformers and emoe run the same code here: a pass over the prompts that keeps the last
-position's logits only, then one pass a token, greedily, with a KV cache. Exit code 3 says that memory could not be had.
+position's logits only, then one pass a token, greedily, with a KV cache. Exit codes: `measured_job`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -17,13 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import emoe_core
-from emoe_core.errors import EmoeError
+from workbench.measured_job import answer_job
 from workbench.process_counters import read_bytes
 
 if TYPE_CHECKING:
     import torch
-
-NO_MEMORY = 3
 
 
 @contextlib.contextmanager
@@ -87,21 +84,5 @@ def _trial(spec: dict[str, Any]) -> dict[str, float]:
         return {"load_s": load_s, **read_and_decode(model, ids, spec["new_tokens"])}
 
 
-def _main(source: Path, target: Path) -> int:
-    try:
-        result = _trial(json.loads(source.read_text()))
-    except MemoryError:
-        return NO_MEMORY
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        return NO_MEMORY
-    except EmoeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    target.write_text(json.dumps(result))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(answer_job(_trial, Path(sys.argv[1]), Path(sys.argv[2])))

@@ -111,10 +111,12 @@ def _run_emoe(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.errors import OptionError
     from emoe_core.generation import TokenWatch, encode
+    from emoe_core.tokenizer import load_tokenizer
 
     options = spec["options"]
     started = time.perf_counter()
@@ -123,7 +125,9 @@ def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
     ).eval()
     device = options.get("device", "auto")
     model.to("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(spec["checkpoint"], trust_remote_code=False)
+    tokenizer = load_tokenizer(spec["checkpoint"])
+    if tokenizer is None:
+        raise OptionError(f"{spec['checkpoint']} has no tokenizer: save one beside the weights")
     load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()
     reset_peak()
     ttft, tpot, tokens = [], [], 0
@@ -132,7 +136,7 @@ def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
         if place == 1:
             others = OtherWork()
         ids = torch.tensor([encode(tokenizer, prompt)], device=model.device)
-        watch, started = TokenWatch(tokenizer, ids.shape[1], set()), time.perf_counter()
+        watch, started = TokenWatch(tokenizer, set()), time.perf_counter()
         with torch.no_grad():
             output = model.generate(
                 ids,
@@ -184,9 +188,9 @@ def _main(source: Path, target: Path) -> int:
     stock = spec["options"].get("implementation") == STOCK
     kept = None
     if spec.get("tokenizer"):
-        from transformers import AutoTokenizer
+        from emoe_core.tokenizer import load_tokenizer
 
-        kept = AutoTokenizer.from_pretrained(spec["tokenizer"], trust_remote_code=False)
+        kept = load_tokenizer(spec["tokenizer"])
     try:
         result = _run_stock(spec) if stock else _run_emoe(spec)
     except EmoeError as error:

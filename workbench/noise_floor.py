@@ -9,19 +9,18 @@ multiplied in groups (its default) instead of one by one, once in bfloat16 inste
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pandas as pd
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from emoe_core.errors import OptionError
+from workbench.baselines.stock import greedy_answers
 from workbench.configuration import ExperimentConfig
 from workbench.experiment import all_resident
 from workbench.models import resolve_model
 from workbench.quality import bootstrap_interval
-from workbench.reference_outputs import Reference
 from workbench.similarity import similarity
 from workbench.workloads import prompt_stream
 
@@ -49,9 +48,14 @@ def noise_floor(config: ExperimentConfig, progress: Progress | None = None) -> p
     prompts = prompt_stream(config.stream())
     reference = all_resident(config, checkpoint, prompts, "reference", progress)
     expected = [output.text for output in reference.outputs[: config.answers]]
+    asked = [output.prompt_ids for output in reference.outputs[: config.answers]]
     rows = []
     for label, (implementation, dtype) in VARIANTS.items():
-        given = _answers(checkpoint, reference, config, implementation, dtype or config.dtype, label, progress)
+        report = None if progress is None else partial(progress, label)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=dtype or config.dtype, experts_implementation=implementation
+        ).eval()
+        given = greedy_answers(model, checkpoint, asked, config.max_new_tokens, report)
         found = similarity(expected, given)
         low, high = bootstrap_interval(found, seed=config.seed)
         rows.append(
@@ -65,26 +69,3 @@ def noise_floor(config: ExperimentConfig, progress: Progress | None = None) -> p
             }
         )
     return pd.DataFrame(rows)
-
-
-def _answers(
-    checkpoint: str | Path,
-    reference: Reference,
-    config: ExperimentConfig,
-    implementation: str,
-    dtype: str,
-    label: str,
-    progress: Progress | None,
-) -> list[str]:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=dtype if dtype == "auto" else getattr(torch, dtype), experts_implementation=implementation
-    ).eval()
-    texts = []
-    for expected in reference.outputs[: config.answers]:
-        ids = torch.tensor([expected.prompt_ids])
-        found = model.generate(input_ids=ids, max_new_tokens=config.max_new_tokens, do_sample=False)
-        texts.append(str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)))
-        if progress is not None:
-            progress(label, len(texts), min(config.answers, len(reference.outputs)))
-    return texts

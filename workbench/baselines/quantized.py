@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 from gguf import GGMLQuantizationType, quants
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from emoe_core.checkpoint import open_checkpoint
 from emoe_core.errors import OptionError
+from workbench.baselines.stock import greedy_answers
 from workbench.quality import compare
 from workbench.reference_outputs import Reference
 from workbench.workloads import Prompt
@@ -112,15 +113,6 @@ def score_quantized(
         quality = compare(head(expected.hidden).float(), logits, torch.tensor(expected.token_ids))
         rows.append({"request": prompt.request_id, "task": prompt.task, **quality.row()})
         report(f"{name} score", place + 1, len(prompts))
-    texts = _answers(model, checkpoint, reference, answers, max_new_tokens) if answers else []
+    asked = [expected.prompt_ids for expected in reference.outputs[:answers]]
+    texts = greedy_answers(model, checkpoint, asked, max_new_tokens) if answers else []
     return pd.DataFrame(rows), texts
-
-
-def _answers(model: Any, checkpoint: str | Path, reference: Reference, count: int, max_new_tokens: int) -> list[str]:
-    tokenizer = AutoTokenizer.from_pretrained(open_checkpoint(checkpoint).path, trust_remote_code=False)
-    texts = []
-    for expected in reference.outputs[:count]:
-        ids = torch.tensor([expected.prompt_ids])
-        found = model.generate(input_ids=ids, max_new_tokens=max_new_tokens, do_sample=False)[0, ids.shape[1] :]
-        texts.append(str(tokenizer.decode(found, skip_special_tokens=True)))
-    return texts

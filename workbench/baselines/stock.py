@@ -1,13 +1,17 @@
-"""Stock transformers with every expert resident, decoding given tokens with its own cache."""
+"""Stock transformers with every expert resident: decoding given tokens with its own cache, or answering freely."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+
+from emoe_core.errors import OptionError
+from emoe_core.tokenizer import load_tokenizer
 
 
 class TorchDecoder:
@@ -53,3 +57,24 @@ class StockDecoder(TorchDecoder):
 
     def description(self) -> str:
         return f"transformers {version('transformers')}, all resident, experts {self._experts}"
+
+
+def greedy_answers(
+    model: Any,
+    checkpoint: str | Path,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Return a transformers model's greedy answers to prompts given as token ids, one at a time."""
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise OptionError(f"{checkpoint} has no tokenizer: save one beside the weights")
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        found = model.generate(input_ids=ids, max_new_tokens=max_new_tokens, do_sample=False)[0, ids.shape[1] :]
+        texts.append(str(tokenizer.decode(found, skip_special_tokens=True)))
+        if progress is not None:
+            progress(len(texts), len(prompts))
+    return texts

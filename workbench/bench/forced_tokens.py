@@ -71,16 +71,13 @@ def _recorded(trace: RoutingTrace, vocab: int, sizes: tuple[int, ...]) -> list[i
 
 
 def _text(checkpoint: str | Path, count: int) -> list[int]:
-    from transformers import AutoTokenizer
-
     from emoe_core.generation import encode
+    from emoe_core.tokenizer import load_tokenizer
     from workbench.workloads.fixture import load_fixture
 
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    # Asked for first: transformers would look for a missing one on the hub.
-    if not any((Path(checkpoint) / name).exists() for name in files):
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
         raise OptionError(f"{checkpoint} has no tokenizer to read prompts with: save one beside the weights")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     ids: list[int] = []
     while len(ids) < count:
         for prompt in load_fixture()["prompt"]:

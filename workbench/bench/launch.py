@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workbench import measured_job
 from workbench.bench import measured_run
 from workbench.control_groups import Controller
 from workbench.hard_limit import drop_cached, run_limited
@@ -108,7 +109,7 @@ def _unlimited(command: list[str], env: dict[str, str], patience_s: float, targe
 
 
 def _ended(returncode: int, errors: str, found: dict[str, Any], limits: tuple[int | None, int | None, int]) -> Launched:
-    if returncode == measured_run.NO_MEMORY:
+    if returncode == measured_job.NO_MEMORY:
         return Launched(NO_MEMORY, {}, *limits)
     if returncode != 0 or not found:
         last = errors.strip().splitlines()[-1:] or [f"exit code {returncode}"]

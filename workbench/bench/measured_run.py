@@ -2,8 +2,7 @@
 
 Started by `launch.py` as ``python -m workbench.bench.measured_run SPEC RESULT``; the process does nothing else, imports
 only what its system needs, and reports what it took: seconds of each token, bytes that the disk delivered, the
-operating system's peak of its memory. Importing libraries is kept apart
-from loading. Exit code 3 says that memory could not be had, 2 that the system refused.
+operating system's peak of its memory. Importing libraries is kept apart from loading. Exit codes: `measured_job`.
 
 The sequences: prompt and a few tokens to warm up, then a fresh sequence: its prompt gives the time to the first token
 (TTFT), each further pass the time of a token (TPOT). The first prompt's time, with everything cold, is kept beside it.
@@ -11,7 +10,6 @@ The sequences: prompt and a few tokens to warm up, then a fresh sequence: its pr
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,9 +18,9 @@ from typing import Any
 
 from workbench.baselines.decoder import Decoder, decoder_class
 from workbench.busy import OtherWork
+from workbench.measured_job import answer_job
 from workbench.process_counters import read_bytes, status_bytes
 
-NO_MEMORY, REFUSED = 3, 2
 # Counters of a system that are reported for the timed tokens alone.
 COUNTED = ("requests", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "stall_s")
 
@@ -82,24 +80,5 @@ def decode_until(decoder: Decoder, token_ids: Sequence[int], max_seconds: float)
     return chosen, token_s
 
 
-def _main(source: Path, target: Path) -> int:
-    try:
-        result = measure(json.loads(source.read_text()))
-    except MemoryError:
-        return NO_MEMORY
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        return NO_MEMORY
-    except Exception as error:
-        # Errors that a user can mend, told apart by name: importing their class would import torch.
-        if not any(kind.__name__ == "EmoeError" for kind in type(error).__mro__):
-            raise
-        print(error, file=sys.stderr)
-        return REFUSED
-    target.write_text(json.dumps(result))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(answer_job(measure, Path(sys.argv[1]), Path(sys.argv[2])))

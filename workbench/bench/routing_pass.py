@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-import emoe_core
 from emoe_core.cache import cache_dir
 from emoe_core.checkpoint import CheckpointIndex, open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.routing import RoutingTrace
-from emoe_core.tasks import UNKNOWN
+from workbench.baselines.engine import EngineDecoder
 from workbench.bench.forced_tokens import ForcedTokens
 from workbench.simulate_accesses import Accesses, accesses_of
 from workbench.simulate_bound import fewest_misses
@@ -110,25 +109,19 @@ def _agreement(index: CheckpointIndex, trace: RoutingTrace, forced: ForcedTokens
 
 
 def _main(job: Path) -> None:
-    import torch
-
     spec = json.loads(job.read_text())
-    forced = ForcedTokens(**{name: value for name, value in spec["forced"].items()})
-    options = {"budget": spec["budget"], "dtype": spec["dtype"], "device": "cpu", "predictor": None, "record": True}
-    with emoe_core.load(spec["checkpoint"], **options) as engine, torch.no_grad():
-        for prompt, decoded in ((forced.warm_prompt, forced.warm), (forced.prompt, forced.timed)):
-            numbers = engine.admit([UNKNOWN], [len(prompt)])
-            cache = None
-            for ids in (list(prompt), *([token] for token in decoded)):
-                output = engine.model(
-                    input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
-                cache = output.past_key_values
-            engine.finish(numbers)
-        target = Path(spec["target"])
-        partial = target.with_suffix(f".{os.getpid()}.part")
-        engine.trace().save(partial)
-        partial.replace(target)
+    forced = ForcedTokens(**spec["forced"])
+    options = {"budget": spec["budget"], "predictor": None, "record": True}
+    decoder = EngineDecoder({"checkpoint": spec["checkpoint"], "dtype": spec["dtype"], "options": options})
+    for prompt, decoded in ((forced.warm_prompt, forced.warm), (forced.prompt, forced.timed)):
+        decoder.prefill(prompt)
+        for token in decoded:
+            decoder.decode(token)
+    target = Path(spec["target"])
+    partial = target.with_suffix(f".{os.getpid()}.part")
+    decoder.engine.trace().save(partial)
+    partial.replace(target)
+    decoder.close()
 
 
 if __name__ == "__main__":

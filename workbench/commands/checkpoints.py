@@ -17,6 +17,8 @@ from emoe_core.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from emoe_core import Engine
+
 MODEL_HELP = "Folder of a Hugging Face checkpoint, or an embedded model: 'reference' or 'carved' (built on first use)."
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
 BudgetOption = Annotated[
@@ -50,7 +52,6 @@ def run(
         raise OptionError(f"--max-new-tokens {max_new_tokens}: give at least 1.")
     if not prompt.strip():
         raise OptionError("the prompt is empty: say what to ask.")
-    import emoe_core
     from emoe_core.tasks import TASK_TYPES
     from workbench.models import resolve_model
 
@@ -58,19 +59,8 @@ def run(
         raise OptionError(f"--task {task}: the task types are {', '.join(TASK_TYPES)}.")
     checkpoint = resolve_model(model)
     console = Console(highlight=False)
-    with progress_bar("loading the model", "writing experts to a pack, once") as progress:
-        engine = emoe_core.load(
-            checkpoint,
-            progress=progress,
-            tolerance=tolerance,
-            device=device,
-            dtype=dtype,
-            expert_dtype=expert_dtype,
-            **memory_options(checkpoint, budget, max_quality_loss),
-        )
-    with engine:
-        if engine.plan.warning:
-            console.print(f"[yellow]{engine.plan.warning}[/]")
+    options = {"tolerance": tolerance, "device": device, "dtype": dtype, "expert_dtype": expert_dtype}
+    with open_engine(checkpoint, budget, max_quality_loss, console, **options) as engine:
 
         def write(request: int, text: str) -> None:
             console.out(text, end="", highlight=False)
@@ -190,6 +180,21 @@ def cache(
         console.print(f"Removed {show_bytes(sum(sizes.values()))}.")
     else:
         raise OptionError(f"emoe cache {action}: give 'list' or 'clear'.")
+
+
+def open_engine(
+    checkpoint: str | Path, budget: str | None, max_quality_loss: float | None, console: Console, **options: Any
+) -> Engine:
+    """Load an engine with progress, and print the warning of its plan, if any; ``options`` as `emoe_core.load`."""
+    import emoe_core
+
+    with progress_bar("loading the model", "writing experts to a pack, once") as progress:
+        engine = emoe_core.load(
+            checkpoint, progress=progress, **options, **memory_options(checkpoint, budget, max_quality_loss)
+        )
+    if engine.plan.warning:
+        console.print(f"[yellow]{engine.plan.warning}[/]")
+    return engine
 
 
 def memory_options(checkpoint: str | Path, budget: str | None, max_quality_loss: float | None) -> dict[str, Any]:

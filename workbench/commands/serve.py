@@ -16,8 +16,7 @@ from workbench.commands.checkpoints import (
     ExpertDtypeOption,
     ModelArgument,
     QualityOption,
-    memory_options,
-    progress_bar,
+    open_engine,
 )
 
 KEY_VARIABLE = "EMOE_API_KEY"
@@ -60,7 +59,6 @@ def serve(
     api_key = read_key(api_key_file)
     require_safe_host(host, api_key)
 
-    import emoe_core
     from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler
     from workbench.models import resolve_model
     from workbench.server.listen import EmoeServer
@@ -71,20 +69,9 @@ def serve(
     costs = None if scheduler in COSTLESS else stored_costs(checkpoint)
     chosen = make_scheduler(scheduler, costs)
     console = Console(stderr=True, highlight=False)
-    with progress_bar("loading the model", "writing experts to a pack, once") as progress:
-        engine = emoe_core.load(
-            checkpoint,
-            progress=progress,
-            tolerance=tolerance,
-            device=device,
-            dtype=dtype,
-            expert_dtype=expert_dtype,
-            **memory_options(checkpoint, budget, max_quality_loss),
-        )
     called = name or Path(model).name
-    with engine:
-        if engine.plan.warning:
-            console.print(f"[yellow]{engine.plan.warning}[/]")
+    options = {"tolerance": tolerance, "device": device, "dtype": dtype, "expert_dtype": expert_dtype}
+    with open_engine(checkpoint, budget, max_quality_loss, console, **options) as engine:
 
         def say(taken: int) -> None:
             # On a line of its own for those who start servers by program.

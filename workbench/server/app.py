@@ -16,10 +16,10 @@ from starlette.types import Receive, Scope, Send
 
 from emoe_core.engine import Engine
 from emoe_core.serving_loop import Answer
+from emoe_core.text_stream import TextStream
 from workbench.server.limits import ApiError, ServerLimits
 from workbench.server.metrics import ServerMetrics
 from workbench.server.protocol import Wanted, understand
-from workbench.server.text import TextStream
 from workbench.server.worker import Event, Job, Worker
 
 OPEN_PATHS = ("/healthz", "/readyz")

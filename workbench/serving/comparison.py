@@ -10,7 +10,7 @@ reference load
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -59,11 +59,7 @@ def compare_schedulers(
         The results by (variant, load).
     """
     configs = {(name, load): replace(variant(base, name), load=load) for load in loads for name in names}
-    found = {}
-    for place, (key, config) in enumerate(configs.items()):
-        found[key] = simulate_serving(config, costs)
-        if progress is not None:
-            progress("services", place + 1, len(configs))
+    found = _simulate_all(configs, costs, progress)
     rows = [
         {"variant": name, "label": VARIANTS[name][0], "load": load} | result.metrics
         for (name, load), result in found.items()
@@ -80,13 +76,20 @@ def compare_routers(
 ) -> tuple[pd.DataFrame, dict[tuple[str, float], ServingResult]]:
     """Simulate every router at every load, as `compare_schedulers`; rows have ``router`` and ``load``."""
     configs = {(router, load): replace(base, router=router, load=load) for load in loads for router in routers}
+    found = _simulate_all(configs, costs, progress)
+    rows = [{"router": router, "load": load} | result.metrics for (router, load), result in found.items()]
+    return pd.DataFrame(rows), found
+
+
+def _simulate_all(
+    configs: Mapping[tuple[str, float], ServingConfig], costs: ServingCosts, progress: Progress | None
+) -> dict[tuple[str, float], ServingResult]:
     found = {}
     for place, (key, config) in enumerate(configs.items()):
         found[key] = simulate_serving(config, costs)
         if progress is not None:
             progress("services", place + 1, len(configs))
-    rows = [{"router": router, "load": load} | result.metrics for (router, load), result in found.items()]
-    return pd.DataFrame(rows), found
+    return found
 
 
 def load_at_attainment(
