@@ -10,6 +10,7 @@ A layer that the pass did not reach (experts for images) is reported as not call
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,11 +80,14 @@ def watch_routers(model: PreTrainedModel, layers: Mapping[str, Watchable]) -> di
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.config.get_text_config().vocab_size)
     ids = torch.randint(0, vocabulary, (1, WATCHED_TOKENS), generator=generator).to(model.device)
+    # Nobody reads the logits: the output head of 64 tokens can take as long as everything before it.
+    accepts = inspect.signature(type(model).forward).parameters
+    extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
     finished = False
     try:
         # A family that does not run on bare token ids is served exactly only; each says so in its own way.
         with suppress(Exception), torch.no_grad():
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=False, **extra)
             finished = True
     finally:
         for hook in hooks:
