@@ -75,6 +75,13 @@ def accuracy_figure(summary: pd.DataFrame) -> Figure:
     return figure
 
 
+def _floor(floor: pd.DataFrame | None) -> str:
+    if floor is None:
+        return "No answers were compared in this run"
+    ways = ", ".join(f"{row.similarity:.1%} with {row.label}" for row in floor.itertuples())
+    return f"Rounding alone leaves all-resident answers alike to {ways}"
+
+
 def _without_control(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the rows that save memory, with their ``share`` of it: where everything is resident nobody chooses."""
     table = summary.assign(share=expert_memory_share(summary))
@@ -138,8 +145,10 @@ def _is_cache(strategy: str) -> bool:
     return strategy not in FORMATS
 
 
-def beside_paper(summary: pd.DataFrame, times: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Return the table "paper, here, why they differ" with this run's figures."""
+def beside_paper(
+    summary: pd.DataFrame, times: pd.DataFrame | None = None, floor: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Return the table "paper, here, why they differ" with this run's figures; ``floor`` is `noise_floor`'s."""
     table = _without_control(summary)
 
     def told(strategy: str) -> str:
@@ -156,7 +165,7 @@ def beside_paper(summary: pd.DataFrame, times: pd.DataFrame | None = None) -> pd
             "Fig. 14, eMoE",
             "20 to 80% of memory saved at 93.7 to 99.8% similarity; 60% loaded: 98.2 to 98.8%",
             told("frequency"),
-            "primary here: the next token's distribution. Similarity, if asked for, has no noise floor beside it yet",
+            f"primary here: the next token's distribution. {_floor(floor)}",
         ),
         (
             "Fig. 14, random subset",
