@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict
 
 from .errors import EmoeError
-from .json_file import frozen, read_object, write_whole
+from .json_file import read_object, typed, write_whole
 
 COSTS_FORMAT = 1
 
@@ -54,6 +55,8 @@ class TaskLoad:
     shares : tuple of tuple of float, MoE layers x experts
         Share of a layer's routed choices that fall on each expert; rows add up to 1.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     input_tokens: tuple[int, ...]
     output_tokens: tuple[int, ...]
@@ -96,6 +99,8 @@ class ServingCosts:
     environment : mapping
         The machine, and the share of its processors that others used meanwhile.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     model_hash: str
     prefill_token_s: float
@@ -186,10 +191,9 @@ class ServingCosts:
         except FileNotFoundError:
             raise CostsError(f"there are no serving costs at {source}: measure them with `emoe costs MODEL`.") from None
         try:
-            tasks = {name: TaskLoad(**frozen(entry)) for name, entry in content.pop("tasks").items()}
-            costs = cls(tasks=tasks, **frozen(content))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CostsError(f"{source} is not a complete file of serving costs ({error!r}); measure again.") from error
+            costs = typed(cls, content)
+        except ValueError as error:
+            raise CostsError(f"{source} is not a complete file of serving costs ({error}); measure again.") from error
         if model_hash is not None:
             costs.require_model(model_hash)
         return costs

@@ -26,19 +26,23 @@ import ast
 import hashlib
 import itertools
 import json
+import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from emoe_core.errors import ExperimentError
+from emoe_core.json_file import parse, read_text
 from workbench.models import EMBEDDED
 from workbench.store import project_root
+from workbench.yaml_file import read_yaml
 
 CHECKED_TYPES = {"bool", "int", "float", "str", "list", "None"}
+MAX_POINTS = 10_000
 MODEL_PARAMETER = "model"
 RECIPES = Path(__file__).parent / "reference_model" / "recipes"
 Scalar = bool | int | float | str | None
@@ -141,7 +145,7 @@ class Parameter:
         """Return the default's value, None when it is not a literal."""
         try:
             return ast.literal_eval(self.default)
-        except ValueError:
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return None
 
 
@@ -161,9 +165,7 @@ def read_sweep(path: Path) -> SweepFile:
     if not path.is_file():
         raise ExperimentError(f"no sweep file at {path}. Sweeps lie in sweeps/, for example sweeps/quick.yaml.")
     try:
-        return SweepFile.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise ExperimentError(f"{path} is not YAML: {error}") from None
+        return SweepFile.model_validate(read_yaml(path))
     except ValidationError as error:
         lines = [f"{path} is not a usable sweep file:"]
         for problem in error.errors():
@@ -196,6 +198,8 @@ def expand(sweep: SweepFile, beside: Path | None = None) -> list[Point]:
             check_parameter(notebook, known, name, value)
         source = source_hash(notebook)
         model_default = known[MODEL_PARAMETER].literal() if MODEL_PARAMETER in known else None
+        if len(points) + math.prod(len(axis) for axis in stage.grid.values()) > MAX_POINTS:
+            raise ExperimentError(f"sweep {sweep.name!r} has more than {MAX_POINTS:,} points: leave out some values.")
         for values in itertools.product(*stage.grid.values()):
             axes = dict(zip(stage.grid, values, strict=True))
             parameters = {**stage.fixed, **axes}
@@ -217,8 +221,16 @@ def find_notebook(name: str, beside: Path | None = None) -> Path:
     """Return the notebook's path, looked for from the project root, then beside the sweep file."""
     places = [project_root(), *([beside] if beside else [])]
     for place in places:
-        if (place / name).is_file():
-            return (place / name).resolve()
+        found = Path(os.path.normpath(place.absolute() / name))
+        if not found.is_file():
+            continue
+        # By its name: a link that lies there is there, wherever it leads.
+        if not any(found.is_relative_to(Path(os.path.normpath(top.absolute()))) for top in places):
+            raise ExperimentError(
+                f"the notebook {name!r} lies outside {' and '.join(str(top) for top in places)}: copy it beside the "
+                f"sweep file. A sweep runs no notebook from elsewhere."
+            )
+        return found.resolve()
     raise ExperimentError(f"no notebook {name!r} under {' or '.join(str(place) for place in places)}.")
 
 
@@ -227,12 +239,12 @@ def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
 
     The cell is parsed, not run; papermill's own inspection misses annotations such as ``str | None``.
     """
-    cells = [cell for cell in read_cells(notebook) if "parameters" in cell.get("metadata", {}).get("tags", [])]
-    if not cells:
+    sources = [cell["source"] for cell in read_cells(notebook) if "parameters" in cell["tags"]]
+    if not sources:
         raise ExperimentError(f"{notebook} has no cell tagged 'parameters', so a sweep cannot set anything in it.")
     try:
-        statements = ast.parse("".join(cells[0]["source"])).body
-    except SyntaxError as error:
+        statements = ast.parse(sources[0]).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise ExperimentError(f"{notebook}: the cell tagged 'parameters' is not Python: {error}") from None
     known = {}
     for statement in statements:
@@ -263,16 +275,23 @@ def check_parameter(notebook: Path, known: dict[str, Parameter], name: str, valu
 
 
 def read_cells(notebook: Path) -> list[dict[str, Any]]:
-    """Return a notebook's cells as its file holds them."""
+    """Return of each of a notebook's cells its ``cell_type``, its ``source`` as one text, and its ``tags``."""
     try:
-        return list(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"{notebook} is not a readable notebook: {error}") from None
+        return [
+            {
+                "cell_type": cell["cell_type"],
+                "source": "".join(cell["source"]),
+                "tags": list(cell.get("metadata", {}).get("tags", [])),
+            }
+            for cell in parse(read_text(notebook))["cells"]
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ExperimentError(f"{notebook} is not a readable notebook: {error!r:.200}") from None
 
 
 def source_hash(notebook: Path) -> str:
     """Return a hash of a notebook's cells; outputs and metadata do not count."""
-    source = ["".join(cell["source"]) for cell in read_cells(notebook) if cell["cell_type"] == "code"]
+    source = [cell["source"] for cell in read_cells(notebook) if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
 
