@@ -186,7 +186,7 @@ def _same_files(pack: Pack, index: CheckpointIndex) -> bool:
     if pack.source_mtimes == current:
         return True
     try:
-        return bool(parse(read_text(_seen_file(pack.path))) == current
+        return bool(parse(read_text(_seen_file(pack.path))) == current)
     except (OSError, ValueError):
         return False
 

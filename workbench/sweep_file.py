@@ -224,11 +224,12 @@ def find_notebook(name: str, beside: Path | None = None) -> Path:
         found = Path(os.path.normpath(place.absolute() / name))
         if not found.is_file():
             continue
-        # By its name: a link that lies there is there, wherever it leads.
-        if not any(found.is_relative_to(Path(os.path.normpath(top.absolute()))) for top in places):
+        # By its name: a link that lies there is there, wherever it leads. A whole path says openly where it leads.
+        inside = any(found.is_relative_to(os.path.normpath(top.absolute())) for top in places)
+        if not inside and not Path(name).is_absolute():
             raise ExperimentError(
-                f"the notebook {name!r} lies outside {' and '.join(str(top) for top in places)}: copy it beside the "
-                f"sweep file. A sweep runs no notebook from elsewhere."
+                f"the notebook {name!r} leads out of {' and '.join(str(top) for top in places)}: copy it beside the "
+                f"sweep file, or give its whole path."
             )
         return found.resolve()
     raise ExperimentError(f"no notebook {name!r} under {' or '.join(str(place) for place in places)}.")
