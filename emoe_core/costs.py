@@ -36,6 +36,7 @@ from .errors import EmoeError
 from .json_file import read_object, typed, write_whole
 
 COSTS_FORMAT = 1
+LARGEST = 1 << 53  # the largest whole numbers that floats still tell apart
 
 
 class CostsError(EmoeError):
@@ -65,7 +66,7 @@ class TaskLoad:
 
     def __post_init__(self) -> None:
         lengths = (*self.input_tokens, *self.output_tokens)
-        if not self.input_tokens or not self.output_tokens or min(lengths) < 1:
+        if not self.input_tokens or not self.output_tokens or not 1 <= min(lengths) <= max(lengths) <= LARGEST:
             raise CostsError("a task's lengths must be samples of 1 token or more; measure the costs again.")
         if not self.expected_output_tokens >= 1:
             raise CostsError(f"a task expects {self.expected_output_tokens} output tokens; it must be 1 or more.")
@@ -127,6 +128,9 @@ class ServingCosts:
         )
         if not all(math.isfinite(value) and value >= 0 for value in times):
             raise CostsError("a serving cost is negative or not a number; measure the costs again.")
+        whole = (*self.decode_batches, *self.slots_per_layer, self.kv_token_bytes)
+        if not all(0 <= value <= LARGEST for value in whole):
+            raise CostsError("a number of sequences, slots or bytes is negative or absurd; measure the costs again.")
         ascending = all(a < b for a, b in zip((0, *self.decode_batches), self.decode_batches, strict=False))
         if not self.decode_batches or not ascending or len(self.decode_batches) != len(self.decode_step_s):
             raise CostsError("decode steps need ascending batch sizes with a time each; measure the costs again.")

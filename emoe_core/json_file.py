@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,6 +90,11 @@ def parse(text: str | bytes) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
 def typed(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
     """Return a dataclass from an object of JSON; lists become the tuples that the fields ask for.
 
@@ -99,7 +105,8 @@ def typed(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
         message names the first.
     """
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
+        found: Kind = _adapter(kind).validate_json(json.dumps(content), strict=True)
+        return found
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except ValidationError as error:

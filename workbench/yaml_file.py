@@ -13,7 +13,7 @@ import yaml
 
 from emoe_core.errors import ExperimentError
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 16
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -10,6 +10,7 @@ the fuzzer and leaves the input in a file ``crash-...``.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,10 +34,8 @@ def main() -> None:
 
         def one(content: bytes) -> None:
             path.write_bytes(reader.wrap(content))
-            try:
+            with suppress(EmoeError):
                 reader.read(path)
-            except EmoeError:
-                pass
 
         atheris.Setup([*sys.argv, "-rss_limit_mb=4000", "-timeout=10", seeds], one)
         atheris.Fuzz()
