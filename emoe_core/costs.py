@@ -195,6 +195,8 @@ class ServingCosts:
         except FileNotFoundError:
             raise CostsError(f"there are no serving costs at {source}: measure them with `emoe costs MODEL`.") from None
         try:
+            if "tasks" not in content:
+                raise ValueError("tasks: Field required")
             costs = typed(cls, content)
         except ValueError as error:
             raise CostsError(f"{source} is not a complete file of serving costs ({error}); measure again.") from error

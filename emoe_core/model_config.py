@@ -20,9 +20,7 @@ from emoe_core.json_file import parse, read_text
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
-_IMPLEMENTATIONS = tuple(
-    f"{private}{kind}_implementation" for private in ("", "_") for kind in ("attn", "experts")
-)
+_IMPLEMENTATIONS = tuple(f"{private}{kind}_implementation" for private in ("", "_") for kind in ("attn", "experts"))
 _BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
 MAX_LAYERS = 4096
@@ -127,8 +125,8 @@ def _refuse_endless(raw: Any, folder: Path) -> None:
     for count in _values(raw, _LAYER_COUNTS):
         if not isinstance(count, int | list) or (isinstance(count, int) and count > MAX_LAYERS):
             raise CheckpointError(
-                f"{folder / 'config.json'} speaks of {count!r:.50} layers, more than the {MAX_LAYERS} that emoe builds. "
-                f"It is damaged; fetch the model again."
+                f"{folder / 'config.json'} speaks of {count!r:.50} layers, more than the {MAX_LAYERS} that emoe "
+                f"builds. It is damaged; fetch the model again."
             )
 
 

@@ -292,6 +292,8 @@ class Profile:
         except FileNotFoundError:
             raise ProfileError(f"there is no task profile at {source}; measure one or give another path.") from None
         try:
+            if "tasks" not in content:
+                raise ValueError("tasks: Field required")
             profile = typed(cls, content)
         except ValueError as error:
             raise ProfileError(f"{source} is not a complete task profile ({error}); measure it again.") from error

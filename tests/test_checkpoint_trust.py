@@ -139,10 +139,11 @@ def test_a_shard_is_named_in_its_own_folder(tmp_path: Path, name: str) -> None:
 
 def test_the_name_of_a_pack_does_not_follow_the_configuration(tmp_path: Path) -> None:
     # transformers lets a part of a configuration call itself anything.
-    tiny_family(tmp_path / "model", "qwen3_5_moe")
+    tiny_family(tmp_path / "model", "llama4")
     config = tmp_path / "model" / "config.json"
-    part = json.loads(config.read_text())["text_config"]
-    edit(config, text_config=part | {"model_type": "../escaped"})
+    part = json.loads(config.read_text()) | {"model_type": "../escaped"}
+    config.write_text(json.dumps({"model_type": "llama4", "text_config": part}))
+    assert open_checkpoint(tmp_path / "model").config.model_type == "../escaped"
     packs = tmp_path / "inner" / "packs"
     assert ensure_pack(open_checkpoint(tmp_path / "model"), packs).path.parent == packs
     assert not list(tmp_path.rglob("escaped*"))

@@ -97,5 +97,8 @@ def test_aliases_that_stand_for_more_than_memory_holds_are_refused(tmp_path: Pat
     path = tmp_path / "sweep.yaml"
     lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))]
     path.write_text("\n".join(lines))
-    with pytest.raises(ExperimentError, match="alias"):
+    with pytest.raises(ExperimentError, match="aliases stand for more"):
+        read_sweep(path)
+    path.write_text("name: &a [*a]")
+    with pytest.raises(ExperimentError, match="part of"):
         read_sweep(path)

@@ -62,7 +62,6 @@ class NetworkShape:
         """Return the task's embedding; the last one stands for unknown."""
         return self.tasks.index(task) if task in self.tasks else len(self.tasks)
 
-
     def fits(self, weights: Mapping[str, torch.Tensor]) -> bool:
         """Return whether these are the weights of such a network; little is allocated to find out."""
         if self.depth > len(weights):
