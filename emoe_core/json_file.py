@@ -105,7 +105,8 @@ def typed(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
         message names the first.
     """
     try:
-        found: Kind = _adapter(kind).validate_json(json.dumps(content), strict=True)
+        wanted: Any = kind
+        found: Kind = _adapter(wanted).validate_json(json.dumps(content), strict=True)
         return found
     except RecursionError:
         raise ValueError("it is nested too deep") from None

@@ -186,7 +186,7 @@ def expand(sweep: SweepFile, beside: Path | None = None) -> list[Point]:
     beside : Path, optional
         Folder to look for notebooks in after the project root, usually that of the sweep file.
     """
-    points = []
+    points: list[Point] = []
     for stage in sweep.stages:
         notebook = find_notebook(stage.notebook, beside)
         known = notebook_parameters(notebook)
