@@ -27,6 +27,7 @@ from workbench.commands import (
     serve,
     serving,
     simulate,
+    soak,
     synthetic,
 )
 
@@ -74,6 +75,7 @@ app.command("simulate")(simulate.simulate)
 app.command("serve")(serve.serve)
 app.command("costs")(serving.costs)
 app.command("simulate-serving")(serving.simulate_serving)
+app.command("soak")(soak.soak)
 app.command("bench")(bench.bench)
 app.command("bench-systems")(bench.bench_systems)
 app.command("sweep")(experiments.sweep)

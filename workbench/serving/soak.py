@@ -1,7 +1,7 @@
-"""A long day in little time: hours of arrivals, compressed, against a real server process; what must not happen is counted.
+"""Hours of arrivals, compressed, against a real server process; what must not happen is counted.
 
 * Nobody is lost or answered twice: every request gets one answer of its own, and the server's own count agrees.
-* Memory does not grow: the slope of the server's resident memory over time, with its 95% interval, after the first part.
+* Memory does not grow: slope of the server's resident memory over time, its 95% interval, the first part left out.
 * Answers are those of offline generation: tolerance 0, same seed, one at a time. Rows of a batch agree within rounding
   only, so with a batch above 1 an answer may leave the offline one where two tokens are all but equally likely; such
   answers are counted, and those that leave it anywhere else are wrong.
@@ -12,15 +12,16 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import psutil
+from scipy import stats
 
 from emoe_core.errors import EmoeError, OptionError
 from emoe_core.sampling import Sampling
@@ -29,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 SETTLING_SHARE = 0.3
 SAMPLES_S = 0.5
 BLOCKS = 10
+ENDING_S = 60.0
 
 
 class SoakError(EmoeError):
@@ -146,7 +148,6 @@ def soak(config: SoakConfig, asked: Sequence[Question], progress: Progress | Non
     """
     command = [sys.executable, "-m", "workbench.cli", "serve", config.model, "--port", "0", "--budget", config.budget]
     command += ["--name", "soaked", "--max-batch", str(config.max_batch), "--max-waiting", "100000"]
-    # What it says goes to a file: a pipe that nobody reads would fill.
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
@@ -158,11 +159,16 @@ def soak(config: SoakConfig, asked: Sequence[Question], progress: Progress | Non
         else:
             raise SoakError(f"the server did not start: {''.join(said)[-800:]}")
         url = line.split(" at ")[1].strip().removesuffix("/v1")
-        drain = asyncio.to_thread(server.stderr.read)
-        return asyncio.run(_send(config, asked, url, psutil.Process(server.pid), drain, server, progress))
+        # A pipe that nobody reads would fill.
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        return asyncio.run(_send(config, asked, url, psutil.Process(server.pid), progress))
     finally:
-        server.kill()
-        server.wait()
+        server.terminate()
+        try:
+            server.wait(ENDING_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 async def _send(
@@ -170,11 +176,8 @@ async def _send(
     asked: Sequence[Question],
     url: str,
     process: psutil.Process,
-    drain: Any,
-    server: subprocess.Popen[str],
     progress: Progress | None,
 ) -> Soaked:
-    draining = asyncio.ensure_future(drain)
     count = max(1, round(config.simulated_s * config.rate_per_s))
     gaps = np.random.default_rng([config.seed, 1]).exponential(1 / (config.rate_per_s * config.compression), count)
     started = time.perf_counter()
@@ -205,8 +208,6 @@ async def _send(
         await asyncio.gather(*under_way, return_exceptions=True)
         counted = (await client.get(f"{url}/metrics")).text
     watching.cancel()
-    server.terminate()
-    await draining
     finished = [line for line in counted.splitlines() if line.startswith('emoe_requests_total{result="finished"}')]
     return Soaked(count, tuple(replies), round(float(finished[0].split()[-1])) if finished else 0, tuple(memory))
 
@@ -217,8 +218,6 @@ def memory_slope(memory: Sequence[tuple[float, int]]) -> tuple[float, float]:
     Samples of the first part, in which caches fill, are left out; the others are averaged in blocks, since samples that
     follow each other are not independent, and a line is put through the blocks (Student's t).
     """
-    from scipy import stats
-
     moments, bytes_held = np.array(memory, dtype=float).T
     kept = moments >= moments[0] + SETTLING_SHARE * (moments[-1] - moments[0])
     blocks = [part for part in np.array_split(np.arange(kept.sum()), BLOCKS) if len(part)]
@@ -228,8 +227,3 @@ def memory_slope(memory: Sequence[tuple[float, int]]) -> tuple[float, float]:
     y = np.array([bytes_held[kept][part].mean() for part in blocks])
     line = stats.linregress(x, y)
     return float(line.slope), float(line.stderr * stats.t.ppf(0.975, len(blocks) - 2))
-
-
-def report_path(folder: Path) -> Path:
-    """Return where a soak's figures are written."""
-    return folder / "soak.json"
