@@ -7,6 +7,7 @@ draw are those of transformers: with ``torch.manual_seed(seed)`` and ``top_k=0``
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -47,6 +48,9 @@ class Sampling:
 class Sampler:
     """The tokens of one request, in order; without a `Sampling` the most likely ones."""
 
+    # The warpers ask for what was said so far, and do not look at it.
+    _NO_IDS: Any = torch.empty(1, 0, dtype=torch.long)
+
     def __init__(self, sampling: Sampling | None) -> None:
         self._generator: torch.Generator | None = None
         if sampling is None:
@@ -61,5 +65,5 @@ class Sampler:
         if self._generator is None:
             return int(logits.argmax())
         # On the CPU in float32, as its generator: the same draw on every device.
-        scores = self._warpers(torch.empty(1, 0, dtype=torch.long), logits[None].float().cpu())
+        scores = self._warpers(self._NO_IDS, logits[None].float().cpu())
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))

@@ -178,7 +178,7 @@ def costs_of(model: str, progress: Progress | None = None) -> ServingCosts:
         return found
 
 
-def model_path(model: str) -> Path:
+def model_path(model: str) -> str | Path:
     """Return the checkpoint of a name that `costs_of` knows."""
     if model != "tiny":
         return resolve_model(model)
