@@ -26,7 +26,8 @@ turns bytes into such tokens. Padding to the longest row comes on top (`batch_ca
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,29 +39,12 @@ from .planner import DEFAULT_OUTPUT_TOKENS, RunningRequest
 from .running_batch import Row, RunningBatch
 from .sampling import Sampler, Sampling
 from .scheduler import BatchLimits, Objective, Scheduler, ServiceRequest, Situation, WaitingQueue
+from .serving_records import Answer, Pass
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 NO_PROMISE = Objective(float("inf"), float("inf"))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished request; times of the loop's clock, in seconds.
-
-    ``token_ids`` includes a closing stop token; ``stopped`` says whether that, or its own ``ends``, ended it.
-    """
-
-    number: int
-    task: str
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    arrival_s: float
-    admitted_s: float
-    first_token_s: float
-    finished_s: float
-    stopped: bool
 
 
 @dataclass(frozen=True)
@@ -92,6 +76,8 @@ class ServingLoop:
     on_failure : callable, optional
         Called with (number, error) when a request ends without an answer. Without it, the error of a pass ends all that
         run, and is raised.
+    on_pass : callable, optional
+        Told of every forward pass that succeeded.
 
     Raises
     ------
@@ -109,6 +95,7 @@ class ServingLoop:
         stop_tokens: Collection[int] = (),
         on_token: Callable[[int, int], None] | None = None,
         on_failure: Callable[[int, Exception], None] | None = None,
+        on_pass: Callable[[Pass], None] | None = None,
     ) -> None:
         if costs is not None:
             costs.require_model(engine.index.source_hash)
@@ -121,6 +108,7 @@ class ServingLoop:
         self._queue = WaitingQueue()
         self._on_token = on_token
         self._on_failure = on_failure
+        self._on_pass = on_pass
         self._asked: dict[int, _Asked] = {}
         self._batch = RunningBatch(engine)
         self._submitted = 0
@@ -273,13 +261,15 @@ class ServingLoop:
         return Row(request, engine_number, asked.prompt_ids, Sampler(asked.sampling), now_s)
 
     def _prefill(self, row: Row) -> None:
-        token = self._batch.prefill(row)
+        with self._timed(is_prompt=True, size=len(row.prompt_ids)):
+            token = self._batch.prefill(row)
         row.request.first_token_s = self._clock()
         self._put_out(row, token)
 
     def _step(self) -> list[Answer]:
         try:
-            tokens = self._batch.step()
+            with self._timed(is_prompt=False, size=len(self._batch.rows)):
+                tokens = self._batch.step()
         except Exception as error:
             if self._on_failure is None:
                 raise
@@ -291,6 +281,15 @@ class ServingLoop:
         for row, token in zip(self._batch.rows, tokens, strict=True):
             self._put_out(row, token)
         return self._retire()
+
+    @contextmanager
+    def _timed(self, *, is_prompt: bool, size: int) -> Iterator[None]:
+        if self._on_pass is None:
+            yield
+            return
+        started = self._clock()
+        yield
+        self._on_pass(Pass(is_prompt, size, self._clock() - started))
 
     def _fail(self, row: Row, error: Exception) -> None:
         del self._asked[row.request.number]

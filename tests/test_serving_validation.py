@@ -5,13 +5,16 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from emoe_core.costs import CostsError
 from emoe_core.errors import OptionError
+from emoe_core.serving_records import Pass
 from workbench.reference_model.tiny import tiny_moe
 from workbench.serving.experiment import ServingConfig
 from workbench.serving.measure import CostsConfig, measure_costs
 from workbench.serving.scale import scale_up
+from workbench.serving.times import fitted
 from workbench.serving.validation import Validation, ValidationConfig, validate
-from workbench.serving.validation_report import agreement_figure, beside_paper
+from workbench.serving.validation_report import DRIVERS, agreement_figure, beside_paper
 from workbench.store import HOME_VARIABLE
 
 
@@ -36,9 +39,11 @@ def test_both_drivers_serve_every_request_once_with_the_same_tokens(validated: V
         assert sorted(served["number"]) == list(range(12))
     kept = ["scheduler", "number", "task", "arrival_s", "input_tokens", "output_tokens"]
     parts = {name: part[kept].sort_values(kept[:2]) for name, part in validated.requests.groupby("driver")}
-    pd.testing.assert_frame_equal(
-        parts["real"].reset_index(drop=True), parts["simulated"].reset_index(drop=True), check_exact=True
-    )
+    assert set(parts) == set(DRIVERS)
+    for name in DRIVERS[1:]:
+        pd.testing.assert_frame_equal(
+            parts["real"].reset_index(drop=True), parts[name].reset_index(drop=True), check_exact=True
+        )
     assert (validated.requests["ttft_s"] > 0).all()
 
 
@@ -50,6 +55,25 @@ def test_the_comparison_is_of_the_records(validated: Validation) -> None:
     )
     # No timing is judged here, but an error of a whole order would be one of the model, not of a busy machine.
     assert 0.05 < row["ratio"] < 20
+
+
+def test_passes_are_counted_and_compared_with_the_costs(validated: Validation) -> None:
+    parts = validated.parts.set_index(["scheduler", "passes"])
+    assert parts.loc["fcfs", "prompts"]["count"] == parts.loc["emoe", "prompts"]["count"] == 12
+    longest = validated.requests["output_tokens"].max() - 1
+    assert longest <= parts.loc["fcfs", "steps"]["count"] <= (validated.requests["output_tokens"] - 1).sum()
+    busy = parts.loc["fcfs"]["real_s"].sum()
+    span = validated.table.set_index(["scheduler", "metric"]).loc[("fcfs", "span_s"), "real"]
+    assert 0 < busy < span
+
+
+def test_times_are_those_of_the_passes() -> None:
+    passes = [Pass(True, 10, 3.0), Pass(True, 20, 5.0), Pass(False, 1, 1.0), Pass(False, 1, 2.0), Pass(False, 3, 4.0)]
+    times = fitted(passes)
+    assert (times.prefill_token_s, times.prefill_fixed_s) == pytest.approx((0.2, 1.0))
+    assert (times.decode_batches, times.decode_step_s) == ((1, 3), (1.5, 4.0))
+    with pytest.raises(CostsError, match="two or more tokens"):
+        fitted(passes[:2])
 
 
 def test_clusters_stay_within_their_bounds(validated: Validation) -> None:

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from emoe_core.engine import Engine
-from emoe_core.serving_loop import Answer
+from emoe_core.serving_records import Answer
 from emoe_core.text_stream import TextStream
 from workbench.server.limits import ApiError, ServerLimits
 from workbench.server.metrics import ServerMetrics

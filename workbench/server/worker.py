@@ -22,7 +22,8 @@ from emoe_core.generation import end_tokens
 from emoe_core.metrics import Counters
 from emoe_core.sampling import Sampling
 from emoe_core.scheduler import BatchLimits, Objective, RequestTooLargeError, Scheduler
-from emoe_core.serving_loop import Answer, ServingLoop
+from emoe_core.serving_loop import ServingLoop
+from emoe_core.serving_records import Answer
 from emoe_core.text_stream import TextStream
 from workbench.server.limits import ApiError, ServerLimits, shutting_down
 from workbench.server.metrics import ServerMetrics

@@ -57,7 +57,7 @@ class CostsConfig:
     model: str = "reference"
     budget: str = "60%"
     prompt_tokens: tuple[int, ...] = (16, 64, 128, 256)
-    batches: tuple[int, ...] = (1, 2, 4, 8)
+    batches: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
     repeats: int = 5
     prompts: int = 8
     answer_tokens: int = 8

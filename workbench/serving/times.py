@@ -4,7 +4,8 @@ Prompts and steps are the serving loop's own (`running_batch.py`), of real text 
 task only, nobody would miss an expert, and a tiny model's prompts came out at half of their time. Medians of repeats:
 
 * prompts of several lengths, one at a time: a line through (tokens, seconds);
-* decode steps of several batch sizes over the middle one of these lengths;
+* decode steps of several batch sizes over the middle one of these lengths; they are no straight line, since more rows ask
+  for more experts until all are asked for;
 * swaps of several sizes, from start until every byte has arrived: a line through (experts, seconds);
 * one prediction with its plan.
 """
@@ -25,6 +26,7 @@ from emoe_core.running_batch import Row, RunningBatch
 from emoe_core.sampling import Sampler
 from emoe_core.scheduler import ServiceRequest
 from emoe_core.serving_loop import NO_PROMISE
+from emoe_core.serving_records import Pass
 from emoe_core.tasks import TASK_TYPES
 from workbench.serving.task_loads import cut, task_tokens
 
@@ -75,6 +77,26 @@ def measure_times(
     steps = _steps(engine, texts, sorted(prompt_tokens)[len(prompt_tokens) // 2], batches, repeats, progress)
     load_s, swap_s = _swaps(engine, repeats, seed, progress)
     return Times(slope, intercept, tuple(batches), tuple(steps), load_s, swap_s, _prediction(engine, repeats))
+
+
+def fitted(passes: Sequence[Pass]) -> Times:
+    """Return the times of a service's own passes; waiting for experts is in them, so loading costs nothing more.
+
+    Raises
+    ------
+    CostsError
+        When there was no prompt, or no step.
+    """
+    prompts = [one for one in passes if one.is_prompt]
+    sizes = sorted({one.size for one in passes if not one.is_prompt})
+    if not prompts or not sizes:
+        raise CostsError("a service without a prompt or a step has no times: serve answers of two or more tokens")
+    lengths, seconds = [float(one.size) for one in prompts], [one.seconds for one in prompts]
+    slope, intercept = fit_line(lengths, seconds) if len(set(lengths)) > 1 else (0.0, float(np.mean(seconds)))
+    steps = [
+        float(np.mean([one.seconds for one in passes if not one.is_prompt and one.size == size])) for size in sizes
+    ]
+    return Times(slope, intercept, tuple(sizes), tuple(steps), 0.0, 0.0, 0.0)
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

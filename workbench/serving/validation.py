@@ -5,6 +5,10 @@ so that nothing is cold, and has its times measured there and then, if wanted: w
 much a machine has changed since costs were stored. Then every scheduler serves the same requests. Prompts are real ones
 of each task, repeated or cut to the length that was drawn; answers have the length that was drawn, whatever is said.
 
+A second simulation goes by times fitted to the real loop's own passes ("refitted"): what it misses is the simulation's
+fault, what only the first one misses is the costs', since a machine is not as fast in one minute as in the next, and
+near saturation a tenth more work is a third more waiting.
+
 Percentiles of few requests are what they are: the P99 of 30 is close to the slowest one.
 """
 
@@ -21,19 +25,20 @@ from emoe_core.costs import ServingCosts
 from emoe_core.errors import OptionError
 from emoe_core.planner import RunningRequest
 from emoe_core.scheduler import BatchLimits, Objective, make_scheduler
-from emoe_core.serving_loop import Answer, ServingLoop
+from emoe_core.serving_loop import ServingLoop
+from emoe_core.serving_records import Answer, Pass
 from workbench.busy import OtherWork
 from workbench.models import resolve_model
 from workbench.serving.arrivals import Arrival, at_rate, draw_arrivals
 from workbench.serving.cluster import Cluster
 from workbench.serving.experiment import ServingConfig, capacity_per_s, make_replica, make_request, objectives
-from workbench.serving.service_metrics import request_table, service_metrics
+from workbench.serving.service_metrics import request_table
 from workbench.serving.simulated_engine import Served
 from workbench.serving.task_loads import cut, task_tokens
-from workbench.serving.times import Times, measure_times
+from workbench.serving.times import Times, fitted, measure_times
+from workbench.serving.validation_report import compare, parts_of
 
 Progress = Callable[[str, int, int], None]
-COMPARED = ("latency_mean_s", "latency_p99_s", "ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "span_s")
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,12 @@ class Validation:
     costs : ServingCosts
         What the simulation went by.
     requests : DataFrame
-        One row a request, scheduler and driver ("real", "simulated"): `service_metrics.request_table`.
+        One row a request, scheduler and driver (`validation_report.DRIVERS`): `service_metrics.request_table`.
     table : DataFrame
-        One row a scheduler and metric: ``scheduler, metric, real, simulated, ratio`` (simulated over real).
+        One row a scheduler and metric: ``scheduler, metric``, every driver's, and those of the simulations over real
+        (``ratio, refitted_ratio``).
+    parts : DataFrame
+        One row a scheduler and kind of pass: ``scheduler, passes, count, real_s, modelled_s, ratio``.
     others_cpu_share : float
         How busy others kept the machine while the real loop served.
     """
@@ -116,6 +124,7 @@ class Validation:
     costs: ServingCosts
     requests: pd.DataFrame
     table: pd.DataFrame
+    parts: pd.DataFrame
     others_cpu_share: float
 
 
@@ -147,22 +156,26 @@ def validate(config: ValidationConfig, costs: ServingCosts, progress: Progress |
             costs = replace(costs, **asdict(_times(engine, config, report)))
         coming = _arrivals(config, costs)
         promised = objectives(coming, costs, ServingConfig.ttft_factor, ServingConfig.tpot_factor)
-        others, parts = OtherWork(), []
+        others, tables, parts = OtherWork(), [], []
         for scheduler in config.schedulers:
             service = config.service(scheduler)
 
             def done(count: int, name: str = scheduler) -> None:
                 report(f"served under {name}", count, config.n_requests)
 
-            real = serve_real(engine, service, costs, coming, texts, promised, done)
-            simulated = simulate(service, costs, coming, promised)
-            parts += [
-                request_table(served).assign(scheduler=scheduler, driver=driver)
-                for driver, served in (("real", real), ("simulated", simulated))
-            ]
+            passes: list[Pass] = []
+            real = serve_real(engine, service, costs, coming, texts, promised, done, passes.append)
+            own = replace(costs, **asdict(fitted(passes)))
+            for driver, served in (
+                ("real", real),
+                ("simulated", simulate(service, costs, coming, promised)),
+                ("refitted", simulate(service, own, coming, promised, believed=costs)),
+            ):
+                tables.append(request_table(served).assign(scheduler=scheduler, driver=driver))
+            parts.append(parts_of(passes, costs).assign(scheduler=scheduler))
         share = others.share()
-    requests = pd.concat(parts, ignore_index=True)
-    return Validation(costs, requests, compare(requests), share)
+    requests = pd.concat(tables, ignore_index=True)
+    return Validation(costs, requests, compare(requests), pd.concat(parts, ignore_index=True), share)
 
 
 def serve_real(
@@ -173,6 +186,7 @@ def serve_real(
     texts: Mapping[str, Sequence[int]],
     promised: Mapping[str, Objective],
     done: Callable[[int], None] = lambda count: None,
+    on_pass: Callable[[Pass], None] | None = None,
 ) -> list[Served]:
     """Serve arrivals by the real loop, in real time; return their records by number.
 
@@ -182,6 +196,8 @@ def serve_real(
         Token ids of each task, repeated or cut to a prompt's length.
     done : callable, optional
         Called with the number of answers so far.
+    on_pass : callable, optional
+        Told of every forward pass.
     """
     started = time.perf_counter()
 
@@ -189,7 +205,8 @@ def serve_real(
         return time.perf_counter() - started
 
     limits = BatchLimits(service.max_batch, service.kv_tokens)
-    loop = ServingLoop(engine, make_scheduler(service.scheduler, costs, service.max_bypassed), limits, costs, clock)
+    scheduler = make_scheduler(service.scheduler, costs, service.max_bypassed)
+    loop = ServingLoop(engine, scheduler, limits, costs, clock, on_pass=on_pass)
     waiting, answers = list(coming), list[Answer]()
     while waiting or not loop.idle:
         if loop.idle and waiting[0].arrival_s > clock():
@@ -211,25 +228,22 @@ def serve_real(
 
 
 def simulate(
-    service: ServingConfig, costs: ServingCosts, coming: Sequence[Arrival], promised: Mapping[str, Objective]
+    service: ServingConfig,
+    costs: ServingCosts,
+    coming: Sequence[Arrival],
+    promised: Mapping[str, Objective],
+    believed: ServingCosts | None = None,
 ) -> list[Served]:
-    """Serve arrivals by the simulation, from residents that have seen every task, as the real engine's have."""
+    """Serve arrivals by the simulation, from residents that have seen every task, as the real engine's have.
+
+    ``believed`` are the costs by which the scheduler decides, where they are not those that hold.
+    """
     replica = make_replica(service, costs)
+    replica.scheduler = make_scheduler(service.scheduler, believed or costs, service.max_bypassed)
     assert replica.residents is not None
     for task in sorted(costs.tasks):
         replica.residents.admit([RunningRequest(task, 1)], [])
     return Cluster([replica]).run([make_request(service, costs, promised, one) for one in coming])
-
-
-def compare(requests: pd.DataFrame) -> pd.DataFrame:
-    """Return the metrics of both drivers beside each other, and simulated over real, for every scheduler."""
-    rows = []
-    for scheduler, group in requests.groupby("scheduler", sort=False):
-        found = {driver: service_metrics(part) for driver, part in group.groupby("driver")}
-        for metric in COMPARED:
-            real, simulated = found["real"][metric], found["simulated"][metric]
-            rows.append((scheduler, metric, real, simulated, simulated / real))
-    return pd.DataFrame(rows, columns=["scheduler", "metric", "real", "simulated", "ratio"])
 
 
 def _arrivals(config: ValidationConfig, costs: ServingCosts) -> list[Arrival]:
@@ -247,7 +261,7 @@ def _arrivals(config: ValidationConfig, costs: ServingCosts) -> list[Arrival]:
 def _times(engine: emoe_core.Engine, config: ValidationConfig, report: Progress) -> Times:
     """Measure what will be served: prompts up to the longest, batches up to the largest."""
     longest = config.max_input_tokens
-    smaller = [size for size in (1, 2, 4, 8, 16, 32) if size < config.max_batch]
+    smaller = [size for size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if size < config.max_batch]
     return measure_times(
         engine,
         prompt_tokens=sorted({max(1, longest // 4), max(2, longest // 2), max(3, longest)}),
