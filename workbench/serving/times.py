@@ -4,8 +4,8 @@ Prompts and steps are the serving loop's own (`running_batch.py`), of real text 
 task only, nobody would miss an expert, and a tiny model's prompts came out at half of their time. Medians of repeats:
 
 * prompts of several lengths, one at a time: a line through (tokens, seconds);
-* decode steps of several batch sizes over the middle one of these lengths; they are no straight line, since more rows ask
-  for more experts until all are asked for;
+* decode steps of several batch sizes over the middle one of these lengths; their times are no straight line, since
+  more rows ask for more experts until all are asked for;
 * swaps of several sizes, from start until every byte has arrived: a line through (experts, seconds);
 * one prediction with its plan.
 """

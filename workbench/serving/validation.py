@@ -264,7 +264,8 @@ def _times(engine: emoe_core.Engine, config: ValidationConfig, report: Progress)
     smaller = [size for size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if size < config.max_batch]
     return measure_times(
         engine,
-        prompt_tokens=sorted({max(1, longest // 4), max(2, longest // 2), max(3, longest)}),
+        # Steps are timed over the longer of two: a context is a prompt and what was said since.
+        prompt_tokens=(max(1, longest // 2), max(2, longest)),
         batches=[*smaller, config.max_batch],
         repeats=config.repeats,
         source=config.source,
