@@ -19,6 +19,7 @@ from emoe_core.errors import EmoeError
 from workbench.commands import (
     bench,
     checkpoints,
+    compare,
     doctor,
     experiments,
     families,
@@ -78,6 +79,7 @@ app.command("bench")(bench.bench)
 app.command("bench-systems")(bench.bench_systems)
 app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
+app.command("compare")(compare.compare)
 
 
 def main() -> None:

@@ -39,6 +39,8 @@ RUN_VARIABLE = "EMOE_RUN_ID"
 PARENT_TAG = "mlflow.parentRunId"
 FIGURE_FOLDER = "figures"
 DATA_FOLDER = "data"
+NOTEBOOK_FOLDER = "notebook"
+ENVIRONMENT_FILE = "environment.json"
 
 
 class Run:
@@ -123,7 +125,7 @@ class Run:
         self._publish_environment()
 
     def _publish_environment(self) -> None:
-        self.log_text("environment.json", json.dumps(self.environment.to_dict(), indent=2))
+        self.log_text(ENVIRONMENT_FILE, json.dumps(self.environment.to_dict(), indent=2))
         self.log_tags(self.environment.tags())
 
     def _log_file(self, name: str, folder: str, write: Callable[[Path], object]) -> None:
