@@ -29,6 +29,7 @@ from workbench.commands import (
     serving,
     simulate,
     synthetic,
+    verify,
 )
 
 DEBUG_OPTION = "--debug"
@@ -80,6 +81,7 @@ app.command("bench-systems")(bench.bench_systems)
 app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
 app.command("compare")(compare.compare)
+app.command("verify")(verify.verify)
 
 
 def main() -> None:

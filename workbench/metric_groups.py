@@ -14,7 +14,15 @@ GROUPS = {
     "time": ("ttft", "tpot", "stall", "_s", "per_s", "cpu_share"),
 }
 OTHER = "other"
-MEASURED_MEMORY = ("peak_bytes", "model_bytes", "serving_bytes", "control_bytes", "mapped_bytes", "memory_ratio")
+MEASURED_MEMORY = (
+    "peak_bytes",
+    "model_bytes",
+    "serving_bytes",
+    "control_bytes",
+    "mapped_bytes",
+    "memory_ratio",
+    "serving_ratio",
+)
 LOWER_IS_BETTER = ("perplexity", "kl_", "log_ratio", "_bytes", "bytes_", "memory", "loads", "reroutes", "evictions")
 HIGHER_IS_BETTER = ("agreement", "similarity", "accuracy", "hit_rate", "per_s", "attainment", "goodput", "skill")
 

@@ -46,7 +46,7 @@ def compare(
     client = open_store()
     first, second = find_runs(client, a), find_runs(client, b)
     if first.is_sweep != second.is_sweep:
-        raise ExperimentError(X)
+        raise ExperimentError(f"{first.title} and {second.title}: compare two runs or two sweeps, not one of each.")
     options = {"metrics": metric or None, "without_times": without_times}
     if first.is_sweep:
         sweeps = compare_sweeps(first, second, **options)  # type: ignore[arg-type]

@@ -39,6 +39,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("platform", "system", MACHINE, "another kernel or C library"),
     ("python", "Python", TIME, "another interpreter"),
     ("determinism", "determinism settings", ROUNDING, "libraries may compute in another order"),
+    ("lock_hash", "installed packages", (), "see requirements.txt of the runs"),
     ("commit", "commit", EVERYTHING, "other code"),
 )
 # Libraries that compute; versions of the others are told without doubt.
