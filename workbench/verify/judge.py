@@ -1,9 +1,9 @@
 """Recorded values against those of a second execution: bit-equal, within tolerance, or not.
 
 Three kinds of metrics: *times* follow the clock and are only shown, unless they happen to be equal or a tolerance for
-them is given; *measured memory* repeats within a few percent; everything else is computed, and what is computed should be
-bit-equal on the same machine and differ by rounding on another. Tables are judged cell by cell in the same way; text must
-be equal. Figures are not compared: they are drawn from these values.
+them is given; *measured memory* repeats within a few percent; everything else is computed, and what is computed should
+be bit-equal on the same machine and differ by rounding on another. Tables are judged cell by cell in the same way; text
+must be equal. Figures are not compared: they are drawn from these values.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Tolerances:
     Attributes
     ----------
     relative, absolute : float
-        Of computed values; a value is within when it is off by at most ``absolute + relative * |recorded|``. The defaults
-        let float32 sums be made in another order.
+        Of computed values; a value is within when it is off by at most ``absolute + relative * |recorded|``. The
+        defaults let float32 sums be made in another order.
     memory : float
         Relative, of measured memory.
     times : float or None
