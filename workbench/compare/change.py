@@ -113,7 +113,8 @@ def paired_change(
         drawn_a, drawn_b = (shown(bootstrap_means(values, weights)) for values in (a, b))
         interval = percentile_interval(drawn_b - drawn_a)
         if positive and geometric:
-            ratio_interval = percentile_interval(np.exp(bootstrap_means(np.log(b / a))))
+            low, high = percentile_interval(bootstrap_means(np.log(b / a)))
+            ratio_interval = (math.exp(low), math.exp(high))
         elif positive and (drawn_a > 0).all():
             ratio_interval = percentile_interval(drawn_b / drawn_a)
     return Change(
