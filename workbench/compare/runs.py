@@ -70,7 +70,12 @@ class RunComparison:
 
 
 def compare_runs(
-    a: RunRecord, b: RunRecord, *, metrics: Collection[str] | None = None, without_times: bool = False
+    a: RunRecord,
+    b: RunRecord,
+    *,
+    metrics: Collection[str] | None = None,
+    without_times: bool = False,
+    may_be_empty: bool = False,
 ) -> RunComparison:
     """Compare two runs.
 
@@ -81,6 +86,8 @@ def compare_runs(
         Only these; all when missing.
     without_times : bool
         Leave out everything that a clock decides; runs may then have read experts in different ways.
+    may_be_empty : bool
+        Do not insist on a common metric.
 
     Raises
     ------
@@ -107,7 +114,7 @@ def compare_runs(
     common = [name for name in a.metrics if name in b.metrics and name not in told and wanted(name)]
     values = {name: [np.array([run.metrics[name]]) for run in (a, b)] for name in common}
     single = [paired_change(name, *both) for name, both in values.items() if np.isfinite(both).all()]
-    if not over_prompts and not single:
+    if not over_prompts and not single and not may_be_empty:
         known = sorted(told | (set(a.metrics) & set(b.metrics)))
         asked = f"none of {', '.join(metrics)} is in both" if metrics else "the runs have no metric in common"
         raise ExperimentError(f"{asked}. Metrics of both: {', '.join(known) or 'none'}.")

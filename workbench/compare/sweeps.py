@@ -90,7 +90,11 @@ def compare_sweeps(
     if not matched:
         listing = "\n".join(f"  {line}" for line in unpaired[:12])
         raise ExperimentError(f"no run of A has the parameters of a run of B:\n{listing}")
-    pairs = [compare_runs(*pair, metrics=metrics, without_times=without_times) for pair in matched]
+    # A sweep may run several notebooks, and a metric be that of one of them.
+    every = [compare_runs(*pair, metrics=metrics, without_times=without_times, may_be_empty=True) for pair in matched]
+    pairs = [pair for pair in every if pair.over_prompts or pair.single]
+    if not pairs:
+        raise ExperimentError(f"no pair of runs has {' or '.join(metrics or ['any metric'])}: see the report for names.")
     names = dict.fromkeys(pair.a.notebook_name for pair in pairs)
     return SweepComparison(
         a,

@@ -111,7 +111,9 @@ def plan_rerun(run: RunRecord, *, source: str = RECORDED, notebook: Path | None 
 def _fitting(run: RunRecord, notebook: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the recorded parameters that a notebook knows, and those of the notebook that were not recorded."""
     known = notebook_parameters(notebook)
-    recorded = {**{n: run.environment.get(n) for n in ("seed", "dtype") if n in run.environment}, **run.params}
+    # Some notebooks record these two as identity only.
+    identity = {name: run.environment.get(name) for name in ("seed", "dtype")}
+    recorded = {name: value for name, value in identity.items() if value is not None} | run.params
     fitting = {name: value for name, value in recorded.items() if name in known}
     if not fitting:
         raise ExperimentError(f"{notebook} takes none of the parameters of {run.describe()}: name another notebook.")

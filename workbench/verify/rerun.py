@@ -34,9 +34,7 @@ VERIFIES_TAG = "emoe.verifies"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def rerun(
-    client: MlflowClient, run: RunRecord, plan: Plan, *, tell: Callable[[str], object], tick: Callable[[], object]
-) -> RunRecord:
+def rerun(client: MlflowClient, run: RunRecord, plan: Plan, tell: Callable[[str], object]) -> RunRecord:
     """Execute the plan and return what it recorded, failed or not.
 
     Parameters
@@ -45,8 +43,8 @@ def rerun(
     run : RunRecord
         The run that is verified.
     plan : Plan
-    tell, tick : callable
-        Called with a sentence for people; called many times a second while the notebook runs.
+    tell : callable
+        Called with a sentence when the machine has to be waited for.
     """
     tags = {
         VERIFIES_TAG: run.run_id,
@@ -64,7 +62,7 @@ def rerun(
             run_id = new_run(client, EXPERIMENT, f"verify {run.name}", tags=tags)
         status = "KILLED"
         try:
-            outcome = _execute(client, run_id, plan, tick)
+            outcome = _execute(client, run_id, plan)
             status = "FINISHED" if outcome["ok"] else "FAILED"
             if not outcome["ok"]:
                 client.set_tag(run_id, ERROR_TAG, outcome["error"][:2000])
@@ -73,7 +71,7 @@ def rerun(
     return RunRecord.of(client, client.get_run(run_id))
 
 
-def _execute(client: MlflowClient, run_id: str, plan: Plan, tick: Callable[[], object]) -> dict[str, Any]:
+def _execute(client: MlflowClient, run_id: str, plan: Plan) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="emoe-verify-") as name:
         folder = Path(name)
         (folder / "source").mkdir()
@@ -102,7 +100,6 @@ def _execute(client: MlflowClient, run_id: str, plan: Plan, tick: Callable[[], o
             )
         try:
             while process.poll() is None:
-                tick()
                 time.sleep(POLL_S)
         finally:
             _end(process)

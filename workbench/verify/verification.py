@@ -84,7 +84,6 @@ def verify_run(
     tolerances: Tolerances | None = None,
     anyway: bool = False,
     tell: Callable[[str], object] = lambda text: None,
-    tick: Callable[[], object] = lambda: None,
 ) -> Verification:
     """Make a run again and judge what came out.
 
@@ -97,8 +96,8 @@ def verify_run(
     tolerances : Tolerances, optional
     anyway : bool
         Also where the model's content hash or the data changed.
-    tell, tick : callable
-        Called with a sentence for people; called while the notebook runs.
+    tell : callable
+        Called with sentences for people: what differs beforehand, what was checked.
 
     Raises
     ------
@@ -119,7 +118,7 @@ def verify_run(
                 f"{other.a}. Prepare the data of that commit again (`emoe data prepare`), or give --anyway."
             )
         tell(said)
-    again = rerun(client, run, plan, tell=tell, tick=tick)
+    again = rerun(client, run, plan, tell)
     metrics: list[Judgement] = []
     tables: list[Judgement] = []
     differences = environment_differences(run.environment, again.environment) if run.environment else []
