@@ -19,6 +19,7 @@ from emoe_core.errors import EmoeError
 from workbench.commands import (
     bench,
     checkpoints,
+    compare,
     doctor,
     experiments,
     families,
@@ -28,6 +29,7 @@ from workbench.commands import (
     serving,
     simulate,
     synthetic,
+    verify,
 )
 
 DEBUG_OPTION = "--debug"
@@ -78,6 +80,8 @@ app.command("bench")(bench.bench)
 app.command("bench-systems")(bench.bench_systems)
 app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
+app.command("compare")(compare.compare)
+app.command("verify")(verify.verify)
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 A sweep starts one such process per run, so that a kernel that crashes or is killed for memory takes only itself down.
 The job is a JSON file with ``notebook, output, parameters, status, owner_pid``; the outcome is written to ``status`` as
 JSON with ``ok`` and, after a failure, ``error`` (one line) and ``traceback``. The kernel is this interpreter whatever
-kernel the notebook names, and works in the notebook's folder. It does not write to MLflow: the notebook and the sweep
-do.
+kernel the notebook names, and works in the notebook's folder unless the job names a ``working_folder``. It does not
+write to MLflow: the notebook and the sweep do.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
             parameters=job["parameters"],
             kernel_name=KERNEL,
             language="python",
-            cwd=str(notebook.parent),
+            cwd=job.get("working_folder") or str(notebook.parent),
             progress_bar=False,
         )
     except PapermillExecutionError as error:

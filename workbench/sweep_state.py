@@ -32,6 +32,7 @@ ERROR_TAG = "emoe.error"
 METRICS_TAG = "emoe.metrics"
 SUPERSEDED_TAG = "emoe.superseded"
 OWNER_TAG = "emoe.owner"
+PAGE_CACHE_TAG = "emoe.page_cache"
 PAGE_RUNS = 1000
 
 
