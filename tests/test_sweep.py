@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -99,6 +100,7 @@ def test_a_killed_sweep_leaves_no_kernel_and_is_resumed(bench: Bench) -> None:
     process.wait()
     wait_for(lambda: not psutil.pid_exists(kernel))
     assert bench.statuses() == ["FINISHED", "RUNNING"]
+    assert bench.store_is_intact()
 
     gate.touch()
     resumed = run_sweep(path)
@@ -108,10 +110,32 @@ def test_a_killed_sweep_leaves_no_kernel_and_is_resumed(bench: Bench) -> None:
     assert find_parent(open_store()).info.status == "FINISHED"
 
 
+def test_a_run_whose_process_is_killed_is_recorded_and_done_again(bench: Bench) -> None:
+    gate = bench.root / "gate"
+    path = bench.write(grid={"seed": [0]}, fixed={"outcome": "wait", "gate": str(gate)})
+    kernels: list[int] = []
+
+    def kill_the_process_that_holds_the_kernel() -> None:
+        found = wait_for(lambda: [pid for item in bench.all_runs() if (pid := item.data.tags.get("dummy.pid"))])
+        kernels.append(int(found[0]))
+        psutil.Process(kernels[0]).parent().kill()
+
+    killer = threading.Thread(target=kill_the_process_that_holds_the_kernel)
+    killer.start()
+    assert run_sweep(path).failed == ["dummy seed=0"]
+    killer.join()
+    assert "killed by signal 9" in bench.current()[0].data.tags[ERROR_TAG]
+    wait_for(lambda: not psutil.pid_exists(kernels[0]))
+    gate.touch()
+    assert run_sweep(path).finished == ["dummy seed=0"]
+    assert bench.statuses() == ["FINISHED"] and len(bench.all_runs()) == 2
+    assert bench.store_is_intact()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_marks_its_run_as_killed(bench: Bench, number: signal.Signals) -> None:
     path = bench.write(grid={"outcome": ["wait", "ok"]}, fixed={"gate": str(bench.root / "never")})
-    process = bench.start("sweep", str(path))
+    process = bench.start("sweep", str(path), "--jobs", "1")
     kernel = bench.kernel_of_waiting_run(process)
     process.send_signal(number)
     assert process.wait() == 130
@@ -133,6 +157,7 @@ def test_a_full_disk_stops_the_sweep_with_a_reason_and_it_resumes_with_room(benc
         assert "no space left on device" in full.stderr and "Make room" in full.stderr
         assert "Traceback" not in full.stderr
         assert bench.statuses() == ["FINISHED", "FAILED"]
+        assert bench.store_is_intact()
         subprocess.run(["mount", "-o", "remount,size=100m", mount[-1]], check=True)
         assert run_sweep(path).skipped == ["dummy outcome=ok"]
         assert bench.statuses() == ["FINISHED", "FINISHED"]

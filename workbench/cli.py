@@ -28,6 +28,7 @@ from workbench.commands import (
     serving,
     simulate,
     synthetic,
+    tracking,
 )
 
 DEBUG_OPTION = "--debug"
@@ -78,6 +79,7 @@ app.command("bench")(bench.bench)
 app.command("bench-systems")(bench.bench_systems)
 app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
+app.command("tracking-server")(tracking.tracking_server)
 
 
 def main() -> None:

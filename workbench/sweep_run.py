@@ -1,9 +1,9 @@
 """Execute one notebook in this process's own kernel: ``python -m workbench.sweep_run JOB.json``.
 
-A sweep starts one such process per run, so that a kernel that crashes or is killed for memory takes only itself down.
-The job is a JSON file with ``notebook, output, parameters, status, owner_pid``; the outcome is written to ``status`` as
-JSON with ``ok`` and, after a failure, ``error`` (one line) and ``traceback``. The kernel is this interpreter whatever
-kernel the notebook names, and works in the notebook's folder. It does not write to MLflow: the notebook and the sweep
+`executors.notebook_process` starts one such process per run, so that a kernel that crashes or is killed for memory
+takes only itself down. The job is a JSON file with ``notebook, working_folder, output, parameters, status,
+owner_pid``; the outcome is written to ``status`` as JSON with ``ok`` and, after a failure, ``error`` (one line) and ``traceback``. The
+kernel is this interpreter whatever kernel the notebook names. It does not write to MLflow: the notebook and the sweep
 do.
 """
 
@@ -40,7 +40,7 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
             parameters=job["parameters"],
             kernel_name=KERNEL,
             language="python",
-            cwd=str(notebook.parent),
+            cwd=job["working_folder"],
             progress_bar=False,
         )
     except PapermillExecutionError as error:

@@ -30,6 +30,8 @@ DIGEST_TAG = "emoe.point"
 NOTEBOOK_TAG = "emoe.notebook"
 ERROR_TAG = "emoe.error"
 METRICS_TAG = "emoe.metrics"
+INDEX_TAG = "emoe.index"
+STUDY_TAG = "emoe.study"
 SUPERSEDED_TAG = "emoe.superseded"
 OWNER_TAG = "emoe.owner"
 PAGE_RUNS = 1000
@@ -89,7 +91,7 @@ def children(client: MlflowClient, parent: MlflowRun) -> list[MlflowRun]:
 def current_runs(client: MlflowClient, parent: MlflowRun) -> list[MlflowRun]:
     """Return the current children of a sweep in the order of its file."""
     found = [item for item in children(client, parent) if item.data.tags.get(SUPERSEDED_TAG) != "true"]
-    return sorted(found, key=lambda item: int(item.data.tags.get("emoe.index", 0)))
+    return sorted(found, key=lambda item: int(item.data.tags.get(INDEX_TAG, 0)))
 
 
 def start_parent(client: MlflowClient, name: str, tags: dict[str, str]) -> str:
