@@ -24,7 +24,7 @@ def drawn(screen: SweepScreen) -> str:
 
 
 def test_the_table_shows_what_runs_and_counts_the_rest(three: list[Point]) -> None:
-    screen = SweepScreen(Console(force_terminal=True, width=120, height=30))
+    screen = SweepScreen(Console(force_terminal=True, color_system=None, width=120, height=30))
     with screen.console.capture() as said:
         screen.announce(3, 90.0)
         screen.began("a", three[0], 30.0)
@@ -53,7 +53,7 @@ def test_what_is_left_shrinks_with_runs_side_by_side_and_is_silent_when_unknown(
 
 
 def test_the_table_never_outgrows_the_terminal(three: list[Point]) -> None:
-    screen = SweepScreen(Console(force_terminal=True, width=100, height=8, quiet=False))
+    screen = SweepScreen(Console(force_terminal=True, color_system=None, width=100, height=8))
     for number in range(12):
         screen._running[str(number)] = (three[number % 3], 0.0, None)
     table = drawn(screen)

@@ -2,9 +2,9 @@
 
 `executors.notebook_process` starts one such process per run, so that a kernel that crashes or is killed for memory
 takes only itself down. The job is a JSON file with ``notebook, working_folder, output, parameters, status,
-owner_pid``; the outcome is written to ``status`` as JSON with ``ok`` and, after a failure, ``error`` (one line) and ``traceback``. The
-kernel is this interpreter whatever kernel the notebook names. It does not write to MLflow: the notebook and the sweep
-do.
+owner_pid``; the outcome is written to ``status`` as JSON with ``ok`` and, after a failure, ``error`` (one line) and
+``traceback``. The kernel is this interpreter whatever kernel the notebook names. It does not write to MLflow: the
+notebook and the sweep do.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 KERNEL = "python3"
 ORPHAN_POLL_S = 0.5
+KERNEL_START_S = 300  # papermill's minute is short on a busy machine; a kernel that dies is noticed at once
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -42,6 +43,7 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
             language="python",
             cwd=job["working_folder"],
             progress_bar=False,
+            start_timeout=KERNEL_START_S,
         )
     except PapermillExecutionError as error:
         line = f"{error.ename}: {ANSI.sub('', error.evalue)}"

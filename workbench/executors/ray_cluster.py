@@ -1,9 +1,8 @@
 """Carry out runs on a Ray cluster, one papermill run a task (extra ``ray``).
 
 Tasks are placed here, not by Ray: each is bound to a node that has room by the count of this sweep's own tasks. So a
-run in the store never waits in a queue, and a timing run gets a node, and the host that it is on, to itself. A task that
-ends with its node or worker is handed back as lost; Ray itself does not retry, because the next attempt is a run of its
-own.
+run in the store never waits in a queue, and a timing run gets a node, and its host, to itself. A task that ends with
+its node or worker is handed back as lost. Ray itself does not retry: the next attempt is a run of its own.
 
 Nodes that do not share this machine's disk write to an MLflow server (``MLFLOW_TRACKING_URI``), artifacts included.
 """
