@@ -19,6 +19,7 @@ from workbench import results
 from workbench.store import HOME_VARIABLE, locked, open_store
 from workbench.sweep import run_sweep
 from workbench.sweep_state import ERROR_TAG, OWNER_TAG, find_parent, is_alive, owner_tag
+from workbench.tracking import new_run
 
 # One worker runs all of these: they share one sweep that takes a while, and the machine.
 pytestmark = pytest.mark.xdist_group("sweep")
@@ -181,6 +182,19 @@ def test_timing_excludes_everything_and_quality_shares(bench: Bench) -> None:
     with locked("machine", shared=True):
         assert (free(shared=False), free(shared=True)) == (False, True)
     assert free(shared=False)
+
+
+def test_a_sweep_of_another_machine_is_left_alone_until_it_is_taken_over(bench: Bench) -> None:
+    path = bench.write(grid={"tolerance": [0.0]})
+    first = run_sweep(path)
+    client = open_store()
+    client.set_tag(first.parent_run_id, OWNER_TAG, "elsewhere:1:1.00")
+    client.update_run(first.parent_run_id, status="RUNNING")
+    ghost = new_run(client, "dummy", "ghost", parent=first.parent_run_id, tags={OWNER_TAG: "elsewhere:1:1.00"})
+    with pytest.raises(ExperimentError, match=r"already running .host:process elsewhere:1.*--take-over"):
+        run_sweep(path)
+    assert run_sweep(path, take_over=True).skipped == first.finished
+    assert client.get_run(ghost).info.status == "KILLED" and bench.statuses() == ["FINISHED"]
 
 
 @pytest.mark.parametrize("jobs", [0, 5])

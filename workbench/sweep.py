@@ -77,6 +77,7 @@ def run_sweep(
     *,
     fresh: bool = False,
     jobs: int | None = None,
+    take_over: bool = False,
     console: Console | None = None,
     executor: ExecutorMaker | None = None,
 ) -> SweepResult:
@@ -90,6 +91,8 @@ def run_sweep(
         Start a new parent run and do everything again.
     jobs : int, optional
         Runs at once in `quality` stages; by default as many as the machine has cores, memory and GPUs for.
+    take_over : bool
+        Go on with a sweep that the store calls running on a machine that is gone.
     console : Console, optional
         Where progress is shown.
     executor : callable, optional
@@ -116,7 +119,7 @@ def run_sweep(
         scratch = store_dir() / "running" / sweep.file.name
         place = (executor or LocalExecutor)(scratch, most=most, jobs=jobs, tell=screen.say)
         with terminated_like_interrupted():
-            record = SweepRecord(client, sweep.file, plans, fresh=fresh)
+            record = SweepRecord(client, sweep.file, plans, fresh=fresh, take_over=take_over)
             return _Sweep(record, place, screen, Expectation(client)).run(plans)
 
 

@@ -31,6 +31,7 @@ from workbench.sweep_state import (
     find_parent,
     owner_tag,
     reconcile,
+    refuse_running_elsewhere,
     start_parent,
 )
 from workbench.tracking import new_run
@@ -54,7 +55,15 @@ class SweepRecord:
         What earlier calls found out for each search: its study, and points with their metrics.
     """
 
-    def __init__(self, client: MlflowClient, sweep: SweepFile, plans: Sequence[StagePlan], *, fresh: bool) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        sweep: SweepFile,
+        plans: Sequence[StagePlan],
+        *,
+        fresh: bool,
+        take_over: bool = False,
+    ) -> None:
         self._client, self._sweep = client, sweep
         self.known: dict[str, list[tuple[Point, dict[str, float]]]] = {}
         points = [point for plan in plans for point in plan.points()]
@@ -66,11 +75,13 @@ class SweepRecord:
                 tags = {"mlflow.note.content": sweep.description, "mlflow.source.name": sweep.name}
                 self.parent_id = start_parent(client, sweep.name, tags)
             else:
+                if not take_over:
+                    refuse_running_elsewhere(parent)
                 self.parent_id = parent.info.run_id
                 before = children(client, parent)
                 self.known = {plan.study: known_points(plan, before) for plan in plans if plan.study}
                 points += [point for known in self.known.values() for point, _ in known]
-                self.finished = reconcile(client, parent, {point.digest for point in points})
+                self.finished = reconcile(client, parent, {point.digest for point in points}, take_over=take_over)
                 client.update_run(self.parent_id, status="RUNNING")
             client.set_tag(self.parent_id, OWNER_TAG, owner_tag())
             for point in points:

@@ -84,7 +84,10 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         use_this_interpreter(Path(folder))
         outcome = execute(job)
-    Path(job["status"]).write_text(json.dumps(outcome))
+    # Whole or not at all: whoever is killed here leaves no half of an outcome.
+    unfinished = Path(job["status"] + ".part")
+    unfinished.write_text(json.dumps(outcome))
+    unfinished.replace(job["status"])
     return 0 if outcome["ok"] else 1
 
 

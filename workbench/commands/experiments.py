@@ -30,6 +30,10 @@ def sweep(
             help="Ray cluster, HOST:PORT or ray://HOST:PORT; that of this machine when missing.", show_default=False
         ),
     ] = None,
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Go on with a sweep whose machine is gone though the server says it runs."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and the estimate; run nothing.")] = False,
 ) -> None:
     """Run notebooks over a grid of parameters, resuming where an earlier call stopped."""
@@ -42,7 +46,7 @@ def sweep(
     from workbench.sweep import run_sweep
 
     place = executor_maker(executor, ray_address)
-    result = run_sweep(file, fresh=fresh, jobs=jobs, console=console, executor=place)
+    result = run_sweep(file, fresh=fresh, jobs=jobs, take_over=take_over, console=console, executor=place)
     console.print(_summary(result))
     console.print(f"Look at the runs: [bold]{ui_command()}[/]\n(the sweep's name, tab Runs)", soft_wrap=True)
     raise typer.Exit(result.exit_code)
