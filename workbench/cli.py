@@ -29,6 +29,7 @@ from workbench.commands import (
     serving,
     simulate,
     synthetic,
+    tracking,
     verify,
 )
 
@@ -82,6 +83,7 @@ app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
 app.command("compare")(compare.compare)
 app.command("verify")(verify.verify)
+app.command("tracking-server")(tracking.tracking_server)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from workbench.page import render_page, write_page
 from workbench.quantities import show_bytes, show_seconds
 from workbench.report_section import Section, read_section
 from workbench.run_record import RunRecord
-from workbench.store import open_store, store_dir
+from workbench.store import open_store, store_name
 from workbench.sweep_state import NOTEBOOK_TAG, PAGE_CACHE_TAG, SWEEP_TAG, current_runs, find_parent, parents
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def write_report(out: Path, sweeps: Sequence[str] | None = None) -> Path:
     client = open_store()
     chosen = parents(client) if sweeps is None else [_named(client, name) for name in sweeps]
     if not chosen:
-        raise ExperimentError(f"the store at {store_dir()} holds no sweep. Run `emoe sweep FILE` first.")
+        raise ExperimentError(f"the store at {store_name()} holds no sweep. Run `emoe sweep FILE` first.")
     set_style()
     page = render([read_sweep_part(client, parent) for parent in chosen])
     return write_page(out, page)
@@ -138,7 +138,7 @@ def _named(client: MlflowClient, name: str) -> MlflowRun:
     parent = find_parent(client, name)
     if parent is None:
         known = ", ".join(item.data.tags[SWEEP_TAG] for item in parents(client)) or "none"
-        raise ExperimentError(f"the store at {store_dir()} has no sweep named {name!r}. Sweeps: {known}.")
+        raise ExperimentError(f"the store at {store_name()} has no sweep named {name!r}. Sweeps: {known}.")
     return parent
 
 

@@ -22,7 +22,7 @@ from workbench.metric_groups import group_of, rank_of
 from workbench.quantities import column_texts, words_of
 from workbench.results import frame_of
 from workbench.store import decode
-from workbench.sweep_file import short
+from workbench.sweep_points import short
 from workbench.sweep_state import METRICS_TAG
 from workbench.tracking import FIGURE_FOLDER
 

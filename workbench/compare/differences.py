@@ -87,7 +87,7 @@ def other_differences(a: RunRecord, b: RunRecord) -> list[Difference]:
         names = [run.notebook_name or "run by hand" for run in (a, b)]
         # A run by hand does not say its notebook: that alone is no doubt.
         doubts = EVERYTHING if a.notebook_name and b.notebook_name else ()
-        found.append(Difference("notebook", *names, doubts, why if doubts else ""))
+        found.append(Difference("notebook", names[0], names[1], doubts, why if doubts else ""))
     found += [*_busy(a, b), *_page_cache(a, b)]
     return sorted(found, key=lambda item: not item.doubts)
 
@@ -96,7 +96,7 @@ def environment_differences(a: dict[str, Any], b: dict[str, Any]) -> list[Differ
     """Return what differs between two recorded environments."""
     if not a or not b:
         told = ["recorded" if environment else "not recorded" for environment in (a, b)]
-        return [Difference("environment", *told, EVERYTHING, "what a run ran on is not known")]
+        return [Difference("environment", told[0], told[1], EVERYTHING, "what a run ran on is not known")]
     found = [
         Difference(words, _text(a.get(name)), _text(b.get(name)), doubts, why)
         for name, words, doubts, why in FIELDS
@@ -104,19 +104,19 @@ def environment_differences(a: dict[str, Any], b: dict[str, Any]) -> list[Differ
     ]
     if a.get("dirty") or b.get("dirty"):
         told = ["modified" if environment.get("dirty") else "as committed" for environment in (a, b)]
-        found.append(Difference("code", *told, EVERYTHING, "what exactly ran is not recorded"))
+        found.append(Difference("code", told[0], told[1], EVERYTHING, "what exactly ran is not recorded"))
     same_data = a.get("data_hash") == b.get("data_hash")
     # The hash is of the whole stream: where prompts differ it differs anyway, and pairs are judged one by one.
     references = [environment.get("reference_hash") for environment in (a, b)]
     if same_data and references[0] != references[1]:
         why = "quality was scored on other continuations"
-        found.append(Difference("reference", *map(_text, references), ("quality",), why))
+        found.append(Difference("reference", _text(references[0]), _text(references[1]), ("quality",), why))
     versions = [environment.get("packages", {}) for environment in (a, b)]
     for name in sorted(set(versions[0]) | set(versions[1])):
         told = [packages.get(name, "absent") for packages in versions]
         if told[0] != told[1]:
             doubts = (*MACHINE, *ROUNDING) if name in COMPUTING else ()
-            found.append(Difference(name, *told, doubts, "other speed and rounding" if doubts else ""))
+            found.append(Difference(name, told[0], told[1], doubts, "other speed and rounding" if doubts else ""))
     return found
 
 
@@ -169,7 +169,7 @@ def _busy(a: RunRecord, b: RunRecord) -> list[Difference]:
     busy = [name for name, share in zip("AB", shares, strict=True) if busy_warning(share)]
     if busy:
         why = f"{' and '.join(busy)} ran on a busy machine: times are unreliable"
-        return [Difference("other work", *told, TIME, why)]
+        return [Difference("other work", told[0], told[1], TIME, why)]
     return []
 
 
@@ -177,8 +177,8 @@ def _page_cache(a: RunRecord, b: RunRecord) -> list[Difference]:
     reads = [reads_of(run) for run in (a, b)]
     if reads[0] == reads[1]:
         return []
-    told = [{None: "not recorded"}.get(how, f"from {how}") for how in reads]
-    return [Difference("reading experts", *told, TIME, "the page cache may have served one of them")]
+    told = ["not recorded" if how is None else f"from {how}" for how in reads]
+    return [Difference("reading experts", told[0], told[1], TIME, "the page cache may have served one of them")]
 
 
 def _text(value: Any) -> str:

@@ -17,7 +17,7 @@ from emoe_core.errors import ExperimentError
 from workbench.compare.differences import notebook_hash
 from workbench.run_record import RunRecord
 from workbench.store import project_root
-from workbench.sweep_file import check_parameter, find_notebook, notebook_parameters
+from workbench.sweep_notebook import check_parameter, find_notebook, notebook_parameters
 
 RECORDED, CURRENT = "recorded", "current"
 SOURCES = (RECORDED, CURRENT)

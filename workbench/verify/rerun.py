@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import psutil
-
+from workbench.executors.notebook_process import NotebookProcess
+from workbench.executors.protocol import Ending
 from workbench.run_record import RunRecord
 from workbench.store import HOME_VARIABLE, disk_errors, locked, project_root
-from workbench.sweep import KILL_WAIT_S, POLL_S, terminated_like_interrupted
+from workbench.sweep import terminated_like_interrupted
 from workbench.sweep_state import ERROR_TAG, NOTEBOOK_TAG, OWNER_TAG, owner_tag
-from workbench.tracking import NOTEBOOK_FOLDER, RUN_VARIABLE, new_run
+from workbench.tracking import NOTEBOOK_FOLDER, new_run
 from workbench.verify.plan import Plan
 
 if TYPE_CHECKING:
@@ -31,6 +28,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "verify"
 VERIFIES_TAG = "emoe.verifies"
+POLL_S = 0.1
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -63,66 +61,30 @@ def rerun(client: MlflowClient, run: RunRecord, plan: Plan, tell: Callable[[str]
         status = "KILLED"
         try:
             outcome = _execute(client, run_id, plan)
-            status = "FINISHED" if outcome["ok"] else "FAILED"
-            if not outcome["ok"]:
-                client.set_tag(run_id, ERROR_TAG, outcome["error"][:2000])
+            status = "FINISHED" if outcome.ok else "FAILED"
+            if not outcome.ok:
+                client.set_tag(run_id, ERROR_TAG, outcome.error[:2000])
         finally:
             client.set_terminated(run_id, status)
     return RunRecord.of(client, client.get_run(run_id))
 
 
-def _execute(client: MlflowClient, run_id: str, plan: Plan) -> dict[str, Any]:
+def _execute(client: MlflowClient, run_id: str, plan: Plan) -> Ending:
     with tempfile.TemporaryDirectory(prefix="emoe-verify-") as name:
         folder = Path(name)
         (folder / "source").mkdir()
         notebook = folder / "source" / plan.name
         notebook.write_text(json.dumps(plan.content), encoding="utf-8")
-        job = {
-            "notebook": str(notebook),
-            "output": str(folder / plan.name),
-            "working_folder": str(plan.working_folder),
-            "parameters": plan.parameters,
-            "status": str(folder / "status.json"),
-            "owner_pid": os.getpid(),
-        }
-        (folder / "job.json").write_text(json.dumps(job))
-        environment = {**os.environ, HOME_VARIABLE: str(project_root()), RUN_VARIABLE: run_id}
+        environment = {HOME_VARIABLE: str(project_root())}
         if plan.threads is not None:
             environment |= dict.fromkeys(THREAD_VARIABLES, str(plan.threads))
-        with (folder / "process.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "workbench.sweep_run", str(folder / "job.json")],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process = NotebookProcess(run_id, notebook, plan.parameters, folder / "run", environment, plan.working_folder)
         try:
-            while process.poll() is None:
+            while process.runs():
                 time.sleep(POLL_S)
         finally:
-            _end(process)
-        if (folder / plan.name).is_file():
+            process.kill()
+        if process.executed.is_file():
             with disk_errors():
-                client.log_artifact(run_id, str(folder / plan.name), NOTEBOOK_FOLDER)
-        status = folder / "status.json"
-        if status.is_file() and status.stat().st_size:
-            return dict(json.loads(status.read_text()))
-        last = (folder / "process.log").read_text(errors="replace").strip().splitlines()[-1:]
-        return {"ok": False, "error": " ".join([f"its process ended with code {process.returncode}.", *last])}
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs, its kernel included."""
-    if process.poll() is not None:
-        return
-    kernels: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        kernels = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    for kernel in kernels:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            kernel.kill()
-    psutil.wait_procs(kernels, timeout=KILL_WAIT_S)
+                client.log_artifact(run_id, str(process.executed), NOTEBOOK_FOLDER)
+        return process.ending()
