@@ -19,6 +19,7 @@ from emoe_core.errors import EmoeError
 from workbench.commands import (
     bench,
     checkpoints,
+    compare,
     doctor,
     experiments,
     families,
@@ -29,6 +30,8 @@ from workbench.commands import (
     simulate,
     soak,
     synthetic,
+    tracking,
+    verify,
 )
 
 DEBUG_OPTION = "--debug"
@@ -80,6 +83,9 @@ app.command("bench")(bench.bench)
 app.command("bench-systems")(bench.bench_systems)
 app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
+app.command("compare")(compare.compare)
+app.command("verify")(verify.verify)
+app.command("tracking-server")(tracking.tracking_server)
 
 
 def main() -> None:

@@ -1,0 +1,105 @@
+"""Notebooks as sweeps see them: where they lie, which parameters they take, and what tells two of them apart.
+
+Parameters are those that the cell tagged ``parameters`` assigns. The cell is parsed, not run.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emoe_core.errors import ExperimentError
+from workbench.store import project_root
+
+CHECKED_TYPES = {"bool", "int", "float", "str", "list", "None"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as a notebook's cell states it: annotation and default, as source text."""
+
+    annotation: str
+    default: str
+
+    def type_names(self) -> set[str]:
+        """Return the names of types that values may have; empty when anything goes or nothing is known."""
+        if self.annotation:
+            names = {re.split(r"\[", part.strip())[0] for part in self.annotation.split("|")}
+            return names if names <= CHECKED_TYPES else set()
+        default = self.literal()
+        return set() if default is None else {type(default).__name__}
+
+    def literal(self) -> Any:
+        """Return the default's value, None when it is not a literal."""
+        try:
+            return ast.literal_eval(self.default)
+        except ValueError:
+            return None
+
+
+def find_notebook(name: str, beside: Path | None = None) -> Path:
+    """Return the notebook's path, looked for from the project root, then beside the sweep file."""
+    places = [project_root(), *([beside] if beside else [])]
+    for place in places:
+        if (place / name).is_file():
+            return (place / name).resolve()
+    raise ExperimentError(f"no notebook {name!r} under {' or '.join(str(place) for place in places)}.")
+
+
+def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
+    """Return the parameters that a notebook's cell tagged ``parameters`` assigns, by name.
+
+    The cell is parsed, not run; papermill's own inspection misses annotations such as ``str | None``.
+    """
+    cells = [cell for cell in read_cells(notebook) if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    if not cells:
+        raise ExperimentError(f"{notebook} has no cell tagged 'parameters', so a sweep cannot set anything in it.")
+    try:
+        statements = ast.parse("".join(cells[0]["source"])).body
+    except SyntaxError as error:
+        raise ExperimentError(f"{notebook}: the cell tagged 'parameters' is not Python: {error}") from None
+    known = {}
+    for statement in statements:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            annotation = ast.unparse(statement.annotation)
+            known[statement.target.id] = Parameter(annotation, ast.unparse(statement.value))
+        elif isinstance(statement, ast.Assign):
+            for target in statement.targets:
+                if isinstance(target, ast.Name):
+                    known[target.id] = Parameter("", ast.unparse(statement.value))
+    return known
+
+
+def check_parameter(notebook: Path, known: dict[str, Parameter], name: str, value: Any) -> None:
+    """Refuse a parameter that the notebook does not have, or a value of another type than annotated or defaulted."""
+    if name not in known:
+        listing = ", ".join(sorted(known))
+        raise ExperimentError(f"{notebook.name} has no parameter {name!r}. Known parameters: {listing}.")
+    allowed = known[name].type_names()
+    if not allowed:
+        return
+    given = "None" if value is None else type(value).__name__
+    if given not in allowed and not (given == "int" and "float" in allowed):
+        raise ExperimentError(
+            f"{notebook.name}: parameter {name!r} is {value!r} ({given}), but takes {' or '.join(sorted(allowed))} "
+            f"(default {known[name].default})."
+        )
+
+
+def read_cells(notebook: Path) -> list[dict[str, Any]]:
+    """Return a notebook's cells as its file holds them."""
+    try:
+        return list(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExperimentError(f"{notebook} is not a readable notebook: {error}") from None
+
+
+def source_hash(notebook: Path) -> str:
+    """Return a hash of a notebook's cells; outputs and metadata do not count."""
+    source = ["".join(cell["source"]) for cell in read_cells(notebook) if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(source).encode()).hexdigest()
