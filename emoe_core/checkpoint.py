@@ -205,7 +205,8 @@ def open_checkpoint(path: str | Path, dtype: str | torch.dtype = "auto") -> Chec
     return CheckpointIndex(
         path=folder,
         config=config,
-        model_type=config.model_type,
+        # The class's own: a file may say anything, and the name becomes part of the pack's file name.
+        model_type=type(config).model_type,
         dtype=resolved,
         layers=layers,
         top_k=top_k(config),

@@ -30,11 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict
 
 from .errors import EmoeError
-from .json_file import frozen, read_object, write_whole
+from .json_file import read_object, typed, write_whole
 
 COSTS_FORMAT = 1
+LARGEST = 1 << 53  # the largest whole numbers that floats still tell apart
 
 
 class CostsError(EmoeError):
@@ -55,6 +57,8 @@ class TaskLoad:
         Share of a layer's routed choices that fall on each expert; rows add up to 1.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     input_tokens: tuple[int, ...]
     output_tokens: tuple[int, ...]
     expected_output_tokens: float
@@ -62,7 +66,7 @@ class TaskLoad:
 
     def __post_init__(self) -> None:
         lengths = (*self.input_tokens, *self.output_tokens)
-        if not self.input_tokens or not self.output_tokens or min(lengths) < 1:
+        if not self.input_tokens or not self.output_tokens or not 1 <= min(lengths) <= max(lengths) <= LARGEST:
             raise CostsError("a task's lengths must be samples of 1 token or more; measure the costs again.")
         if not self.expected_output_tokens >= 1:
             raise CostsError(f"a task expects {self.expected_output_tokens} output tokens; it must be 1 or more.")
@@ -97,6 +101,8 @@ class ServingCosts:
         The machine, and the share of its processors that others used meanwhile.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     model_hash: str
     prefill_token_s: float
     prefill_fixed_s: float
@@ -122,6 +128,9 @@ class ServingCosts:
         )
         if not all(math.isfinite(value) and value >= 0 for value in times):
             raise CostsError("a serving cost is negative or not a number; measure the costs again.")
+        whole = (*self.decode_batches, *self.slots_per_layer, self.kv_token_bytes)
+        if not all(0 <= value <= LARGEST for value in whole):
+            raise CostsError("a number of sequences, slots or bytes is negative or absurd; measure the costs again.")
         ascending = all(a < b for a, b in zip((0, *self.decode_batches), self.decode_batches, strict=False))
         if not self.decode_batches or not ascending or len(self.decode_batches) != len(self.decode_step_s):
             raise CostsError("decode steps need ascending batch sizes with a time each; measure the costs again.")
@@ -186,10 +195,11 @@ class ServingCosts:
         except FileNotFoundError:
             raise CostsError(f"there are no serving costs at {source}: measure them with `emoe costs MODEL`.") from None
         try:
-            tasks = {name: TaskLoad(**frozen(entry)) for name, entry in content.pop("tasks").items()}
-            costs = cls(tasks=tasks, **frozen(content))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CostsError(f"{source} is not a complete file of serving costs ({error!r}); measure again.") from error
+            if "tasks" not in content:
+                raise ValueError("tasks: Field required")
+            costs = typed(cls, content)
+        except ValueError as error:
+            raise CostsError(f"{source} is not a complete file of serving costs ({error}); measure again.") from error
         if model_hash is not None:
             costs.require_model(model_hash)
         return costs

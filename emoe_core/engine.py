@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -217,8 +218,9 @@ class Engine:
         self.close()
 
     def _repr_html_(self) -> str:
-        head = f"<b>{self.index.model_type}</b> {self.index.path.name}, {self.index.dtype}, {self.device}"
-        return f"<p>{head}, budget {self.plan.budget.text}, tolerance {self.tolerance}</p>{self.stats()._repr_html_()}"
+        told = f"{self.index.path.name}, {self.index.dtype}, {self.device}, budget {self.plan.budget.text}"
+        head = f"<b>{escape(self.index.model_type)}</b> {escape(told)}, tolerance {self.tolerance}"
+        return f"<p>{head}</p>{self.stats()._repr_html_()}"
 
     def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
         """Admit requests whose rows the next prefill will hold; see `ForwardPasses.admit`."""

@@ -1,6 +1,8 @@
-"""Reading and writing our own JSON files: whole or not at all, with one clear error for a file that is not ours.
+"""Reading JSON that others may have written, and writing our own files: whole or not at all.
 
-A file is one object with a ``format`` number. Lists become tuples, for the frozen dataclasses that the contents become.
+One of our own files is one object with a ``format`` number, and becomes a frozen dataclass: `typed` checks every field
+against its annotation. Whatever a file holds, reading it raises an error that a user can mend, and no more than
+`MAX_BYTES` of it are taken into memory.
 """
 
 from __future__ import annotations
@@ -10,9 +12,15 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from .errors import EmoeError
+
+MAX_BYTES = 64 << 20
+"""More than any configuration, index of shards or profile comes to."""
+Kind = TypeVar("Kind")
 
 
 def write_whole(path: str | Path, text: str) -> Path:
@@ -53,7 +61,7 @@ def read_object(
         When the file cannot be read, is not JSON, or has another format. A missing one raises FileNotFoundError.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(read_text(path))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
@@ -65,10 +73,36 @@ def read_object(
     return dict(content)
 
 
-def frozen(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an object's fields with JSON's lists as tuples, at every depth."""
+def read_text(path: Path) -> str:
+    """Return a text file; ValueError when it is longer than `MAX_BYTES` or no UTF-8, OSError as usual."""
+    size_bytes = path.stat().st_size
+    if size_bytes > MAX_BYTES:
+        raise ValueError(f"it has {size_bytes:,} bytes, and such files have at most {MAX_BYTES:,}")
+    return path.read_text(encoding="utf-8")
 
-    def freeze(value: Any) -> Any:
-        return tuple(freeze(item) for item in value) if isinstance(value, list) else value
 
-    return {name: freeze(value) for name, value in entry.items()}
+def parse(text: str | bytes) -> Any:
+    """Return what a JSON text says; ValueError when it is not JSON, or is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def typed(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
+    """Return a dataclass from an object of JSON; lists become the tuples that the fields ask for.
+
+    Raises
+    ------
+    ValueError
+        When a field is missing, is unknown to a class that forbids it, or has another type than its annotation. The
+        message names the first.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the content"
+        raise ValueError(f"{place}: {first['msg']}") from None

@@ -43,6 +43,7 @@ the loader owns one instance and changes it from the thread that runs the model.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from html import escape
 
 
 @dataclass
@@ -154,10 +155,9 @@ class RunStats:
         return flat
 
     def _repr_html_(self) -> str:
+        shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in self.to_dict().items()}
         rows = "".join(
-            f"<tr><td>{name}</td><td style='text-align:right'>{value:.4g}</td></tr>"
-            if isinstance(value, float)
-            else f"<tr><td>{name}</td><td style='text-align:right'>{value}</td></tr>"
-            for name, value in self.to_dict().items()
+            f"<tr><td>{escape(name)}</td><td style='text-align:right'>{escape(str(text))}</td></tr>"
+            for name, text in shown.items()
         )
         return f"<table>{rows}</table>"

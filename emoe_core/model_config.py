@@ -7,7 +7,6 @@ are there and whole is the matter of `emoe_core.shards`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +16,14 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from emoe_core.errors import CheckpointError, UnsupportedFamilyError
 from emoe_core.families import REFUSED, language_model
+from emoe_core.json_file import parse, read_text
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
+_IMPLEMENTATIONS = tuple(f"{private}{kind}_implementation" for private in ("", "_") for kind in ("attn", "experts"))
+_BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
+MAX_LAYERS = 4096
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -70,10 +74,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
         When transformers has no causal language model for it.
     """
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = parse(read_text(folder / "config.json"))
         model_type = raw["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is no model configuration ({error!r}).") from error
+    _refuse_kernels(raw, folder)
+    _refuse_endless(raw, folder)
     for quantisation in _values(raw, ("quantization_config",)):
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
         raise CheckpointError(
@@ -96,6 +102,32 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"model type {model_type!r} at {folder} is not a causal language model of transformers."
         )
     return found[0]
+
+
+def _refuse_kernels(raw: Any, folder: Path) -> None:
+    """Refuse a configuration that names other implementations than transformers' own.
+
+    transformers takes the name of a repository there for a kernel, downloads it and runs it; "flash_attention_2" too,
+    where the package ``kernels`` is installed. A user may ask for one (``attn_implementation`` of `load`).
+    """
+    for named in _values(raw, _IMPLEMENTATIONS):
+        for name in named.values() if isinstance(named, dict) else (named,):
+            if name not in (None, *_BUILT_IN):
+                raise CheckpointError(
+                    f"{folder / 'config.json'} asks for the implementation {name!r}, which may be code from elsewhere; "
+                    f"emoe lets a checkpoint choose among {', '.join(_BUILT_IN)} only. Remove the entry from the file; "
+                    f"to have another for attention, pass attn_implementation yourself."
+                )
+
+
+def _refuse_endless(raw: Any, folder: Path) -> None:
+    """Refuse a number of layers that no model has: building it would not end."""
+    for count in _values(raw, _LAYER_COUNTS):
+        if not isinstance(count, int | list) or (isinstance(count, int) and count > MAX_LAYERS):
+            raise CheckpointError(
+                f"{folder / 'config.json'} speaks of {count!r:.50} layers, more than the {MAX_LAYERS} that emoe "
+                f"builds. It is damaged; fetch the model again."
+            )
 
 
 def expert_count(config: PreTrainedConfig) -> int:
@@ -121,9 +153,11 @@ def top_k(config: PreTrainedConfig) -> int:
 
 
 def _values(node: Any, keys: tuple[str, ...]) -> Iterator[Any]:
-    """Yield every value that is not empty under one of the keys, at any depth."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key in keys and value:
-                yield value
-            yield from _values(value, keys)
+    """Yield every value that is not empty under one of the keys, at any depth, outer ones first."""
+    left = [node]
+    while left:
+        node = left.pop()
+        if isinstance(node, dict):
+            yield from (value for key, value in node.items() if key in keys and value)
+        inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        left.extend(reversed(list(inner)))

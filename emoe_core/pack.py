@@ -20,6 +20,7 @@ import xxhash
 
 from emoe_core.checkpoint import RECORD_ALIGN_BYTES, CheckpointIndex
 from emoe_core.errors import PackError
+from emoe_core.json_file import parse, read_text
 from emoe_core.pack_format import (
     FIX,
     MAGIC,
@@ -185,7 +186,7 @@ def _same_files(pack: Pack, index: CheckpointIndex) -> bool:
     if pack.source_mtimes == current:
         return True
     try:
-        return json.loads(_seen_file(pack.path).read_text()) == current
+        return bool(parse(read_text(_seen_file(pack.path))) == current)
     except (OSError, ValueError):
         return False
 

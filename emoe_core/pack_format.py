@@ -11,17 +11,19 @@ This module opens and checks packs; `emoe_core.pack` writes them and `emoe_core.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import xxhash
 
-from emoe_core.checkpoint import CheckpointIndex, MoeLayer, ParamSpec
+from emoe_core.checkpoint import RECORD_ALIGN_BYTES, CheckpointIndex, MoeLayer, ParamSpec
 from emoe_core.errors import PackError
+from emoe_core.json_file import parse, typed
 from emoe_core.shards import byte_view
 
 MAGIC = b"EMOEPACK"
@@ -117,35 +119,63 @@ def truncated(path: Path, layer: MoeLayer, expert: int) -> PackError:
     )
 
 
+@dataclass(frozen=True)
+class _ParamHeader:
+    """A parameter of a record, as the header says it; the dtype by its name in torch."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset_bytes: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _LayerHeader:
+    """A layer, as the header says it; checksums as 16 hexadecimal digits."""
+
+    name: str
+    num_experts: int
+    record_bytes: int
+    offset_bytes: int
+    params: tuple[_ParamHeader, ...]
+    checksums: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the JSON header holds."""
+
+    model_type: str
+    dtype: str
+    source_hash: str
+    source_mtimes: dict[str, int]
+    layers: tuple[_LayerHeader, ...]
+
+
 def header_json(index: CheckpointIndex, layers: tuple[PackedLayer, ...]) -> bytes:
     """Return the JSON header of a pack; its length does not depend on the checksums' values."""
-    header = {
-        "model_type": index.model_type,
-        "dtype": dtype_name(index.dtype),
-        "source_hash": index.source_hash,
-        "source_mtimes": index.source_mtimes(),
-        "layers": [
-            {
-                "name": layer.spec.name,
-                "num_experts": layer.spec.num_experts,
-                "record_bytes": layer.spec.record_bytes,
-                "offset_bytes": layer.offset_bytes,
-                "params": [
-                    {
-                        "name": param.name,
-                        "shape": list(param.shape),
-                        "dtype": dtype_name(param.dtype),
-                        "offset_bytes": param.offset_bytes,
-                        "nbytes": param.nbytes,
-                    }
+    header = _Header(
+        model_type=index.model_type,
+        dtype=dtype_name(index.dtype),
+        source_hash=index.source_hash,
+        source_mtimes=index.source_mtimes(),
+        layers=tuple(
+            _LayerHeader(
+                name=layer.spec.name,
+                num_experts=layer.spec.num_experts,
+                record_bytes=layer.spec.record_bytes,
+                offset_bytes=layer.offset_bytes,
+                params=tuple(
+                    _ParamHeader(param.name, param.shape, dtype_name(param.dtype), param.offset_bytes, param.nbytes)
                     for param in layer.spec.params
-                ],
-                "checksums": [f"{checksum:016x}" for checksum in layer.checksums],
-            }
+                ),
+                checksums=tuple(f"{checksum:016x}" for checksum in layer.checksums),
+            )
             for layer in layers
-        ],
-    }
-    return json.dumps(header, separators=(",", ":")).encode()
+        ),
+    )
+    return json.dumps(asdict(header), separators=(",", ":")).encode()
 
 
 def read_header(file: Path) -> Pack:
@@ -166,42 +196,60 @@ def read_header(file: Path) -> Pack:
         raise PackError(f"{file} is truncated: it has {size_bytes:,} of {file_bytes:,} bytes. {FIX}")
     if len(header) != header_bytes or xxhash.xxh3_64_intdigest(header) != checksum:
         raise PackError(f"{file} has a damaged header: its checksum differs. {FIX}")
-    return _parse(file, json.loads(header), file_bytes)
+    try:
+        return _parse(file, typed(_Header, parse(header)), file_bytes)
+    except ValueError as error:
+        raise PackError(f"{file} has a header that describes no pack ({error}). {FIX}") from error
 
 
-def _parse(file: Path, header: dict[str, Any], file_bytes: int) -> Pack:
-    layers = tuple(
-        PackedLayer(
-            spec=MoeLayer(
-                name=layer["name"],
-                index=number,
-                num_experts=layer["num_experts"],
-                params=tuple(
-                    ParamSpec(
-                        name=param["name"],
-                        shape=tuple(param["shape"]),
-                        dtype=getattr(torch, param["dtype"]),
-                        offset_bytes=param["offset_bytes"],
-                        nbytes=param["nbytes"],
-                    )
-                    for param in layer["params"]
-                ),
-                record_bytes=layer["record_bytes"],
-            ),
-            offset_bytes=layer["offset_bytes"],
-            checksums=tuple(int(checksum, 16) for checksum in layer["checksums"]),
-        )
-        for number, layer in enumerate(header["layers"])
-    )
+def _parse(file: Path, header: _Header, file_bytes: int) -> Pack:
+    """Return the pack; ValueError when the header contradicts itself or the file's size."""
+    _require(len(header.layers) > 0, "it names no layer")
     return Pack(
         path=file,
-        model_type=header["model_type"],
-        dtype=getattr(torch, header["dtype"]),
-        source_hash=header["source_hash"],
-        source_mtimes=header["source_mtimes"],
-        layers=layers,
+        model_type=header.model_type,
+        dtype=_dtype(header.dtype),
+        source_hash=header.source_hash,
+        source_mtimes=header.source_mtimes,
+        layers=tuple(_layer(number, layer, file_bytes) for number, layer in enumerate(header.layers)),
         file_bytes=file_bytes,
     )
+
+
+def _layer(number: int, layer: _LayerHeader, file_bytes: int) -> PackedLayer:
+    end_bytes = layer.offset_bytes + layer.num_experts * layer.record_bytes
+    whole_blocks = layer.record_bytes % RECORD_ALIGN_BYTES == 0 and layer.offset_bytes % RECORD_ALIGN_BYTES == 0
+    _require(layer.num_experts > 0 and layer.record_bytes > 0 and whole_blocks, f"layer {number} has no whole records")
+    _require(0 < layer.offset_bytes < end_bytes <= file_bytes, f"layer {number} lies outside the file")
+    _require(len(layer.checksums) == layer.num_experts, f"layer {number} has another number of checksums than experts")
+    spec = MoeLayer(
+        name=layer.name,
+        index=number,
+        num_experts=layer.num_experts,
+        params=tuple(_param(param, layer.record_bytes) for param in layer.params),
+        record_bytes=layer.record_bytes,
+    )
+    return PackedLayer(spec, layer.offset_bytes, tuple(int(checksum, 16) for checksum in layer.checksums))
+
+
+def _param(param: _ParamHeader, record_bytes: int) -> ParamSpec:
+    dtype = _dtype(param.dtype)
+    _require(all(size > 0 for size in param.shape), f"parameter {param.name!r} has an empty shape")
+    _require(param.nbytes == math.prod(param.shape) * dtype.itemsize, f"parameter {param.name!r} has another size")
+    fits = 0 <= param.offset_bytes <= record_bytes - param.nbytes and param.offset_bytes % dtype.itemsize == 0
+    _require(fits, f"parameter {param.name!r} lies outside its record")
+    return ParamSpec(param.name, param.shape, dtype, param.offset_bytes, param.nbytes)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    _require(isinstance(found, torch.dtype), f"{name!r} is no dtype")
+    return cast(torch.dtype, found)
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

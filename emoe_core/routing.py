@@ -7,6 +7,7 @@ asked for: it keeps tokens * layers * k * 4 bytes in host memory.
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,17 @@ from .context import StepContext
 from .errors import DataError
 
 FORMAT = 1
+COLUMNS = {
+    "request": "int32",
+    "position": "int32",
+    "prefill": "bool",
+    "chosen": "uint16",
+    "served": "uint16",
+    "weight": "float16",
+}
+MAX_EXPERTS = 1 << 16
+# Recorded routing packs 2 to 20 times smaller.
+MAX_RATIO = 200
 
 
 @dataclass(frozen=True)
@@ -98,27 +110,37 @@ class RoutingTrace:
     def load(cls, path: Path) -> RoutingTrace:
         """Read a trace; DataError when the file is not a whole trace of this format."""
         try:
+            _check_size(Path(path))
             with np.load(path, allow_pickle=False) as data:
                 if int(data["format"]) != FORMAT:
                     raise DataError(f"{path} is a trace of format {int(data['format'])}, this version reads {FORMAT}")
                 tasks = {int(key): task for key, task in (str(item).split("\t", 1) for item in data["tasks"])}
-                columns = {
-                    name: data[name] for name in ("request", "position", "prefill", "chosen", "served", "weight")
-                }
+                columns = {name: data[name] for name in COLUMNS}
                 trace = cls(**columns, tasks=tasks, experts=int(data["experts"]))
         except DataError:
             raise
         except Exception as error:  # a damaged archive raises many unrelated types
             raise DataError(f"{path} is not a readable routing trace ({error}): record it again") from error
-        lengths = {
-            len(getattr(trace, name)) for name in ("request", "position", "prefill", "chosen", "served", "weight")
-        }
-        shapes = {trace.chosen.shape, trace.weight.shape, trace.served.shape}
-        if len(lengths) != 1 or len(shapes) != 1 or trace.chosen.ndim != 3:
+        wrong = [name for name, dtype in COLUMNS.items() if columns[name].dtype != dtype]
+        if wrong:
+            raise DataError(f"{path} is damaged: its column {wrong[0]} is no {COLUMNS[wrong[0]]}. Record it again.")
+        shape = trace.chosen.shape
+        by_token = {trace.request.shape, trace.position.shape, trace.prefill.shape}
+        if len(shape) != 3 or {trace.weight.shape, trace.served.shape} != {shape} or by_token != {shape[:1]}:
             raise DataError(f"{path} is damaged: its columns disagree in length. Record it again.")
-        if len(trace) and int(trace.chosen.max()) >= trace.experts:
+        if not 0 < trace.experts <= MAX_EXPERTS or not all(shape[1:]):
+            raise DataError(f"{path} is damaged: it has no experts or choices. Record it again.")
+        if len(trace) and max(int(trace.chosen.max()), int(trace.served.max())) >= trace.experts:
             raise DataError(f"{path} is damaged: it names an expert beyond its {trace.experts}. Record it again.")
         return trace
+
+
+def _check_size(path: Path) -> None:
+    """Raise ValueError when the archive unpacks to more than any trace would: a few bytes can stand for gigabytes."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked_bytes = sum(member.file_size for member in archive.infolist())
+    if unpacked_bytes > MAX_RATIO * path.stat().st_size:
+        raise ValueError(f"it unpacks to {unpacked_bytes:,} bytes, more than {MAX_RATIO} times its size")
 
 
 class TraceRecorder:

@@ -9,7 +9,7 @@ code (pickled ``*.bin``) are refused.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -18,12 +18,15 @@ from types import EllipsisType
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from emoe_core.errors import CheckpointError
+from emoe_core.json_file import parse, read_text
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 << 20
+MAX_NAME = 255
 SAMPLES_PER_SHARD = 64
 SAMPLE_BYTES = 4096
 # A cache line, and the widest vector of current processors.
@@ -153,14 +156,15 @@ def find_shards(folder: Path) -> tuple[tuple[Shard, ...], dict[str, object]]:
 
 def _sharded(folder: Path, index_file: Path) -> tuple[tuple[Shard, ...], dict[str, object]]:
     try:
-        index = json.loads(index_file.read_text())
-        weight_map: dict[str, str] = index["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index_file} is not a safetensors index ({error}). Fetch it again.") from error
+        index = parse(read_text(index_file))
+        weight_map = TypeAdapter(dict[str, str]).validate_python(index["weight_map"], strict=True)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{index_file} is not a safetensors index ({error!r:.200}). Fetch it again.") from error
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"{index_file} names a file outside its directory: {name!r}. Refused.")
+        # The name alone counts: a link of that name may lead elsewhere, as all files of the hub's own cache do.
+        if Path(name).name != name or name in ("", ".", "..") or len(name) > MAX_NAME or "\0" in name:
+            raise CheckpointError(f"{index_file} names a file outside its directory: {name!r:.300}. Refused.")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -195,33 +199,47 @@ def read_shard(file: Path) -> Shard:
             raise CheckpointError(f"{file} is no safetensors file or is truncated in its header. Fetch it again.")
         header = stream.read(length)
     data_offset = 8 + length
-    tensors = []
-    end = 0
     try:
-        entries = json.loads(header)
-        for name, entry in entries.items():
-            if name == "__metadata__":
-                continue
-            start, stop = entry["data_offsets"]
-            dtype = _DTYPES.get(entry["dtype"])
-            if dtype is None:
-                raise CheckpointError(
-                    f"{file}: tensor {name!r} has dtype {entry['dtype']}, a quantised format that emoe does not read "
-                    f"yet. Use the bfloat16 or float32 weights of this model."
-                )
-            shape = tuple(int(size) for size in entry["shape"])
-            if stop - start != torch.Size(shape).numel() * dtype.itemsize or start < 0:
-                raise ValueError(f"tensor {name!r} has {stop - start} bytes, its shape {shape} needs another size")
-            tensors.append(TensorRef(name, file, dtype, shape, data_offset + start, stop - start))
-            end = max(end, stop)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = parse(header)
+        entries.pop("__metadata__", None)
+        tensors = tuple(_tensor(name, file, data_offset, entry) for name, entry in entries.items())
+        end = _end_bytes(tensors, data_offset)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} has a malformed safetensors header ({error}). Fetch it again.") from error
     if stat.st_size != data_offset + end:
         raise CheckpointError(
             f"{file} is truncated or altered: its header describes {data_offset + end:,} bytes, the file has "
             f"{stat.st_size:,}. Fetch it again."
         )
-    return Shard(file, stat.st_size, stat.st_mtime_ns, data_offset, header, tuple(tensors))
+    return Shard(file, stat.st_size, stat.st_mtime_ns, data_offset, header, tensors)
+
+
+def _tensor(name: str, file: Path, data_offset: int, entry: Any) -> TensorRef:
+    """Return what a header says of one tensor; ValueError, LookupError or TypeError when it makes no sense."""
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has dtype {entry['dtype']}, a quantised format that emoe does not read "
+            f"yet. Use the bfloat16 or float32 weights of this model."
+        )
+    start, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    # type() and not isinstance(): true is no size.
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (start, stop, *shape)):
+        raise ValueError(f"tensor {name!r} has sizes or offsets that are no whole numbers")
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"tensor {name!r} has {stop - start} bytes, its shape {shape} needs another size")
+    return TensorRef(name, file, dtype, shape, data_offset + start, stop - start)
+
+
+def _end_bytes(tensors: tuple[TensorRef, ...], data_offset: int) -> int:
+    """Return how many bytes tensors fill; ValueError where they overlap or leave gaps, which the format forbids."""
+    end = data_offset
+    for ref in sorted(tensors, key=lambda ref: (ref.offset_bytes, ref.nbytes)):
+        if ref.offset_bytes != end:
+            raise ValueError(f"tensor {ref.name!r} does not begin where the one before it ends")
+        end += ref.nbytes
+    return end - data_offset
 
 
 def fingerprint(shards: tuple[Shard, ...]) -> str:

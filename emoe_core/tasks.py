@@ -28,8 +28,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pydantic import ConfigDict
+
 from emoe_core.errors import EmoeError
-from emoe_core.json_file import frozen, read_object, write_whole
+from emoe_core.json_file import read_object, typed, write_whole
 
 TaskType = Literal["qa", "summarization", "classification", "comparison", "conversation", "code"]
 TASK_TYPES: tuple[str, ...] = get_args(TaskType)
@@ -133,6 +135,8 @@ class TaskProfile:
         Measured loss over the loss that divergences and coverage add up to (`quality_target.py`); None: not measured.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     task: str
     sensitive: tuple[bool, ...]
     expected_output_tokens: float
@@ -214,6 +218,8 @@ class Profile:
         Room for further measurements under names of their own; kept as it is.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     model_hash: str
     data_hash: str
     n_layers: int
@@ -286,10 +292,11 @@ class Profile:
         except FileNotFoundError:
             raise ProfileError(f"there is no task profile at {source}; measure one or give another path.") from None
         try:
-            tasks = {name: TaskProfile(**frozen(entry)) for name, entry in content.pop("tasks").items()}
-            profile = cls(tasks=tasks, **content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ProfileError(f"{source} is not a complete task profile ({error!r}); measure it again.") from error
+            if "tasks" not in content:
+                raise ValueError("tasks: Field required")
+            profile = typed(cls, content)
+        except ValueError as error:
+            raise ProfileError(f"{source} is not a complete task profile ({error}); measure it again.") from error
         if model_hash is not None:
             profile.require_model(model_hash)
         return profile

@@ -119,7 +119,7 @@ def reference_outputs(
     absent = sorted({prompt for prompt in prompts if not spec.path(prompt).exists()})
     if absent:
         _compute_in_own_process(spec, absent, progress)
-    stored = {prompt: _read(spec.path(prompt)) for prompt in set(prompts)}
+    stored = {prompt: read_output(spec.path(prompt)) for prompt in set(prompts)}
     return Reference(tuple(stored[prompt][0] for prompt in prompts), _trace([stored[p][1] for p in prompts], tasks))
 
 
@@ -146,12 +146,13 @@ def _compute_in_own_process(spec: ReferenceSpec, prompts: Sequence[str], progres
             raise ExperimentError(f"the all-resident reference could not be computed: {last[0]}")
 
 
-def _read(path: Path) -> tuple[ReferenceOutput, dict[str, torch.Tensor]]:
+def read_output(path: Path) -> tuple[ReferenceOutput, dict[str, torch.Tensor]]:
     try:
         row = torch.load(path, weights_only=True)
         output = ReferenceOutput(
             tuple(row["prompt_ids"]), tuple(row["token_ids"]), row["text"], row["hidden"], row["logprobs"]
         )
+        _trace([row["trace"]], [""])
         return output, row["trace"]
     except Exception as error:  # a damaged archive raises many unrelated types
         raise ExperimentError(

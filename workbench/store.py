@@ -182,8 +182,9 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 
 
 def slug(text: str) -> str:
-    """Return a text usable as a file name."""
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)
+    """Return a text usable as a file name, in no other folder than the one it is put in."""
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)
+    return "_" * max(len(name), 1) if name in ("", ".", "..") else name
 
 
 def encode(value: Any) -> str:

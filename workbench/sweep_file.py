@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from emoe_core.errors import ExperimentError
 from workbench.sweep_schema import SweepFile
+from workbench.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,8 @@ def read_sweep(path: Path) -> SweepSource:
     """
     if not path.is_file():
         raise ExperimentError(f"no sweep file at {path}. Sweeps lie in sweeps/, for example sweeps/quick.yaml.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        source = Source(path, yaml.compose(text, Loader=yaml.SafeLoader))
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ExperimentError(f"{path} is not YAML: {error}") from None
+    content = read_yaml(path)
+    source = Source(path, yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
     for key, line in source.repeated_keys():
         raise ExperimentError(f"{path}:{line}: the key {key!r} stands twice; YAML would drop the first.")
     try:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
+from emoe_core.json_file import parse, read_text
 from workbench.store import project_root
 
 CHECKED_TYPES = {"bool", "int", "float", "str", "list", "None"}
@@ -38,7 +40,7 @@ class Parameter:
         """Return the default's value, None when it is not a literal."""
         try:
             return ast.literal_eval(self.default)
-        except ValueError:
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return None
 
 
@@ -46,8 +48,17 @@ def find_notebook(name: str, beside: Path | None = None) -> Path:
     """Return the notebook's path, looked for from the project root, then beside the sweep file."""
     places = [project_root(), *([beside] if beside else [])]
     for place in places:
-        if (place / name).is_file():
-            return (place / name).resolve()
+        found = Path(os.path.normpath(place.absolute() / name))
+        if not found.is_file():
+            continue
+        # By its name: a link that lies there is there, wherever it leads. A whole path says openly where it leads.
+        inside = any(found.is_relative_to(os.path.normpath(top.absolute())) for top in places)
+        if not inside and not Path(name).is_absolute():
+            raise ExperimentError(
+                f"the notebook {name!r} leads out of {' and '.join(str(top) for top in places)}: copy it beside the "
+                f"sweep file, or give its whole path."
+            )
+        return found.resolve()
     raise ExperimentError(f"no notebook {name!r} under {' or '.join(str(place) for place in places)}.")
 
 
@@ -56,12 +67,12 @@ def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
 
     The cell is parsed, not run; papermill's own inspection misses annotations such as ``str | None``.
     """
-    cells = [cell for cell in read_cells(notebook) if "parameters" in cell.get("metadata", {}).get("tags", [])]
-    if not cells:
+    sources = [cell["source"] for cell in read_cells(notebook) if "parameters" in cell["tags"]]
+    if not sources:
         raise ExperimentError(f"{notebook} has no cell tagged 'parameters', so a sweep cannot set anything in it.")
     try:
-        statements = ast.parse("".join(cells[0]["source"])).body
-    except SyntaxError as error:
+        statements = ast.parse(sources[0]).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise ExperimentError(f"{notebook}: the cell tagged 'parameters' is not Python: {error}") from None
     known = {}
     for statement in statements:
@@ -92,14 +103,21 @@ def check_parameter(notebook: Path, known: dict[str, Parameter], name: str, valu
 
 
 def read_cells(notebook: Path) -> list[dict[str, Any]]:
-    """Return a notebook's cells as its file holds them."""
+    """Return of each of a notebook's cells its ``cell_type``, its ``source`` as one text, and its ``tags``."""
     try:
-        return list(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"{notebook} is not a readable notebook: {error}") from None
+        return [
+            {
+                "cell_type": cell["cell_type"],
+                "source": "".join(cell["source"]),
+                "tags": list(cell.get("metadata", {}).get("tags", [])),
+            }
+            for cell in parse(read_text(notebook))["cells"]
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ExperimentError(f"{notebook} is not a readable notebook: {error!r:.200}") from None
 
 
 def source_hash(notebook: Path) -> str:
     """Return a hash of a notebook's cells; outputs and metadata do not count."""
-    source = ["".join(cell["source"]) for cell in read_cells(notebook) if cell["cell_type"] == "code"]
+    source = [cell["source"] for cell in read_cells(notebook) if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()

@@ -24,6 +24,7 @@ from workbench.sweep_notebook import check_parameter, find_notebook, notebook_pa
 from workbench.sweep_schema import Needs, Range, Scalar, Search, Stage, Values
 
 MODEL_PARAMETER = "model"
+MAX_POINTS = 10_000
 RECIPES = Path(__file__).parent / "reference_model" / "recipes"
 DRAWS_WITHOUT_NEWS = 1000  # that many repeated draws mean that a random search has seen its whole space
 
@@ -104,6 +105,8 @@ class StagePlan:
         """Return the runs that are known at the start: all but those of an Optuna search."""
         search = self.stage.search
         if search is None:
+            if math.prod(len(axis) for axis in self.stage.grid.values()) > MAX_POINTS:
+                raise ExperimentError(f"a grid has more than {MAX_POINTS:,} points: leave out some values, or search.")
             found: Iterator[dict[str, Any]] = (
                 dict(zip(self.stage.grid, values, strict=True))
                 for values in itertools.product(*self.stage.grid.values())

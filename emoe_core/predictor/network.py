@@ -20,18 +20,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from pydantic import ConfigDict
 from torch import nn
 
 from ..errors import OptionError
 from .history import KINDS, SCALARS
 
 VARIANTS = ("A", "L")
+MOST = 4096  # layers, experts, width: beyond any model's, and small enough to build for a foreign file
 SMOOTHING = 1e-3  # share of the base spread over all experts, so that its logarithm is finite
 
 
 @dataclass(frozen=True)
 class NetworkShape:
     """Sizes of the network; ``tasks`` names the task types it knows, any other being unknown to it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     variant: str
     layers: int
@@ -46,6 +50,8 @@ class NetworkShape:
             raise OptionError(f"unknown variant {self.variant!r} of the trained predictor: choose 'A' or 'L'")
         if min(self.layers, self.experts, self.width, self.depth, self.heads) < 1 or self.width % self.heads:
             raise OptionError(f"width {self.width}, depth {self.depth}, heads {self.heads}: heads must divide width")
+        if max(self.layers, self.experts, self.width) > MOST:
+            raise OptionError(f"a trained predictor has at most {MOST} layers, experts and width")
 
     @property
     def inputs(self) -> int:
@@ -55,6 +61,16 @@ class NetworkShape:
     def task_index(self, task: str) -> int:
         """Return the task's embedding; the last one stands for unknown."""
         return self.tasks.index(task) if task in self.tasks else len(self.tasks)
+
+    def fits(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Return whether these are the weights of such a network; little is allocated to find out."""
+        if self.depth > len(weights):
+            return False
+        with torch.device("meta"):
+            expected = ShareNetwork(self).state_dict()
+        return {name: weight.shape for name, weight in expected.items()} == {
+            name: weight.shape for name, weight in weights.items()
+        } and all(weight.is_floating_point() for weight in weights.values())
 
 
 class ShareNetwork(nn.Module):

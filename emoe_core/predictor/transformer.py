@@ -13,14 +13,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import OptionError, PredictorError
+from ..json_file import parse, typed
 from .history import History
 from .network import NetworkShape, ShareNetwork
 
@@ -31,6 +32,8 @@ KEY = "emoe_predictor"
 @dataclass(frozen=True)
 class PredictorHeader:
     """What a trained predictor is: hashes of its model and of its training data, its shape, how training went."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     model_hash: str
     data_hash: str
@@ -107,11 +110,10 @@ class TransformerPredictor:
                 f"{path} was trained for model {header.model_hash[:12]}, this model is {model_hash[:12]}: train one "
                 "for this model with `emoe predictor train`"
             )
+        if not header.shape.fits(weights):
+            raise PredictorError(f"{path} is damaged (its weights do not fit its header): train it again")
         network = ShareNetwork(header.shape)
-        try:
-            network.load(weights)
-        except RuntimeError as error:
-            raise PredictorError(f"{path} is damaged (its weights do not fit its header): train it again") from error
+        network.load(weights)
         return cls(network, header)
 
 
@@ -126,12 +128,11 @@ def _read(path: Path) -> tuple[PredictorHeader, dict[str, torch.Tensor]]:
         raise PredictorError(f"{path} is not a readable predictor ({error}): train it again") from error
     if raw is None:
         raise PredictorError(f"{path} holds no trained predictor: train one with `emoe predictor train`")
-    content: dict[str, Any] = json.loads(raw)
-    found = content.pop("format", None)
-    if found != FORMAT:
-        raise PredictorError(f"{path} has format {found}, this version reads {FORMAT}: train it again")
     try:
-        shape = content.pop("shape")
-        return PredictorHeader(shape=NetworkShape(**{**shape, "tasks": tuple(shape["tasks"])}), **content), weights
-    except (KeyError, TypeError, OptionError) as error:
+        content = parse(raw)
+        found = content.pop("format", None) if isinstance(content, dict) else None
+        if found != FORMAT:
+            raise PredictorError(f"{path} has format {found}, this version reads {FORMAT}: train it again")
+        return typed(PredictorHeader, content), weights
+    except (ValueError, OptionError) as error:
         raise PredictorError(f"{path} has a damaged header ({error}): train it again") from error

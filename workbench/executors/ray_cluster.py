@@ -10,6 +10,7 @@ Nodes that do not share this machine's disk write to an MLflow server (``MLFLOW_
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import time
@@ -236,7 +237,7 @@ def connect(address: str | None) -> Any:
     except ImportError:
         raise OptionError("--executor ray needs Ray: pip install -c constraints.txt -e '.[ray]'") from None
     try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = address or "this machine"
         raise ExperimentError(

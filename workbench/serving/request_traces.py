@@ -11,7 +11,7 @@ of cut requests is told. The files are not part of this project: `trace_path` sa
 from __future__ import annotations
 
 import csv
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +21,7 @@ import numpy as np
 
 from emoe_core.cache import cache_dir
 from emoe_core.errors import DataError
+from emoe_core.json_file import parse
 from workbench.serving.arrivals import Arrival
 
 KNOWN = {
@@ -29,6 +30,7 @@ KNOWN = {
     "mooncake": ("mooncake_trace.jsonl", "mooncake_trace.jsonl of the Mooncake project"),
 }
 AZURE_COLUMNS = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
+MOST_TOKENS = 10**9
 MOONCAKE_FIELDS = ("timestamp", "input_length", "output_length")
 
 
@@ -127,32 +129,44 @@ def _task_of(stem: str, tasks: Sequence[str]) -> str | None:
 
 def _read_azure(path: Path) -> list[tuple[float, int, int]]:
     rows = []
-    with path.open(encoding="utf-8", newline="") as stream:
-        reader = csv.reader(stream)
-        header = next(reader, [])
-        if header[:3] != AZURE_COLUMNS:
+    reader = csv.reader(_lines(path))
+    try:
+        if next(reader, [])[:3] != AZURE_COLUMNS:
             raise DataError(f"{path} is no Azure trace: its first line should be {','.join(AZURE_COLUMNS)}")
-        for line, row in enumerate(reader, start=2):
-            try:
-                # Seven digits of a second in the file; Python reads six.
-                moment = datetime.fromisoformat(row[0][:26]).timestamp()
-                rows.append((moment, max(1, int(row[1])), max(1, int(row[2]))))
-            except (ValueError, IndexError) as error:
-                raise DataError(f"{path}, line {line}: {','.join(row)!r} is no request ({error})") from error
+        for row in reader:
+            # Seven digits of a second in the file; Python reads six.
+            rows.append(_request(datetime.fromisoformat(row[0][:26]).timestamp(), row[1], row[2]))
+    except (csv.Error, ValueError, IndexError, OverflowError, OSError) as error:
+        raise DataError(f"{path}, line {reader.line_num} is no request ({error})") from error
     return rows
 
 
 def _read_mooncake(path: Path) -> list[tuple[float, int, int]]:
     rows = []
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for line, text in enumerate(_lines(path), start=1):
         if not text.strip():
             continue
         try:
-            entry = json.loads(text)
+            entry = parse(text)
             moment, entered, given = (entry[name] for name in MOONCAKE_FIELDS)
-            rows.append((float(moment) / 1000.0, max(1, int(entered)), max(1, int(given))))
-        except (ValueError, KeyError, TypeError) as error:
+            rows.append(_request(float(moment) / 1000.0, entered, given))
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(
-                f"{path}, line {line} is no request with {', '.join(MOONCAKE_FIELDS)} ({error!r})"
+                f"{path}, line {line} is no request with {', '.join(MOONCAKE_FIELDS)} ({error!r:.200})"
             ) from error
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a request trace: {error}") from error
+
+
+def _request(moment_s: float, entered: str | int, given: str | int) -> tuple[float, int, int]:
+    """Return a request's moment and lengths; ValueError or OverflowError where they make no sense."""
+    lengths = int(entered), int(given)
+    if not math.isfinite(moment_s) or max(lengths) > MOST_TOKENS:
+        raise ValueError("its moment or a length is out of range")
+    return moment_s, max(1, lengths[0]), max(1, lengths[1])
