@@ -21,7 +21,10 @@ def emoe(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("command", [[], ["model"], ["data"], ["run"], ["pack"], ["estimate"], ["sweep"], ["report"], ["compare"], ["verify"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["model"], ["data"], ["run"], ["pack"], ["estimate"], ["sweep"], ["report"], ["compare"], ["verify"]],
+)
 def test_every_command_explains_itself(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

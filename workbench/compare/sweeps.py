@@ -94,7 +94,9 @@ def compare_sweeps(
     every = [compare_runs(*pair, metrics=metrics, without_times=without_times, may_be_empty=True) for pair in matched]
     pairs = [pair for pair in every if pair.over_prompts or pair.single]
     if not pairs:
-        raise ExperimentError(f"no pair of runs has {' or '.join(metrics or ['any metric'])}: see the report for names.")
+        known = ", ".join(sorted({name for pair in every for name in pair.a.metrics})) or "none"
+        asked = " or ".join(metrics or ["a metric"])
+        raise ExperimentError(f"no pair of runs has {asked} in both. Metrics of A: {known}.")
     names = dict.fromkeys(pair.a.notebook_name for pair in pairs)
     return SweepComparison(
         a,
