@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweep_bench import Bench
+from typer.testing import CliRunner
 
 from emoe_core.errors import ExperimentError
-from workbench import tracking
+from workbench import environment, tracking
+from workbench.cli import app
 from workbench.compare.change import paired_change
 from workbench.compare.differences import environment_differences, parameter_differences
 from workbench.compare.runs import RunComparison, compare_runs
@@ -47,6 +49,12 @@ def requests(loss: float = 0.0, *, first: int = 0, count: int = PROMPTS, scored:
             "scored_hash": [f"{scored}{number}" for number in place],
         }
     )
+
+
+@pytest.fixture(autouse=True)
+def committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record runs as of one commit: what the working tree is like while tests run must not be a difference."""
+    monkeypatch.setattr(environment, "git_revision", lambda: ("c0ffee", False))
 
 
 def record(
@@ -181,7 +189,9 @@ def test_what_differs_is_named_with_what_it_makes_doubtful(bench: Bench) -> None
     assert set(doubts) == {"threads", "torch", "mlflow", "processor"}
     assert "time" in doubts["threads"] and "quality" in doubts["torch"] and doubts["mlflow"] == ()
     assert {"seed", "model"} <= whats(compared(a, b).others)
-    assert environment_differences(recorded, recorded | {"dirty": False}) == [] or recorded["dirty"]
+    assert environment_differences(recorded, recorded) == []
+    assert whats(environment_differences(recorded, recorded | {"dirty": True})) == {"code"}
+    assert whats(environment_differences(recorded, {})) == {"environment"}
 
 
 def test_runs_are_found_by_id_prefix_name_and_sweep(bench: Bench) -> None:
@@ -214,21 +224,21 @@ def sweep(name: str, budgets: list[str], loss: float, **fixed: Any) -> None:
 
 
 def test_sweeps_are_paired_by_parameters_but_for_those_that_tell_them_apart(bench: Bench) -> None:
-    budgets = [f"{number}%" for number in range(10, 90, 10)]
+    budgets = ["10%", "20%", "30%"]
     sweep("a", budgets, 0.0, model="reference")
     sweep("b", [*budgets[1:], "95%"], 0.05, model="carved")
     client = open_store()
     found = compare_sweeps(find_runs(client, "a"), find_runs(client, "b"))
-    assert [(item.what, count) for item, count in found.parameters] == [("model", 7)]
+    assert [(item.what, count) for item, count in found.parameters] == [("model", 2)]
     assert found.unpaired == ["A: a 10% has no partner", "B: b 95% has no partner"]
-    assert len(found.pairs) == 7 and all(p.a.params["budget"] == p.b.params["budget"] for p in found.pairs)
+    assert len(found.pairs) == 2 and all(p.a.params["budget"] == p.b.params["budget"] for p in found.pairs)
     tables = dict(view_sweeps(found).tables)
     assert [row.cells[0] for row in tables["a 20%"]] == ["perplexity ratio", "bytes loaded"]
     sweep("c", budgets, 0.05, model="reference")
     whole = compare_sweeps(find_runs(client, "a"), find_runs(client, "c"))
     changes = {change.metric: change for change in whole.notebooks["book"]}
     # The largest configuration does not decide the ratio.
-    assert changes["bytes_loaded"].ratio == pytest.approx(1.05) and changes["bytes_loaded"].pairs == 8
+    assert changes["bytes_loaded"].ratio == pytest.approx(1.05) and changes["bytes_loaded"].pairs == 3
     assert json.loads(json.dumps(whole.to_dict()))["pairs"][0]["over_prompts"]
 
 
@@ -266,14 +276,20 @@ def test_the_page_stands_alone_and_escapes_text(bench: Bench) -> None:
     assert page.words.count(nasty) == 2 and "B is higher, worse" in page.words
 
 
-def test_the_command_prints_tables_json_and_a_page(bench: Bench, tmp_path: Path) -> None:
+def test_the_command_prints_tables_json_and_a_page(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def emoe(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["compare", *arguments])
+
+    monkeypatch.setenv("COLUMNS", "200")
     a, b = record("a", frame=requests()), record("b", frame=requests(0.1), params={"budget": "40%"})
-    shown = bench.emoe("compare", a[:10], "b", "--out", str(tmp_path / "deep" / "page.html"))
-    assert shown.returncode == 0, shown.stderr
-    assert "perplexity ratio" in shown.stdout and "B is higher, worse" in shown.stdout and "budget" in shown.stdout
+    shown = emoe(a[:10], "b", "--out", str(tmp_path / "deep" / "page.html"))
+    assert shown.exit_code == 0, shown.output
+    assert "perplexity ratio" in shown.output and "B is higher, worse" in shown.output and "budget" in shown.output
     assert "B is higher" in (tmp_path / "deep" / "page.html").read_text()
-    answer = bench.emoe("compare", a, b, "--json", "--metric", "kl_nats")
-    assert [change["metric"] for change in json.loads(answer.stdout)["over_prompts"]] == ["kl_nats"]
+    answer = json.loads(emoe(a, b, "--json", "--metric", "kl_nats").output)
+    assert [change["metric"] for change in answer["over_prompts"]] == ["kl_nats"]
     start_parent(open_store(), "swept", {})
-    mixed = bench.emoe("compare", a, "swept")
-    assert mixed.returncode == 2 and "not one of each" in mixed.stderr and "Traceback" not in mixed.stderr
+    mixed = emoe(a, "swept").exception
+    assert isinstance(mixed, ExperimentError) and "not one of each" in str(mixed)
