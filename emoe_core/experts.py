@@ -27,6 +27,7 @@ from .expert_compute import Borrowed, ExpertForm
 from .int8 import parameter
 from .loader import ExpertLoader
 from .lookahead import Lookahead
+from .reroute_token import reroute_token
 from .rerouting import Rerouted, outbid, replaceable, substitute
 from .router_watch import Call, WatchedRouter
 from .routing import TraceRecorder
@@ -149,12 +150,10 @@ class LayerHandle:
         step: StepContext | None,
         real: torch.Tensor | None,
     ) -> Rerouted | None:
-        if step is None:
-            tolerance = torch.full((index.shape[0],), self.session.tolerance_of("unknown", self.layer))
-        else:
-            per_row = torch.tensor([self._tolerance(step, row) for row in range(step.batch)])
-            tolerance = per_row.repeat_interleave(step.length)
-        if not bool((tolerance > 0).any()):
+        rows = [self.session.tolerance_of("unknown", self.layer)]
+        if step is not None:
+            rows = [self._tolerance(step, row) for row in range(step.batch)]
+        if not any(tolerance > 0 for tolerance in rows):
             return None
         if self.rule is None or logits is None:
             raise UnsupportedFamilyError(
@@ -164,12 +163,15 @@ class LayerHandle:
         # While a layer still has empty slots, filling them is better than replacing: load the most wanted first.
         room = self.loader.table.room(self.layer)
         filling = sorted(absent, key=lambda expert: -demand[expert])[:room]
+        choice = Choice(logits, weights, index)
+        if index.shape[0] == 1 and self.rule.groups is None and self.session.cache_bias == 0:
+            return reroute_token(choice, {*resident, *filling}, rows[0], self.rule)
+        tolerance = torch.tensor(rows).repeat_interleave(index.shape[0] // len(rows))
         present = torch.zeros(self.num_experts, dtype=torch.bool, device=index.device)
         present[sorted(resident) + filling] = True
         missing = ~present[index]
         if real is not None:
             missing &= real.unsqueeze(-1)
-        choice = Choice(logits, weights, index)
         candidates = missing
         if self.session.cache_bias > 0:
             candidates = missing & outbid(choice, present, self.session.cache_bias, self.rule)

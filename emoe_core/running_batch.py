@@ -8,13 +8,15 @@ A step that failed can be taken again row by row (`RunningBatch.step_again`), wh
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .batch_cache import BatchCache
+from .sampling import Sampler
 from .scheduler import ServiceRequest
 
 if TYPE_CHECKING:
@@ -23,12 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Row:
-    """A running request: its engine number, its tokens, when it was admitted, and what it failed with, if it did."""
+    """A running request: its engine number, what it asks, when it was admitted, its tokens, what it failed with.
+
+    Tokens are chosen by its ``sampler``, whose state moves on with each one.
+    """
 
     request: ServiceRequest
     engine_number: int
-    tokens: list[int]
+    prompt_ids: Sequence[int]
+    sampler: Sampler
     admitted_s: float
+    tokens: list[int] = field(default_factory=list)
+    stopped: bool = False
     failure: Exception | None = None
 
 
@@ -39,14 +47,19 @@ class RunningBatch:
         self.rows: list[Row] = []
         self._engine = engine
         self._cache = BatchCache()
+        # A prompt's last position only: all its logits would cost a tenth of a small model's pass.
+        accepts = inspect.signature(type(engine.model).forward).parameters
+        self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
 
-    def prefill(self, row: Row, prompt_ids: Sequence[int]) -> int:
-        """Read a prompt, whose row joins the cache; return its first token. The row must be added to ``rows`` next."""
-        ids = torch.tensor([prompt_ids], device=self._engine.device)
+    def prefill(self, row: Row) -> int:
+        """Read a row's prompt, which joins the cache; return its first token. The row must join ``rows`` next."""
+        ids = torch.tensor([row.prompt_ids], device=self._engine.device)
         self.seat([row])
-        output = self._engine.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        output = self._engine.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **self._last_only
+        )
         self._cache.join(output.past_key_values, ids.shape[1])
-        return int(output.logits[0, -1].argmax())
+        return row.sampler.choose(output.logits[0, -1])
 
     def step(self) -> list[int]:
         """Take a step with all rows; return a token of each."""
@@ -60,9 +73,8 @@ class RunningBatch:
             past_key_values=self._cache.cache,
             use_cache=True,
         )
-        tokens: list[int] = output.logits[:, -1].argmax(dim=-1).tolist()
         self._cache.grew()
-        return tokens
+        return [row.sampler.choose(logits) for row, logits in zip(self.rows, output.logits[:, -1], strict=True)]
 
     def step_again(self, error: Exception) -> list[int]:
         """Take a step that failed with ``error`` row by row; return the tokens of those who succeed, in order.
@@ -84,7 +96,7 @@ class RunningBatch:
                     use_cache=True,
                 )
                 batch.join(cache, self._cache.lengths[place] + 1)
-                tokens.append(int(output.logits[0, -1].argmax()))
+                tokens.append(row.sampler.choose(output.logits[0, -1]))
             except Exception as failure:
                 row.failure = failure
         self._cache = batch

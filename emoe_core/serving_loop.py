@@ -26,7 +26,8 @@ turns bytes into such tokens. Padding to the longest row comes on top (`batch_ca
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,9 @@ from .costs import ServingCosts
 from .errors import OptionError
 from .planner import DEFAULT_OUTPUT_TOKENS, RunningRequest
 from .running_batch import Row, RunningBatch
+from .sampling import Sampler, Sampling
 from .scheduler import BatchLimits, Objective, Scheduler, ServiceRequest, Situation, WaitingQueue
+from .serving_records import Answer, Pass
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -45,17 +48,13 @@ NO_PROMISE = Objective(float("inf"), float("inf"))
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A finished request; times of the loop's clock, in seconds. ``token_ids`` includes a closing stop token."""
+class _Asked:
+    """What the scheduler need not know of a request."""
 
-    number: int
-    task: str
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    arrival_s: float
-    admitted_s: float
-    first_token_s: float
-    finished_s: float
+    prompt_ids: tuple[int, ...]
+    tolerance: float | None
+    sampling: Sampling | None
+    ends: Callable[[int], bool] | None
 
 
 class ServingLoop:
@@ -77,6 +76,8 @@ class ServingLoop:
     on_failure : callable, optional
         Called with (number, error) when a request ends without an answer. Without it, the error of a pass ends all that
         run, and is raised.
+    on_pass : callable, optional
+        Told of every forward pass that succeeded.
 
     Raises
     ------
@@ -94,6 +95,7 @@ class ServingLoop:
         stop_tokens: Collection[int] = (),
         on_token: Callable[[int, int], None] | None = None,
         on_failure: Callable[[int, Exception], None] | None = None,
+        on_pass: Callable[[Pass], None] | None = None,
     ) -> None:
         if costs is not None:
             costs.require_model(engine.index.source_hash)
@@ -106,8 +108,8 @@ class ServingLoop:
         self._queue = WaitingQueue()
         self._on_token = on_token
         self._on_failure = on_failure
-        self._prompts: dict[int, tuple[int, ...]] = {}
-        self._tolerances: dict[int, float | None] = {}
+        self._on_pass = on_pass
+        self._asked: dict[int, _Asked] = {}
         self._batch = RunningBatch(engine)
         self._submitted = 0
         self.steps = 0
@@ -135,8 +137,11 @@ class ServingLoop:
         objective: Objective = NO_PROMISE,
         expected_output_tokens: float | None = None,
         tolerance: float | None = None,
+        arrival_s: float | None = None,
+        sampling: Sampling | None = None,
+        ends: Callable[[int], bool] | None = None,
     ) -> int:
-        """Take a request that arrives now; return its number.
+        """Take a request; return its number.
 
         Parameters
         ----------
@@ -148,6 +153,12 @@ class ServingLoop:
             What the scheduler is told; the task profile's mean if not given, at most ``max_new_tokens``.
         tolerance : float, optional
             The request's own miss tolerance in [0, 1], whatever the engine's, its profile or quality target.
+        arrival_s : float, optional
+            When it came, by the loop's clock; now if not given. Who comes during a turn waits from then on.
+        sampling : Sampling, optional
+            How tokens are drawn; greedy if not given.
+        ends : callable, optional
+            Told each token; returns whether the answer ends with it.
 
         Raises
         ------
@@ -164,13 +175,13 @@ class ServingLoop:
             profile = self._engine.control.profile
             known = None if profile is None else profile.expected_output_tokens(task, DEFAULT_OUTPUT_TOKENS)
             expected_output_tokens = min(float(max_new_tokens), known or DEFAULT_OUTPUT_TOKENS)
+        came_s = self._clock() if arrival_s is None else arrival_s
         request = ServiceRequest(
-            self._submitted, task, self._clock(), len(prompt_ids), max_new_tokens, expected_output_tokens, objective
+            self._submitted, task, came_s, len(prompt_ids), max_new_tokens, expected_output_tokens, objective
         )
         self._limits.require_fit(request)
         self._submitted += 1
-        self._prompts[request.number] = tuple(prompt_ids)
-        self._tolerances[request.number] = tolerance
+        self._asked[request.number] = _Asked(tuple(prompt_ids), tolerance, sampling, ends)
         self._queue.add(request)
         return request.number
 
@@ -182,7 +193,7 @@ class ServingLoop:
         waiting = [request for request in self._queue if request.number == number]
         if waiting:
             self._queue.take(waiting)
-            self._forget(number)
+            del self._asked[number]
             return True
         places = {place for place, row in enumerate(self._batch.rows) if row.request.number == number}
         if places:
@@ -212,7 +223,7 @@ class ServingLoop:
                     done += self._step()
         except BaseException:
             for row in self._batch.abandon():
-                self._forget(row.request.number)
+                self._asked.pop(row.request.number, None)
             raise
         finally:
             self._batch.seat(self._batch.rows)
@@ -229,9 +240,9 @@ class ServingLoop:
         numbers = self._engine.passes.admit_beside(
             [request.task for request in chosen],
             [request.input_tokens for request in chosen],
-            [self._tolerances[request.number] for request in chosen],
+            [self._asked[request.number].tolerance for request in chosen],
         )
-        joining = [Row(request, number, [], now_s) for request, number in zip(chosen, numbers, strict=True)]
+        joining = [self._row(request, number, now_s) for request, number in zip(chosen, numbers, strict=True)]
         for place, row in enumerate(joining):
             try:
                 self._prefill(row)
@@ -245,14 +256,20 @@ class ServingLoop:
                 self._batch.rows.append(row)
         return self._retire()
 
+    def _row(self, request: ServiceRequest, engine_number: int, now_s: float) -> Row:
+        asked = self._asked[request.number]
+        return Row(request, engine_number, asked.prompt_ids, Sampler(asked.sampling), now_s)
+
     def _prefill(self, row: Row) -> None:
-        token = self._batch.prefill(row, self._prompts[row.request.number])
+        with self._timed(is_prompt=True, size=len(row.prompt_ids)):
+            token = self._batch.prefill(row)
         row.request.first_token_s = self._clock()
         self._put_out(row, token)
 
     def _step(self) -> list[Answer]:
         try:
-            tokens = self._batch.step()
+            with self._timed(is_prompt=False, size=len(self._batch.rows)):
+                tokens = self._batch.step()
         except Exception as error:
             if self._on_failure is None:
                 raise
@@ -265,22 +282,30 @@ class ServingLoop:
             self._put_out(row, token)
         return self._retire()
 
+    @contextmanager
+    def _timed(self, *, is_prompt: bool, size: int) -> Iterator[None]:
+        if self._on_pass is None:
+            yield
+            return
+        started = self._clock()
+        yield
+        self._on_pass(Pass(is_prompt, size, self._clock() - started))
+
     def _fail(self, row: Row, error: Exception) -> None:
-        self._forget(row.request.number)
+        del self._asked[row.request.number]
         assert self._on_failure is not None
         self._on_failure(row.request.number, error)
 
     def _put_out(self, row: Row, token: int) -> None:
         row.tokens.append(token)
         row.request.generated += 1
+        ends = self._asked[row.request.number].ends
+        row.stopped = token in self._stops or (ends is not None and ends(token))
         if self._on_token is not None:
             self._on_token(row.request.number, token)
 
     def _retire(self) -> list[Answer]:
-        ended = [
-            row.tokens[-1] in self._stops or len(row.tokens) >= row.request.output_limit_tokens
-            for row in self._batch.rows
-        ]
+        ended = [row.stopped or len(row.tokens) >= row.request.output_limit_tokens for row in self._batch.rows]
         if not any(ended):
             return []
         now_s = self._clock()
@@ -290,12 +315,8 @@ class ServingLoop:
     def _remove(self, places: Collection[int]) -> list[Row]:
         gone = self._batch.remove(places)
         for row in gone:
-            self._forget(row.request.number)
+            del self._asked[row.request.number]
         return gone
-
-    def _forget(self, number: int) -> None:
-        self._prompts.pop(number, None)
-        self._tolerances.pop(number, None)
 
     def _answer(self, row: Row, now_s: float) -> Answer:
         request = row.request
@@ -310,6 +331,7 @@ class ServingLoop:
             row.admitted_s,
             request.first_token_s,
             finished_s,
+            row.stopped,
         )
 
     def _loading_s(self, task: str) -> float:

@@ -28,7 +28,8 @@ from emoe_core.shards import find_shards
 from emoe_core.tasks import Profile, TaskProfile
 from workbench.reference_outputs import read_output
 from workbench.serving.request_traces import read_trace
-from workbench.sweep_file import notebook_parameters, read_sweep
+from workbench.sweep_file import read_sweep
+from workbench.sweep_notebook import notebook_parameters
 
 SHAPE = NetworkShape("A", 2, 3, ("qa",), 4, 1, 2)
 

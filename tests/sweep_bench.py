@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -65,6 +67,11 @@ class Bench:
     def statuses(self) -> list[str]:
         """Return the statuses of the current runs."""
         return [item.info.status for item in self.current()]
+
+    def store_is_intact(self) -> bool:
+        """Say whether sqlite finds nothing wrong with the store's file."""
+        with contextlib.closing(sqlite3.connect(self.root / "mlruns" / "mlflow.db")) as connection:
+            return bool(connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)])
 
     def kernel_of_waiting_run(self, sweep: subprocess.Popen[bytes]) -> int:
         """Return the process id of a kernel that waits at its gate, once there is one."""

@@ -21,7 +21,10 @@ def emoe(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("command", [[], ["model"], ["data"], ["run"], ["pack"], ["estimate"], ["sweep"], ["report"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["model"], ["data"], ["run"], ["pack"], ["estimate"], ["sweep"], ["report"], ["compare"], ["verify"]],
+)
 def test_every_command_explains_itself(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +56,9 @@ def test_help_loads_none_of_the_heavy_libraries(bench: Bench) -> None:
         (["run", "reference", " "], "the prompt is empty"),
         (["run", "reference", "Hello", "--task", "poetry"], "the task types are qa"),
         (["report"], "holds no sweep"),
+        (["compare", "one", "two"], "has no run or sweep 'one'"),
+        (["verify", "one"], "has no run or sweep 'one'"),
+        (["verify", "one", "--relative", "-1"], "a tolerance is 0 or more"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(

@@ -12,7 +12,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import emoe_core
 from emoe_core.errors import UnsupportedFamilyError
-from emoe_core.rerouting import outbid, replaceable, shares_of, substitute
+from emoe_core.reroute_token import reroute_token
+from emoe_core.rerouting import Rerouted, outbid, replaceable, shares_of, substitute
 from emoe_core.routing_rules import Choice, Groups, RoutingRule
 from workbench.reference_model.tiny import tiny_moe
 
@@ -92,6 +93,44 @@ def test_substitutes_are_available_distinct_and_keep_the_total(seed: int, k: int
         used = served.index[token][served.weights[token] > 0].tolist()
         assert set(used) <= resident
         assert len(used) == len(set(used)) == min(k, len(resident))
+
+
+def reroute_in_general(choice: Choice, present: set[int], tolerance: float, rule: RoutingRule) -> Rerouted | None:
+    available = torch.zeros(choice.logits.shape[1], dtype=torch.bool)
+    available[sorted(present)] = True
+    missing = ~available[choice.index]
+    replace = replaceable(choice.weights, missing, torch.tensor([tolerance]))
+    available[choice.index[missing & ~replace]] = True
+    replace &= ~available[choice.index]
+    return substitute(choice, replace, available, rule) if bool(replace.any()) else None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 4),
+    st.sets(st.integers(0, 7), min_size=1),
+    st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]),
+    st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+)
+def test_a_single_token_is_rerouted_to_the_same_experts_and_bits_as_among_many(
+    seed: int, k: int, present: set[int], tolerance: float, score: str, dtype: torch.dtype, corrected: bool
+) -> None:
+    choice = top_k_choice(1, 8, k, seed)
+    choice = Choice(choice.logits.to(dtype), choice.weights.to(dtype), choice.index)
+    correction = torch.randn(8, generator=torch.Generator().manual_seed(seed + 1)) if corrected else None
+    rule = RoutingRule(choice_score=score, weight_score=score, correction=correction)
+    alone = reroute_token(choice, present, tolerance, rule)
+    general = reroute_in_general(choice, present, tolerance, rule)
+    if general is None:
+        assert alone is None
+        return
+    assert alone is not None
+    assert torch.equal(alone.replaced, general.replaced)
+    assert torch.equal(alone.index, general.index)
+    assert torch.equal(alone.weights, general.weights) and alone.weights.dtype == general.weights.dtype
 
 
 def test_shares_sum_to_one() -> None:

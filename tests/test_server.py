@@ -9,87 +9,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from server_bench import LONG, PATIENCE_S, Service, serving
 
-import emoe_core
 from emoe_core.errors import OptionError
-from emoe_core.scheduler import BatchLimits, make_scheduler
 from workbench.commands.serve import KEY_VARIABLE, read_key
 from workbench.reference_model.tiny import tiny_moe
 from workbench.server.limits import ServerLimits, require_safe_host
-from workbench.server.listen import EmoeServer
-
-PATIENCE_S = 120.0
-LONG = 400
-
-
-class Service:
-    """A server in a thread of this process, and a client of it."""
-
-    def __init__(self, engine: emoe_core.Engine, limits: ServerLimits, api_key: str | None) -> None:
-        self.engine = engine
-        self._listening = threading.Event()
-        self.server = EmoeServer(
-            engine,
-            make_scheduler("fcfs", None),
-            limits,
-            BatchLimits(limits.max_batch, 8192),
-            "tiny",
-            port=0,
-            api_key=api_key,
-            on_listening=self._listen,
-        )
-        self.thread = threading.Thread(target=self.server.run_until_stopped)
-        self.thread.start()
-        assert self._listening.wait(PATIENCE_S)
-        key = api_key or "none"
-        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_S, headers={"authorization": f"Bearer {key}"})
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S)
-
-    def _listen(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self._listening.set()
-
-    def metric(self, name: str, **labels: str) -> float:
-        for family in text_string_to_metric_families(self.http.get("/metrics").text):
-            for sample in family.samples:
-                if sample.name == name and labels.items() <= sample.labels.items():
-                    return sample.value
-        raise AssertionError(f"no sample {name} {labels}")
-
-    def complete(self, prompt: str = "Why?", **options: object) -> openai.types.Completion:
-        return self.client.completions.create(model="tiny", prompt=prompt, **({"max_tokens": 8} | options))
-
-    def wait_until_free(self) -> None:
-        changed = self.server.worker._changed
-        with changed:
-            assert changed.wait_for(lambda: not self.server.worker._accepted, PATIENCE_S)
-
-    def close(self) -> None:
-        self.client.close()
-        self.http.close()
-        self.server.should_exit = True
-        self.thread.join(PATIENCE_S)
-        assert not self.thread.is_alive()
-
-
-@contextmanager
-def serving(
-    model: Path, limits: ServerLimits | None = None, api_key: str | None = None, **options: object
-) -> Iterator[Service]:
-    with emoe_core.load(model, pack_dir=model.parent / "packs", **({"budget": "3 slots"} | options)) as engine:
-        # Answers of any wanted length: nothing ends them but the limit.
-        service = Service(engine, limits or ServerLimits(), api_key)
-        try:
-            yield service
-        finally:
-            service.close()
+from workbench.server.stop_strings import StopStrings
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +63,57 @@ def test_a_completion_streams_the_text_it_returns_whole(service: Service) -> Non
     assert service.complete(ids, max_tokens=12).choices[0].text == expected.text
 
 
+def test_a_drawn_answer_is_that_of_generate_with_the_same_seed(service: Service) -> None:
+    drawn = [service.complete(temperature=1.3, top_p=0.9, seed=seed, max_tokens=12) for seed in (5, 5, 6)]
+    streamed = service.complete(temperature=1.3, top_p=0.9, seed=5, max_tokens=12, stream=True)
+    text = "".join(chunk.choices[0].text for chunk in streamed)
+    unseeded = {service.complete(temperature=2, max_tokens=12).choices[0].text for _ in range(3)}
+    service.wait_until_free()
+    expected = sampled(service, "Why?", 12, temperature=1.3, top_p=0.9, seed=5)
+    found = [answer.choices[0].text for answer in drawn]
+    assert found[0] == found[1] == text == expected != found[2] and len(unseeded) > 1
+
+
+def sampled(service: Service, prompt: str, tokens: int, *, temperature: float, top_p: float, seed: int) -> str:
+    """Answer by transformers' own sampling."""
+    tokenizer, model = service.engine.tokenizer, service.engine.model
+    assert tokenizer is not None
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    torch.manual_seed(seed)
+    output = model.generate(  # type: ignore[operator]
+        ids, do_sample=True, temperature=temperature, top_p=top_p, top_k=0, max_new_tokens=tokens,
+        eos_token_id=sorted(service.server.worker.ends), pad_token_id=0,
+    )  # fmt: skip
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_a_stop_string_ends_an_answer_before_it_and_frees_the_place(service: Service) -> None:
+    whole = service.complete(max_tokens=40).choices[0].text
+    # Across tokens: characters of this tokenizer are tokens of their own or parts of one.
+    stop = whole[11:14]
+    expected = whole[: whole.index(stop)]
+    answer = service.complete(max_tokens=40, stop=["never said", stop])
+    chunks = list(service.complete(max_tokens=40, stop=stop, stream=True))
+    assert answer.choices[0].text == expected == "".join(chunk.choices[0].text for chunk in chunks)
+    assert answer.choices[0].finish_reason == chunks[-1].choices[0].finish_reason == "stop"
+    assert answer.usage is not None and answer.usage.completion_tokens < 40
+    assert service.complete(max_tokens=40, stop="never said").choices[0].text == whole
+
+
+@given(st.lists(st.text("ab", max_size=5)), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4))
+def test_a_text_in_pieces_is_stopped_where_it_would_be_whole(pieces: list[str], stops: list[str]) -> None:
+    filtered = StopStrings(stops)
+    passed = "".join([filtered.push(piece) for piece in pieces]) + filtered.finish()
+    text = "".join(pieces)
+    # The first to be complete decides, whichever of them began first.
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    if not ends:
+        assert passed == text and not filtered.found
+    else:
+        assert filtered.found and all(stop not in passed for stop in stops) and text.startswith(passed)
+        assert any(text[len(passed) :].startswith(stop) for stop in stops)
+
+
 def test_the_model_is_listed(service: Service) -> None:
     assert [item.id for item in service.client.models.list()] == ["tiny"]
     assert service.http.get("/healthz").status_code == service.http.get("/readyz").status_code == 200
@@ -143,8 +128,13 @@ def test_the_model_is_listed(service: Service) -> None:
         ({"model": "tiny", "prompt": ""}, 400, "empty"),
         ({"model": "tiny", "prompt": [99999]}, 400, "token ids outside"),
         ({"model": "tiny", "prompt": ["a", "b"]}, 400, "send one each"),
-        ({"model": "tiny", "prompt": "x", "temperature": 0.7}, 400, "greedy"),
+        ({"model": "tiny", "prompt": "x", "temperature": -0.1}, 400, "temperature"),
+        ({"model": "tiny", "prompt": "x", "temperature": 1e-9}, 400, "temperature"),
+        ({"model": "tiny", "prompt": "x", "top_p": 0}, 400, "top_p"),
+        ({"model": "tiny", "prompt": "x", "seed": -1}, 400, "seed"),
+        ({"model": "tiny", "prompt": "x", "stop": ["a", "b", "c", "d", "e"]}, 400, "at most 4"),
         ({"model": "tiny", "prompt": "x", "n": 2}, 400, "one answer"),
+        ({"model": "tiny", "prompt": "x", "best_of": 3}, 400, "one answer"),
         ({"model": "tiny", "prompt": "x", "tolerance": 1.5}, 400, "tolerance"),
         ({"model": "tiny", "prompt": "x", "task": "poetry"}, 400, "task types"),
         ({"model": "tiny", "prompt": "x", "slo": {"ttft": 0}}, 400, "slo.ttft"),
@@ -245,20 +235,6 @@ def test_a_key_is_required_once_given(model: Path, tmp_path: Path, monkeypatch: 
     for bad in ("empty", "missing"):
         with pytest.raises(OptionError, match=bad):
             read_key(tmp_path / bad)
-
-
-def test_a_truncated_pack_fails_one_request_and_the_server_goes_on(tmp_path: Path) -> None:
-    path = tiny_moe(tmp_path / "model", "mixtral", seed=3)
-    with serving(path, predictor=None) as service:
-        (pack,) = (tmp_path / "packs").iterdir()
-        whole = pack.read_bytes()
-        expected = service.complete().choices[0].text
-        os.truncate(pack, 4096)
-        with pytest.raises(openai.InternalServerError, match="this request failed"):
-            service.complete("A heron waits at the water, and nobody knows why it does")
-        pack.write_bytes(whole)
-        assert service.complete().choices[0].text == expected
-        assert service.metric("emoe_requests_total", result="failed") == 1
 
 
 def test_sigterm_lets_the_running_request_finish_and_refuses_others(model: Path, tmp_path: Path) -> None:

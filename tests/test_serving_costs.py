@@ -17,7 +17,8 @@ from emoe_core.errors import DataError, OptionError
 from emoe_core.tasks import TASK_TYPES
 from workbench import cli
 from workbench.reference_model.tiny import LAYERS, tiny_moe
-from workbench.serving.measure import CostsConfig, costs_path, fit_line, measure_costs, stored_costs
+from workbench.serving.measure import CostsConfig, costs_path, measure_costs, stored_costs
+from workbench.serving.times import fit_line
 
 SMALL = {"prompt_tokens": (4, 16), "batches": (1, 2), "repeats": 2, "prompts": 1, "answer_tokens": 2}
 

@@ -15,10 +15,12 @@ from workbench.profiling import RECIPES
 from workbench.serving import report
 from workbench.serving.comparison import (
     VARIANTS,
+    bounds,
     compare_routers,
     compare_schedulers,
     gains,
     load_at_attainment,
+    reachable_loads,
     variant,
 )
 from workbench.serving.experiment import ServingConfig, simulate_serving
@@ -61,13 +63,31 @@ def test_the_reference_load_is_where_attainment_falls_below_the_share() -> None:
         load_at_attainment(fcfs, COSTS, 1.0)
 
 
+def test_no_variant_gains_more_than_the_bounds(compared: pd.DataFrame) -> None:
+    for load, gained in gains(compared).groupby("load"):
+        bound = bounds(simulate_serving(replace(variant(BASE, "fcfs"), load=load), COSTS), COSTS)
+        assert (gained["latency_change"] >= bound["latency_change"]).all()
+        # Goodput counts until the last completion, which a scheduler may bring forward a little.
+        assert (gained["goodput_ratio"].dropna() <= 1.1 * bound["goodput_ratio"]).all()
+
+
+def test_a_reachable_load_is_where_the_variant_itself_falls_below_the_share() -> None:
+    base = replace(BASE, n_requests=100)
+    reachable = reachable_loads(base, COSTS, ["emoe"]).set_index("variant")
+    assert reachable.loc["fcfs", "ratio"] == 1 and list(reachable.index) == ["fcfs", "emoe"]
+    assert reachable.loc["emoe", "load"] == load_at_attainment(variant(base, "emoe"), COSTS)
+
+
 def test_closing_tables_state_this_runs_figures(compared: pd.DataFrame) -> None:
     gained = gains(compared)
-    closing = report.schedulers_beside_paper(gained[gained["load"] == 0.8], 0.8)
+    reachable = pd.DataFrame({"label": ["FCFS", "eMoE"], "load": [0.2, 0.3], "ratio": [1.0, 1.5]})
+    bound = {"latency_change": -0.9, "goodput_ratio": 2.0}
+    closing = report.schedulers_beside_paper(gained[gained["load"] == 0.8], 0.8, reachable, bound)
+    assert "eMoE 0.30 (1.50x)" in closing["here"].iloc[2]
     assert closing.columns.tolist() == ["what", "paper", "here", "why they differ"]
     emoe = gained[(gained["label"] == "eMoE") & (gained["load"] == 0.8)].iloc[0]
     assert f"{emoe['latency_change']:+.1%}" in closing.iloc[0]["here"]
-    assert closing["what"].str.contains("oracle|true output").sum() == 1 and len(closing) == 5
+    assert closing["what"].str.contains("oracle|true output").sum() == 1 and len(closing) == 6
     routed, _ = compare_routers(replace(BASE, replicas=2), COSTS, ["round_robin", "least_loaded", "affinity"], [0.5])
     table = report.routers_beside_paper(routed)
     assert table["what"].tolist() == [

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from workbench import results
 from workbench.store import HOME_VARIABLE, locked, open_store
 from workbench.sweep import run_sweep
 from workbench.sweep_state import ERROR_TAG, OWNER_TAG, find_parent, is_alive, owner_tag
+from workbench.tracking import new_run
 
 # One worker runs all of these: they share one sweep that takes a while, and the machine.
 pytestmark = pytest.mark.xdist_group("sweep")
@@ -99,6 +101,7 @@ def test_a_killed_sweep_leaves_no_kernel_and_is_resumed(bench: Bench) -> None:
     process.wait()
     wait_for(lambda: not psutil.pid_exists(kernel))
     assert bench.statuses() == ["FINISHED", "RUNNING"]
+    assert bench.store_is_intact()
 
     gate.touch()
     resumed = run_sweep(path)
@@ -108,10 +111,32 @@ def test_a_killed_sweep_leaves_no_kernel_and_is_resumed(bench: Bench) -> None:
     assert find_parent(open_store()).info.status == "FINISHED"
 
 
+def test_a_run_whose_process_is_killed_is_recorded_and_done_again(bench: Bench) -> None:
+    gate = bench.root / "gate"
+    path = bench.write(grid={"seed": [0]}, fixed={"outcome": "wait", "gate": str(gate)})
+    kernels: list[int] = []
+
+    def kill_the_process_that_holds_the_kernel() -> None:
+        found = wait_for(lambda: [pid for item in bench.all_runs() if (pid := item.data.tags.get("dummy.pid"))])
+        kernels.append(int(found[0]))
+        psutil.Process(kernels[0]).parent().kill()
+
+    killer = threading.Thread(target=kill_the_process_that_holds_the_kernel)
+    killer.start()
+    assert run_sweep(path).failed == ["dummy seed=0"]
+    killer.join()
+    assert "killed by signal 9" in bench.current()[0].data.tags[ERROR_TAG]
+    wait_for(lambda: not psutil.pid_exists(kernels[0]))
+    gate.touch()
+    assert run_sweep(path).finished == ["dummy seed=0"]
+    assert bench.statuses() == ["FINISHED"] and len(bench.all_runs()) == 2
+    assert bench.store_is_intact()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_marks_its_run_as_killed(bench: Bench, number: signal.Signals) -> None:
     path = bench.write(grid={"outcome": ["wait", "ok"]}, fixed={"gate": str(bench.root / "never")})
-    process = bench.start("sweep", str(path))
+    process = bench.start("sweep", str(path), "--jobs", "1")
     kernel = bench.kernel_of_waiting_run(process)
     process.send_signal(number)
     assert process.wait() == 130
@@ -133,6 +158,7 @@ def test_a_full_disk_stops_the_sweep_with_a_reason_and_it_resumes_with_room(benc
         assert "no space left on device" in full.stderr and "Make room" in full.stderr
         assert "Traceback" not in full.stderr
         assert bench.statuses() == ["FINISHED", "FAILED"]
+        assert bench.store_is_intact()
         subprocess.run(["mount", "-o", "remount,size=100m", mount[-1]], check=True)
         assert run_sweep(path).skipped == ["dummy outcome=ok"]
         assert bench.statuses() == ["FINISHED", "FINISHED"]
@@ -156,6 +182,19 @@ def test_timing_excludes_everything_and_quality_shares(bench: Bench) -> None:
     with locked("machine", shared=True):
         assert (free(shared=False), free(shared=True)) == (False, True)
     assert free(shared=False)
+
+
+def test_a_sweep_of_another_machine_is_left_alone_until_it_is_taken_over(bench: Bench) -> None:
+    path = bench.write(grid={"tolerance": [0.0]})
+    first = run_sweep(path)
+    client = open_store()
+    client.set_tag(first.parent_run_id, OWNER_TAG, "elsewhere:1:1.00")
+    client.update_run(first.parent_run_id, status="RUNNING")
+    ghost = new_run(client, "dummy", "ghost", parent=first.parent_run_id, tags={OWNER_TAG: "elsewhere:1:1.00"})
+    with pytest.raises(ExperimentError, match=r"already running .host:process elsewhere:1.*--take-over"):
+        run_sweep(path)
+    assert run_sweep(path, take_over=True).skipped == first.finished
+    assert client.get_run(ghost).info.status == "KILLED" and bench.statuses() == ["FINISHED"]
 
 
 @pytest.mark.parametrize("jobs", [0, 5])

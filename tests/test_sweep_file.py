@@ -10,7 +10,9 @@ from sweep_bench import NOTEBOOK
 
 from emoe_core.errors import ExperimentError
 from workbench.store import HOME_VARIABLE
-from workbench.sweep_file import Point, expand, find_notebook, read_sweep, source_hash
+from workbench.sweep_file import read_sweep
+from workbench.sweep_notebook import find_notebook, source_hash
+from workbench.sweep_points import Point, expand
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +103,48 @@ def test_a_sweep_file_says_what_is_wrong_with_it(project: Path, change: dict[str
     assert complaint in str(error.value)
 
 
+def test_mistakes_are_told_with_their_line(project: Path) -> None:
+    text = f"""name: s
+stages:
+  - notebook: {NOTEBOOK}
+    kind: quality
+    grid:
+      budget: ["20%"]
+      tolerance: []
+  - notebook: {NOTEBOOK}
+    kind: speed
+    fixed: {{seed: 1}}
+    typo: 3
+"""
+    with pytest.raises(ExperimentError) as error:
+        read_sweep(write(project, text))
+    told = [line.strip().split(": ")[0].rsplit("/", 1)[-1] for line in str(error.value).splitlines()[1:]]
+    assert told == ["sweep.yaml:5", "sweep.yaml:9", "sweep.yaml:11"]
+
+
+def test_a_name_or_value_that_the_notebook_does_not_take_is_told_with_its_line(project: Path) -> None:
+    text = f"name: s\nnotebook: {NOTEBOOK}\nkind: quality\nfixed:\n  prompts: 4\n  bugdet: '20%'\n"
+    with pytest.raises(ExperimentError, match=r"sweep\.yaml:6: dummy\.ipynb has no parameter 'bugdet'"):
+        expand(read_sweep(write(project, text)))
+    with pytest.raises(ExperimentError, match=r"sweep\.yaml:2: no notebook 'absent\.ipynb'"):
+        expand(read_sweep(write(project, text.replace(str(NOTEBOOK), "absent.ipynb"))))
+
+
+def test_a_key_that_stands_twice_is_refused(project: Path) -> None:
+    with pytest.raises(ExperimentError, match=r"sweep\.yaml:3: the key 'name' stands twice"):
+        read_sweep(write(project, "name: a\nkind: quality\nname: b\n"))
+
+
+def test_what_a_run_needs_follows_its_parameters(project: Path) -> None:
+    stage = {"needs": {"memory": "2GB", "cores": 2}, "needs_where": [{"where": {"seed": 1}, "memory": "8GB"}]}
+    small, large = points(project, grid={"seed": [0, 1]}, **stage)
+    assert (small.needs.memory, small.needs.cores, small.needs.gpus) == (2_000_000_000, 2, None)
+    assert (large.needs.memory, large.needs.cores) == (8_000_000_000, 2)
+    assert small.digest == points(project, grid={"seed": [0, 1]})[0].digest, "needs are not part of what a run is"
+    with pytest.raises(ExperimentError, match="needs_where names parameters that the stage does not set: budget"):
+        points(project, needs_where=[{"where": {"budget": "1%"}, "cores": 1}])
+
+
 def test_broken_or_missing_files_are_named(project: Path) -> None:
     with pytest.raises(ExperimentError, match="is not YAML"):
         read_sweep(write(project, "a: [1"))
@@ -188,6 +232,6 @@ def test_the_identity_of_a_run_is_source_parameters_and_model(project: Path) -> 
 def test_the_projects_own_sweeps_fit_their_notebooks(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HOME_VARIABLE, str(file.parents[1]))
     sweep = read_sweep(file)
-    assert sweep.name == file.stem
+    assert sweep.file.name == file.stem
     assert expand(sweep, file.parent)
-    assert all(stage.seconds_per_run for stage in sweep.stages), "each states what it takes"
+    assert all(stage.seconds_per_run for stage in sweep.file.stages), "each states what it takes"

@@ -19,6 +19,7 @@ from emoe_core.errors import EmoeError
 from workbench.commands import (
     bench,
     checkpoints,
+    compare,
     doctor,
     experiments,
     families,
@@ -27,7 +28,10 @@ from workbench.commands import (
     serve,
     serving,
     simulate,
+    soak,
     synthetic,
+    tracking,
+    verify,
 )
 
 DEBUG_OPTION = "--debug"
@@ -74,10 +78,14 @@ app.command("simulate")(simulate.simulate)
 app.command("serve")(serve.serve)
 app.command("costs")(serving.costs)
 app.command("simulate-serving")(serving.simulate_serving)
+app.command("soak")(soak.soak)
 app.command("bench")(bench.bench)
 app.command("bench-systems")(bench.bench_systems)
 app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
+app.command("compare")(compare.compare)
+app.command("verify")(verify.verify)
+app.command("tracking-server")(tracking.tracking_server)
 
 
 def main() -> None:

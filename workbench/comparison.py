@@ -21,11 +21,10 @@ from workbench.configuration import ExperimentConfig
 from workbench.experiment import all_resident, quality_metrics, run_experiment, warm_trace
 from workbench.memory import MemoryMeasurement, measure
 from workbench.models import resolve_model
-from workbench.quality import bootstrap_interval
+from workbench.quality import LEAST_PROMPTS, bootstrap_interval
 from workbench.workloads import prompt_stream
 
 Progress = Callable[[str, int, int], None]
-LEAST_PROMPTS = 8
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ the routing of every prompt to come), or ``lru`` (on demand; what most systems d
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from emoe_core.errors import OptionError
@@ -106,3 +107,12 @@ class ExperimentConfig:
 def as_params(config: ExperimentConfig) -> dict[str, Any]:
     """Return the configuration as flat parameters for a tracker."""
     return {name: ",".join(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def config_of(params: Mapping[str, Any]) -> ExperimentConfig | None:
+    """Return the configuration that `as_params` flattened, None where the parameters are not a whole one."""
+    names = [item.name for item in fields(ExperimentConfig)]
+    if any(name not in params for name in names):
+        return None
+    given = {name: params[name] for name in names}
+    return ExperimentConfig(**given | {"tasks": tuple(str(given["tasks"]).split(","))})

@@ -9,6 +9,7 @@ the installed packages and the operating system are.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,14 @@ IDENTITY = ("seed", "dtype", "model_hash", "data_hash", "reference_hash")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "datasets", "mlflow", "papermill")
 # The instruction sets that decide how fast, and in which rounding, a matrix product runs.
 NOTABLE_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
+
+DETERMINISM_VARIABLES = (
+    "MKL_CBWR",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "PYTHONHASHSEED",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,10 @@ class Environment:
         Names of the CUDA devices, empty without one.
     commit : str or None
         Git revision of the project, `dirty` when tracked files differ from it.
+    determinism : dict of str to str
+        Settings that decide in which order, and by which kernels, sums are made (`determinism_settings`).
+    lock_hash : str or None
+        Tells one set of installed packages from another; the set itself is recorded beside it (`installed_packages`).
     model_hash, data_hash, reference_hash, seed, dtype
         Identity of what was run (`IDENTITY`); None where a run has none. ``reference_hash`` tells which continuations
         quality was scored on.
@@ -62,6 +76,8 @@ class Environment:
     gpus: list[str] = field(default_factory=list)
     commit: str | None = None
     dirty: bool | None = None
+    determinism: dict[str, str] = field(default_factory=dict)
+    lock_hash: str | None = None
     seed: int | None = None
     dtype: str | None = None
     model_hash: str | None = None
@@ -105,6 +121,8 @@ def describe_environment(**identity: Any) -> Environment:
         gpus=gpu_names(),
         commit=commit,
         dirty=dirty,
+        determinism=determinism_settings(),
+        lock_hash=hashlib.sha256("\n".join(installed_packages()).encode()).hexdigest()[:16],
         **identity,
     )
 
@@ -118,6 +136,27 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+@cache
+def installed_packages() -> tuple[str, ...]:
+    """Return every installed package as ``name==version``, sorted: what ``pip install -r`` would bring back."""
+    found = {str(item.name).lower(): item.version for item in importlib.metadata.distributions() if item.name}
+    return tuple(f"{name}=={version}" for name, version in sorted(found.items()))
+
+
+def determinism_settings() -> dict[str, str]:
+    """Return variables that are set, and torch's switches where it is loaded; the number of threads is told apart."""
+    found = {name: os.environ[name] for name in DETERMINISM_VARIABLES if name in os.environ}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        found |= {
+            "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
+            "float32_matmul_precision": str(torch.get_float32_matmul_precision()),
+            "cudnn.deterministic": str(torch.backends.cudnn.deterministic),
+            "cudnn.benchmark": str(torch.backends.cudnn.benchmark),
+        }
+    return found
 
 
 def describe_cpu() -> tuple[str, list[str]]:

@@ -204,7 +204,8 @@ def _score_all(
         with torch.no_grad():
             both = [head(states.to(engine.device)).float().cpu() for states in (expected.hidden, scored.hidden)]
         quality = compare(both[0], both[1], torch.tensor(expected.token_ids))
-        rows.append({**_row(prompt, expected.prompt_ids, quality, counters, elapsed_s), "told_task": task})
+        row = _row(prompt, expected.prompt_ids, quality, counters, elapsed_s)
+        rows.append({**row, "told_task": task, "prompt_hash": prompt.hash, "scored_hash": expected.hash})
         if progress is not None:
             progress("score", place + 1, len(prompts))
     return rows

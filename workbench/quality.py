@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+# Below so many prompts there is no interval: few values say nothing of those that are not there.
+LEAST_PROMPTS = 8
+
 
 @dataclass(frozen=True)
 class TokenQuality:
@@ -76,9 +79,20 @@ def bootstrap_interval(
     weights : np.ndarray, optional
         Weight of each prompt (its tokens), [m].
     """
+    return percentile_interval(bootstrap_means(values, weights, draws=draws, seed=seed), level)
+
+
+def bootstrap_means(
+    values: np.ndarray, weights: np.ndarray | None = None, *, draws: int = 2000, seed: int = 0
+) -> np.ndarray:
+    """Return (weighted) means of resampled prompts, float64 [draws]; equal seeds and lengths draw the same prompts."""
     values = np.asarray(values, dtype=float)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=float)
     picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    means = (values[picks] * weights[picks]).sum(axis=1) / weights[picks].sum(axis=1)
+    return np.asarray((values[picks] * weights[picks]).sum(axis=1) / weights[picks].sum(axis=1))
+
+
+def percentile_interval(means: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Return the middle `level` of resampled means."""
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

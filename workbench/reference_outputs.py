@@ -76,6 +76,11 @@ class ReferenceOutput:
     hidden: torch.Tensor
     logprobs: torch.Tensor
 
+    @property
+    def hash(self) -> str:
+        """What tells this continuation of this prompt from others: of all token ids."""
+        return hashlib.sha256(json.dumps([self.prompt_ids, self.token_ids]).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Reference:

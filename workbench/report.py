@@ -8,8 +8,6 @@ and lays out the page.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
 from workbench.figures import set_style
+from workbench.page import render_page, write_page
 from workbench.quantities import show_bytes, show_seconds
 from workbench.report_section import Section, read_section
-from workbench.store import disk_errors, open_store, store_dir
-from workbench.sweep_state import NOTEBOOK_TAG, SWEEP_TAG, current_runs, find_parent, parents
+from workbench.run_record import RunRecord
+from workbench.store import open_store, store_name
+from workbench.sweep_state import NOTEBOOK_TAG, PAGE_CACHE_TAG, SWEEP_TAG, current_runs, find_parent, parents
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
     from mlflow.tracking import MlflowClient
-
-
-PAGE_CACHE_TAG = "emoe.page_cache"
 
 
 @dataclass(frozen=True)
@@ -64,24 +61,15 @@ def write_report(out: Path, sweeps: Sequence[str] | None = None) -> Path:
     client = open_store()
     chosen = parents(client) if sweeps is None else [_named(client, name) for name in sweeps]
     if not chosen:
-        raise ExperimentError(f"the store at {store_dir()} holds no sweep. Run `emoe sweep FILE` first.")
+        raise ExperimentError(f"the store at {store_name()} holds no sweep. Run `emoe sweep FILE` first.")
     set_style()
     page = render([read_sweep_part(client, parent) for parent in chosen])
-    with disk_errors():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8")
-    return out
+    return write_page(out, page)
 
 
 def render(parts: Sequence[SweepPart]) -> str:
     """Return the page as HTML."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("workbench"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return environment.get_template("report.html.j2").render(parts=parts, written=written)
+    return render_page("report.html.j2", parts=parts)
 
 
 def read_sweep_part(client: MlflowClient, parent: MlflowRun) -> SweepPart:
@@ -92,7 +80,7 @@ def read_sweep_part(client: MlflowClient, parent: MlflowRun) -> SweepPart:
         counts[item.info.status.lower()] = counts.get(item.info.status.lower(), 0) + 1
     names = list(dict.fromkeys(item.data.tags.get(NOTEBOOK_TAG, "?") for item in runs))
     groups = [[item for item in runs if item.data.tags.get(NOTEBOOK_TAG, "?") == name] for name in names]
-    environments = [found for item in runs if (found := _environment(client, item.info.run_id))]
+    environments = [found for item in runs if (found := RunRecord.of(client, item).environment)]
     ended_ms = max((item.info.end_time or 0 for item in runs), default=0)
     spent_s = sum((item.info.end_time - item.info.start_time) / 1000 for item in runs if item.info.end_time)
     return SweepPart(
@@ -150,16 +138,9 @@ def _named(client: MlflowClient, name: str) -> MlflowRun:
     parent = find_parent(client, name)
     if parent is None:
         known = ", ".join(item.data.tags[SWEEP_TAG] for item in parents(client)) or "none"
-        raise ExperimentError(f"the store at {store_dir()} has no sweep named {name!r}. Sweeps: {known}.")
+        raise ExperimentError(f"the store at {store_name()} has no sweep named {name!r}. Sweeps: {known}.")
     return parent
 
 
 def _clock(time_ms: int) -> str:
     return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _environment(client: MlflowClient, run_id: str) -> dict[str, Any] | None:
-    if not any(item.path == "environment.json" for item in client.list_artifacts(run_id)):
-        return None
-    with tempfile.TemporaryDirectory() as scratch:
-        return dict(json.loads(Path(client.download_artifacts(run_id, "environment.json", scratch)).read_text()))

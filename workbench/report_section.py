@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.figures import REPORT_FIGURES
+from workbench.metric_groups import group_of, rank_of
 from workbench.quantities import column_texts, words_of
 from workbench.results import frame_of
 from workbench.store import decode
-from workbench.sweep_file import short
+from workbench.sweep_points import short
 from workbench.sweep_state import METRICS_TAG
 from workbench.tracking import FIGURE_FOLDER
 
@@ -32,12 +33,6 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 MAX_RUNS_WITH_FIGURES = 24
-# In the order of the table's columns; a metric belongs to the first group that names a part of it.
-GROUPS = {
-    "memory": ("model_bytes", "peak_bytes", "slot_bytes", "slot_share", "dense_bytes", "expert_bytes", "memory"),
-    "quality": ("perplexity", "kl_", "agreement", "similarity", "accuracy", "identical"),
-    "time": ("ttft", "tpot", "stall", "_s", "per_s"),
-}
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ def read_section(client: MlflowClient, notebook: str, runs: list[MlflowRun]) -> 
     named = list(dict.fromkeys(name for text in tags for name in text.split(",") if name))
     every = sorted({name for item in runs for name in item.data.metrics})
     # Within a group, what the sweep file names comes first and in its order.
-    every.sort(key=lambda name: (_rank(name), named.index(name) if name in named else len(named)))
+    every.sort(key=lambda name: (rank_of(name), named.index(name) if name in named else len(named)))
     chosen = main_metrics(named, every)
     columns = {name: _metric_column(name, runs) for name in every}
     rows = [
@@ -156,21 +151,9 @@ def main_metrics(named: Sequence[str], every: Sequence[str]) -> list[str]:
     return [name for name in every if name in chosen]
 
 
-def group_of(metric: str) -> str:
-    """Return the group of columns that a metric belongs to."""
-    for group, parts in GROUPS.items():
-        if any(metric.endswith(part) if part.startswith("_") else part in metric for part in parts):
-            return group
-    return "other"
-
-
 def data_uri(png: bytes) -> str:
     """Return a PNG image as an address that needs no file."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _rank(metric: str) -> int:
-    return [*GROUPS, "other"].index(group_of(metric))
 
 
 def _metric_column(name: str, runs: list[MlflowRun]) -> Column:

@@ -10,7 +10,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
-from workbench.store import decode, open_store, store_dir
+from workbench.store import decode, open_store, store_name
 from workbench.sweep_state import current_runs, find_parent
 from workbench.tracking import DATA_FOLDER
 
@@ -43,7 +43,7 @@ def runs_frame(sweep: str | None = None, *, notebook: str | None = None) -> pd.D
     parent = find_parent(client, sweep)
     if parent is None:
         raise ExperimentError(
-            f"the store at {store_dir()} has no sweep{f' named {sweep!r}' if sweep else ''}. "
+            f"the store at {store_name()} has no sweep{f' named {sweep!r}' if sweep else ''}. "
             "Run `emoe sweep FILE` first."
         )
     return frame_of(current_runs(client, parent), notebook=notebook)

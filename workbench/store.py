@@ -1,6 +1,7 @@
 """Where runs are kept: the store, its locks, and what goes wrong with its disk.
 
-Terms: the *store* is ``mlruns/mlflow.db`` (sqlite) with ``mlruns/artifacts`` under the project root. Locks are files in
+Terms: the *store* is ``mlruns/mlflow.db`` (sqlite) with ``mlruns/artifacts`` under the project root, or the MLflow
+server that ``MLFLOW_TRACKING_URI`` names (http or https only; see `tracking_server`). Locks are files in
 ``mlruns/locks``; the system drops them when a process ends, however it ends. Writing a run is `tracking`'s matter,
 reading runs back that of `results`.
 """
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 HOME_VARIABLE = "EMOE_HOME"
+SERVER_VARIABLE = "MLFLOW_TRACKING_URI"
+SERVER_PATIENCE_S = 10.0
 
 
 def project_root() -> Path:
@@ -54,16 +57,30 @@ def store_dir() -> Path:
     return folder
 
 
+def server_uri() -> str | None:
+    """Return the address of the MLflow server that is to be used, None where the store is on this disk."""
+    chosen = os.environ.get(SERVER_VARIABLE, "").rstrip("/")
+    return chosen if chosen.startswith(("http://", "https://")) else None
+
+
 def store_uri() -> str:
     """Return the address of the store, for MLflow and its user interface."""
-    return f"sqlite:///{store_dir() / 'mlflow.db'}"
+    return server_uri() or f"sqlite:///{store_dir() / 'mlflow.db'}"
+
+
+def store_name() -> str:
+    """Return the store as messages call it: its server or its folder."""
+    return server_uri() or str(store_dir())
 
 
 def ui_command() -> str:
     """Return the shell command that opens the MLflow user interface on this store, as it can be pasted.
 
-    Job execution is off: it starts a dozen idle worker processes that a local store has no use for.
+    Job execution is off: it starts a dozen idle worker processes that a local store has no use for. A server shows its
+    runs itself.
     """
+    if server := server_uri():
+        return f"open {server}"
     beside = Path(sys.executable).with_name("mlflow")
     program = beside if beside.exists() else "mlflow"
     return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program} ui --backend-store-uri {store_uri()}"
@@ -98,10 +115,26 @@ def open_store() -> MlflowClient:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow.tracking import MlflowClient
 
+    if server := server_uri():
+        _ask_for_health(server)
+        return MlflowClient(tracking_uri=server)
     with locked("schema"), disk_errors():
         client = MlflowClient(tracking_uri=store_uri())
         client.get_experiment_by_name("Default")
     return client
+
+
+def _ask_for_health(server: str) -> None:
+    """Refuse a server that does not answer at once; MLflow itself would try for minutes."""
+    import requests
+
+    try:
+        requests.get(f"{server}/health", timeout=SERVER_PATIENCE_S).raise_for_status()
+    except requests.RequestException as error:
+        raise ExperimentError(
+            f"the MLflow server {server} does not answer: {error}. Start it (`emoe tracking-server`), or unset "
+            f"{SERVER_VARIABLE} to use the store on this disk."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -116,7 +149,7 @@ def disk_errors() -> Iterator[None]:
         if reason is None:
             raise
         raise ExperimentError(
-            f"cannot write to {store_dir()}: {reason}. Make room and run the same command again; "
+            f"cannot write to {store_name()}: {reason}. Make room and run the same command again; "
             "finished runs are kept."
         ) from error
 
@@ -133,15 +166,17 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     """Return the id of an experiment, made if missing, with its artifacts beside the store."""
     known = client.get_experiment_by_name(name)
     if known is None:
-        place = store_dir() / "artifacts"
-        place.mkdir(exist_ok=True)
         # The kind has the interface show a table of runs with metrics instead of its pages for chat traces.
         kind = {"mlflow.experimentKind": "custom_model_development"}
+        if server_uri():
+            return str(client.create_experiment(name, tags=kind))  # the server keeps the artifacts
+        place = store_dir() / "artifacts"
+        place.mkdir(exist_ok=True)
         return str(client.create_experiment(name, artifact_location=(place / slug(name)).as_uri(), tags=kind))
     if known.lifecycle_stage != "active":
         raise ExperimentError(
             f"the MLflow experiment {name!r} was deleted. Restore it in the MLflow UI, or remove it for good with "
-            f"`mlflow gc --backend-store-uri {store_uri()}`."
+            f"`mlflow gc --backend-store-uri {'the address of its database' if server_uri() else store_uri()}`."
         )
     return str(known.experiment_id)
 

@@ -1,72 +1,43 @@
 """Run a sweep: one fresh process per point, recorded in MLflow, resumable.
 
 A sweep resumes by default: finished runs are skipped, failed and killed ones are done again, under the same parent
-run. One run that fails is recorded as FAILED with its error and its executed notebook, and the sweep goes on; only a
-disk that cannot be written stops it. `timing` stages run alone on the machine (an exclusive lock that other sweeps of
-the same store wait for), `quality` stages may run several runs at once.
+run. One run that fails is recorded as FAILED with its error and its executed notebook, and the sweep goes on; a run
+that is lost with its machine is tried again; only a disk that cannot be written stops a sweep.
 
-What a file may say is `sweep_file`'s matter, what has been done before `sweep_state`'s, and how one notebook is
-executed `sweep_run`'s.
+What a file may say is the matter of `sweep_schema`, which runs it stands for that of `sweep_points`, where they are
+carried out that of `executors`, what has been done before that of `sweep_state`, what is written that of
+`sweep_record`, and what is seen meanwhile that of `sweep_screen`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import psutil
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.busy import busy_warning
-from workbench.environment import available_cores, git_revision
-from workbench.quantities import show, show_seconds, words_of
-from workbench.store import (
-    HOME_VARIABLE,
-    disk_errors,
-    disk_reason,
-    encode,
-    locked,
-    open_store,
-    project_root,
-    store_dir,
-)
-from workbench.sweep_file import Point, SweepFile, expand, read_sweep
-from workbench.sweep_state import (
-    DIGEST_TAG,
-    ERROR_TAG,
-    METRICS_TAG,
-    NOTEBOOK_TAG,
-    OWNER_TAG,
-    SWEEP_TAG,
-    find_parent,
-    owner_tag,
-    reconcile,
-    search,
-    start_parent,
-)
-from workbench.tracking import RUN_VARIABLE, new_run
+from workbench.executors.choice import ExecutorMaker
+from workbench.executors.local import LocalExecutor
+from workbench.executors.protocol import Ending, Executor, Kind
+from workbench.store import disk_reason, locked, open_store, server_uri, store_dir
+from workbench.sweep_file import read_sweep
+from workbench.sweep_plan import Expectation
+from workbench.sweep_points import Point, StagePlan, plan_stages
+from workbench.sweep_record import SweepRecord
+from workbench.sweep_screen import SweepScreen
+from workbench.sweep_search import OptunaSearch
+from workbench.sweep_source import ListedPoints, PointSource
 
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
-
-POLL_S = 0.1
-KILL_WAIT_S = 5.0
-MAX_JOBS = 4  # more sqlite writers than this want an MLflow server
-SHOWN_METRICS = 4
+MAX_WRITERS = 4  # more sqlite writers than this want an MLflow server
+MAX_SERVER_WRITERS = 64
+ATTEMPTS = 3  # of a run that is lost with its machine
 
 
 @dataclass(frozen=True)
@@ -84,18 +55,32 @@ class SweepResult:
         return 1 if self.failed else 0
 
 
-@dataclass
-class Active:
-    """A point whose process is running."""
+@dataclass(frozen=True)
+class Part:
+    """Successive points of a sweep that may run at the same time."""
+
+    kind: Kind
+    source: PointSource
+    expected_s: float | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A point that is carried out for the n-th time."""
 
     point: Point
-    run_id: str
-    folder: Path
-    process: subprocess.Popen[bytes]
-    started_s: float
+    number: int = 1
 
 
-def run_sweep(path: Path, *, fresh: bool = False, jobs: int = 1, console: Console | None = None) -> SweepResult:
+def run_sweep(
+    path: Path,
+    *,
+    fresh: bool = False,
+    jobs: int | None = None,
+    take_over: bool = False,
+    console: Console | None = None,
+    executor: ExecutorMaker | None = None,
+) -> SweepResult:
     """Run every point of a sweep file that the store does not hold as finished.
 
     Parameters
@@ -104,10 +89,14 @@ def run_sweep(path: Path, *, fresh: bool = False, jobs: int = 1, console: Consol
         The sweep file.
     fresh : bool
         Start a new parent run and do everything again.
-    jobs : int
-        Runs at once in `quality` stages, 1 to 4.
+    jobs : int, optional
+        Runs at once in `quality` stages; by default as many as the machine has cores, memory and GPUs for.
+    take_over : bool
+        Go on with a sweep that the store calls running on a machine that is gone.
     console : Console, optional
         Where progress is shown.
+    executor : callable, optional
+        Makes the place to run at; this machine when missing.
 
     Raises
     ------
@@ -116,37 +105,22 @@ def run_sweep(path: Path, *, fresh: bool = False, jobs: int = 1, console: Consol
     KeyboardInterrupt
         On Ctrl-C and SIGTERM, after the runs under way were marked as KILLED.
     """
-    if not 1 <= jobs <= MAX_JOBS:
-        raise OptionError(f"--jobs {jobs}: give 1 to {MAX_JOBS}; more writers than that need an MLflow server.")
+    most = MAX_SERVER_WRITERS if server_uri() else MAX_WRITERS
+    if jobs is not None and not 1 <= jobs <= most:
+        more = "" if server_uri() else "; more writers than that need an MLflow server (`emoe tracking-server`)"
+        raise OptionError(f"--jobs {jobs}: give 1 to {most}{more}.")
     sweep = read_sweep(path)
-    points = expand(sweep, path.parent)
-    screen = console or Console(stderr=True)
+    plans = plan_stages(sweep, path.parent)
+    screen = SweepScreen(console or Console(stderr=True))
     client = open_store()
-    with locked(f"sweep-{sweep.name}", wait=False) as mine, terminated_like_interrupted():
+    with locked(f"sweep-{sweep.file.name}", wait=False) as mine:
         if not mine:
-            raise ExperimentError(f"sweep {sweep.name!r} is already running. Wait for it, or stop it first.")
-        return _Sweep(client, sweep, points, screen, jobs).run(fresh)
-
-
-def describe_plan(path: Path) -> tuple[SweepFile, list[tuple[Point, str, float | None]]]:
-    """Return the points of a sweep, each with ``finished`` or ``to do`` and its expected seconds if known."""
-    sweep = read_sweep(path)
-    points = expand(sweep, path.parent)
-    client = open_store()
-    parent = find_parent(client, sweep.name)
-    done: set[str] = set()
-    if parent is not None:
-        found = search(client, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' AND attributes.status = 'FINISHED'")
-        done = {item.data.tags.get(DIGEST_TAG, "") for item in found}
-    seconds = {point.notebook.stem: expected_seconds(client, point) for point in points}
-    return sweep, [(p, "finished" if p.digest in done else "to do", seconds[p.notebook.stem]) for p in points]
-
-
-def expected_seconds(client: MlflowClient, point: Point) -> float | None:
-    """Return the mean duration of finished runs of the point's notebook, else what the sweep file expects."""
-    found = search(client, f"tags.`{NOTEBOOK_TAG}` = '{point.notebook.stem}' AND attributes.status = 'FINISHED'")
-    spans = [(item.info.end_time - item.info.start_time) / 1000 for item in found if item.info.end_time]
-    return sum(spans) / len(spans) if spans else point.stage.seconds_per_run
+            raise ExperimentError(f"sweep {sweep.file.name!r} is already running. Wait for it, or stop it first.")
+        scratch = store_dir() / "running" / sweep.file.name
+        place = (executor or LocalExecutor)(scratch, most=most, jobs=jobs, tell=screen.say)
+        with terminated_like_interrupted():
+            record = SweepRecord(client, sweep.file, plans, fresh=fresh, take_over=take_over)
+            return _Sweep(record, place, screen, Expectation(client)).run(plans)
 
 
 @contextlib.contextmanager
@@ -170,211 +144,103 @@ def terminated_like_interrupted() -> Iterator[None]:
 class _Sweep:
     """The state of one call of `run_sweep`."""
 
-    def __init__(
-        self, client: MlflowClient, sweep: SweepFile, points: Sequence[Point], screen: Console, jobs: int
-    ) -> None:
-        self.client, self.sweep, self.points, self.screen, self.jobs = client, sweep, points, screen, jobs
-        self.active: list[Active] = []
-        self.scratch = store_dir() / "running" / sweep.name
-        self.result = SweepResult("")
+    def __init__(self, record: SweepRecord, place: Executor, screen: SweepScreen, expected: Expectation) -> None:
+        self.record, self.place, self.screen, self.expected = record, place, screen, expected
+        self.running: dict[str, Attempt] = {}
+        self.result = SweepResult(record.parent_id)
 
-    def run(self, fresh: bool) -> SweepResult:
-        todo = self._prepare(fresh)
+    def run(self, plans: Sequence[StagePlan]) -> SweepResult:
         status = "KILLED"
-        self._announce([point for _, point in todo])
         try:
-            with self._progress() as bar:
-                task = bar.add_task(self.sweep.name, total=len(todo))
-                for kind, group in groupby(todo, key=lambda entry: entry[1].stage.kind):
-                    with self._machine(kind):
-                        self._run_group(list(group), 1 if kind == "timing" else self.jobs, bar, task)
+            parts = self._parts(plans)
+            self._announce(parts)
+            with self.screen.shown():
+                for part in parts:
+                    with self.place.stage(part.kind):
+                        self._run_part(part)
             status = "FAILED" if self.result.failed else "FINISHED"
         except KeyboardInterrupt:
-            self.screen.print("[yellow]Stopped.[/] The same command goes on from here.")
+            self.screen.say("[yellow]Stopped.[/] The same command goes on from here.")
             raise
         finally:
-            self._stop_active()
-            with contextlib.suppress(ExperimentError), disk_errors():
-                self.client.set_terminated(self.result.parent_run_id, status)
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.place.stop()
+            self.record.close(status)
         return self.result
 
-    def _prepare(self, fresh: bool) -> list[tuple[int, Point]]:
-        """Find or make the parent run and return the points left to run, with their place in the sweep."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        parent = None if fresh else find_parent(self.client, self.sweep.name)
-        finished: dict[str, Any] = {}
-        commit = git_revision()[0] or "unknown"
-        with disk_errors():
-            if parent is None:
-                tags = {"mlflow.note.content": self.sweep.description, "mlflow.source.name": self.sweep.name}
-                run_id = start_parent(self.client, self.sweep.name, tags)
-            else:
-                run_id = parent.info.run_id
-                finished = reconcile(self.client, parent, {point.digest for point in self.points})
-                self.client.update_run(run_id, status="RUNNING")
-            self.client.set_tag(run_id, OWNER_TAG, owner_tag())
-            for index, point in enumerate(self.points):
-                if point.digest in finished:
-                    self.client.set_tag(finished[point.digest].info.run_id, "emoe.index", index)
-        skipped = [point.label for point in self.points if point.digest in finished]
-        self.result = SweepResult(run_id, skipped=skipped)
-        if skipped:
-            self.screen.print(f"{len(skipped)} of {len(self.points)} runs are already finished.")
-            elsewhere = {item.data.tags.get("env.commit", "unknown").split()[0] for item in finished.values()} - {
-                commit
-            }
-            if elsewhere:
-                listing = ", ".join(sorted(revision[:10] for revision in elsewhere))
-                self.screen.print(f"[yellow]Some come from another commit ({listing});[/] --fresh runs all again.")
-        return [(index, point) for index, point in enumerate(self.points) if point.digest not in finished]
+    def _parts(self, plans: Sequence[StagePlan]) -> list[Part]:
+        """Return what is left to do; neighbours of one kind are one part, a search is one of its own."""
+        parts: list[Part] = []
+        for kind, group in groupby(plans, key=lambda plan: (plan.stage.kind, plan.study)):
+            stages = list(group)
+            if stages[0].study:
+                known = self.record.known.get(stages[0].study, [])
+                self.result.skipped.extend(point.label for point, _ in known)
+                seconds = self.expected.of_stage(stages[0])
+                search = OptunaSearch(stages[0], known)
+                parts.append(Part(kind[0], search, None if seconds is None else seconds * search.left))
+                continue
+            points = [point for plan in stages for point in plan.points()]
+            todo = [point for point in points if point.digest not in self.record.finished]
+            self.result.skipped.extend(point.label for point in points if point.digest in self.record.finished)
+            expected = [self.expected.of_point(point) for point in todo]
+            known_s = sum(value for value in expected if value)
+            parts.append(Part(kind[0], ListedPoints(todo), known_s if all(expected) else None))
+        return [part for part in parts if part.source.left]
 
-    def _announce(self, todo: Sequence[Point]) -> None:
-        if not todo:
-            return
-        seconds = [expected_seconds(self.client, point) for point in todo]
-        known = sum(value for value in seconds if value)
-        about = f", about {show_seconds(known)}" if all(seconds) else ""
-        self.screen.print(f"{len(todo)} runs to do{about}.")
-
-    def _progress(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=self.screen,
-            transient=True,
-            disable=not self.screen.is_terminal,
-        )
-
-    @contextlib.contextmanager
-    def _machine(self, kind: str) -> Iterator[None]:
-        """Hold the machine alone for timing, shared for quality; say so when that means waiting."""
-        shared = kind == "quality"
-        with locked("machine", shared=shared, wait=False) as mine:
-            if mine:
-                yield
-                return
-        self.screen.print("Waiting for another sweep that measures time on this machine.")
-        with locked("machine", shared=shared):
-            yield
-
-    def _run_group(self, todo: list[tuple[int, Point]], jobs: int, bar: Progress, task: Any) -> None:
-        waiting = list(todo)
-        while waiting or self.active:
-            while waiting and len(self.active) < jobs:
-                index, point = waiting.pop(0)
-                bar.update(task, description=escape(point.label))
-                self._start(index, point, jobs)
-            for item in [item for item in self.active if item.process.poll() is not None]:
-                self._finish(item)
-                bar.advance(task)
-            if self.active:
-                time.sleep(POLL_S)
-
-    def _start(self, index: int, point: Point, jobs: int) -> None:
-        if not self.screen.is_terminal:
-            # A terminal shows it in the bar.
-            self.screen.print(f"started  {escape(point.label)}")
-        tags = {
-            OWNER_TAG: owner_tag(),
-            SWEEP_TAG: self.sweep.name,
-            DIGEST_TAG: point.digest,
-            NOTEBOOK_TAG: point.notebook.stem,
-            "emoe.kind": point.stage.kind,
-            "emoe.axes": ",".join(point.axes),
-            METRICS_TAG: ",".join(point.stage.metrics),
-            "emoe.index": str(index),
-            "mlflow.source.name": point.stage.notebook,
-        }
-        with disk_errors():
-            run_id = new_run(self.client, self.sweep.name, point.label, parent=self.result.parent_run_id, tags=tags)
-            for name, value in point.parameters.items():
-                self.client.log_param(run_id, name, encode(value))
-            folder = self.scratch / run_id
-            folder.mkdir(parents=True)
-            job = {
-                "notebook": str(point.notebook),
-                "output": str(folder / point.notebook.name),
-                "parameters": point.parameters,
-                "status": str(folder / "status.json"),
-                "owner_pid": os.getpid(),
-            }
-            (folder / "job.json").write_text(json.dumps(job))
-            environment = {**os.environ, HOME_VARIABLE: str(project_root()), RUN_VARIABLE: run_id}
-            if jobs > 1:
-                environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
-            with (folder / "process.log").open("wb") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "workbench.sweep_run", str(folder / "job.json")],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
+    def _announce(self, parts: Sequence[Part]) -> None:
+        total = sum(part.source.left for part in parts)
+        if done := len(self.result.skipped):
+            self.screen.say(f"{done} of {total + done} runs are already finished.")
+            if elsewhere := self.record.other_commits():
+                self.screen.say(
+                    f"[yellow]Some come from another commit ({', '.join(elsewhere)});[/] --fresh runs all again."
                 )
-        self.active.append(Active(point, run_id, folder, process, time.monotonic()))
+        seconds = [part.expected_s for part in parts]
+        self.screen.announce(total, None if None in seconds else sum(value or 0.0 for value in seconds))
 
-    def _finish(self, item: Active) -> None:
-        """Record how a run ended and show it in one line."""
-        outcome = self._outcome(item)
-        with disk_errors():
-            for name in (item.point.notebook.name, "process.log"):
-                if (item.folder / name).is_file() and (item.folder / name).stat().st_size:
-                    self.client.log_artifact(item.run_id, str(item.folder / name), "notebook")
-            if not outcome["ok"]:
-                self.client.set_tag(item.run_id, ERROR_TAG, outcome["error"][:2000])
-                if "traceback" in outcome:
-                    self.client.log_text(item.run_id, outcome["traceback"], "notebook/traceback.txt")
-            self.client.set_terminated(item.run_id, "FINISHED" if outcome["ok"] else "FAILED")
-        self.active.remove(item)
-        shutil.rmtree(item.folder, ignore_errors=True)
-        took = show_seconds(time.monotonic() - item.started_s)
-        if outcome["ok"]:
-            self.result.finished.append(item.point.label)
-            self.screen.print(
-                f"[green]finished[/] {escape(item.point.label)}  [dim]{took}[/]  {self._key_metrics(item)}"
-            )
-            return
-        self.result.failed.append(item.point.label)
-        self.screen.print(f"[red]failed[/]   {escape(item.point.label)}  [dim]{took}[/]  {escape(outcome['error'])}")
-        full = disk_reason(outcome["error"])
-        if full:
+    def _run_part(self, part: Part) -> None:
+        waiting: deque[Attempt] = deque()
+        while True:
+            while True:
+                if not waiting and (point := part.source.ask()):
+                    waiting.append(Attempt(point))
+                if not waiting or not self._start_if_room(waiting[0]):
+                    break
+                waiting.popleft()
+            if not self.running and not waiting:
+                break
+            for ending in self.place.wait():
+                again = self._end(part.source, ending)
+                if again is not None:
+                    waiting.append(again)
+        for line in part.source.conclusion():
+            self.screen.say(escape(line))
+
+    def _start_if_room(self, attempt: Attempt) -> bool:
+        if not self.place.has_room(attempt.point.needs, attempt.point.stage.kind):
+            return False
+        job = self.record.begin(attempt.point)
+        self.place.start(job)
+        self.running[job.run_id] = attempt
+        self.screen.began(job.run_id, attempt.point, self.expected.of_point(attempt.point))
+        return True
+
+    def _end(self, source: PointSource, ending: Ending) -> Attempt | None:
+        """Record how a run ended; return what to try again when it was lost."""
+        attempt = self.running.pop(ending.run_id)
+        again = ending.lost and attempt.number < ATTEMPTS
+        metrics = self.record.end(ending, again=again)
+        self.place.forget(ending)
+        label = attempt.point.label
+        outcome = "finished" if ending.ok else "lost" if again else "failed"
+        self.screen.ended(ending.run_id, outcome, ending.error, metrics)
+        if again:
+            return Attempt(attempt.point, attempt.number + 1)
+        (self.result.finished if ending.ok else self.result.failed).append(label)
+        if warning := source.tell(attempt.point, metrics if ending.ok else None):
+            self.screen.say(f"[yellow]{escape(warning)}[/]")
+        if full := None if ending.ok else disk_reason(ending.error):
             raise ExperimentError(
                 f"a run could not write: {full}. Make room and run the same command again; finished runs are kept."
             )
-
-    def _outcome(self, item: Active) -> dict[str, Any]:
-        status = item.folder / "status.json"
-        if status.is_file() and status.stat().st_size:
-            return dict(json.loads(status.read_text()))
-        code = item.process.returncode
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        lines = (item.folder / "process.log").read_text(errors="replace").strip().splitlines()
-        return {"ok": False, "error": f"the run's process ended without a result ({how}) {lines[-1] if lines else ''}"}
-
-    def _key_metrics(self, item: Active) -> str:
-        metrics = self.client.get_run(item.run_id).data.metrics
-        names = [name for name in item.point.stage.metrics if name in metrics] or sorted(metrics)[:SHOWN_METRICS]
-        told = ", ".join(f"{words_of(name)} {show(name, metrics[name])}" for name in names)
-        warning = busy_warning(metrics.get("others_cpu_share"))
-        return f"{told}  [yellow]{warning}[/]" if warning else told
-
-    def _stop_active(self) -> None:
-        """Kill what still runs, kernels included, and record it as KILLED."""
-        for item in self.active:
-            victims: list[psutil.Process] = []
-            with contextlib.suppress(psutil.NoSuchProcess):
-                victims = psutil.Process(item.process.pid).children(recursive=True)
-            item.process.kill()
-            item.process.wait()
-            for victim in victims:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    victim.kill()
-            psutil.wait_procs(victims, timeout=KILL_WAIT_S)
-            with contextlib.suppress(ExperimentError), disk_errors():
-                self.client.set_terminated(item.run_id, "KILLED")
-        self.active.clear()
+        return None

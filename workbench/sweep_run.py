@@ -1,10 +1,10 @@
 """Execute one notebook in this process's own kernel: ``python -m workbench.sweep_run JOB.json``.
 
-A sweep starts one such process per run, so that a kernel that crashes or is killed for memory takes only itself down.
-The job is a JSON file with ``notebook, output, parameters, status, owner_pid``; the outcome is written to ``status`` as
-JSON with ``ok`` and, after a failure, ``error`` (one line) and ``traceback``. The kernel is this interpreter whatever
-kernel the notebook names, and works in the notebook's folder. It does not write to MLflow: the notebook and the sweep
-do.
+`executors.notebook_process` starts one such process per run, so that a kernel that crashes or is killed for memory
+takes only itself down. The job is a JSON file with ``notebook, working_folder, output, parameters, status,
+owner_pid``; the outcome is written to ``status`` as JSON with ``ok`` and, after a failure, ``error`` (one line) and
+``traceback``. The kernel is this interpreter whatever kernel the notebook names. It does not write to MLflow: the
+notebook and the sweep do.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 KERNEL = "python3"
 ORPHAN_POLL_S = 0.5
+KERNEL_START_S = 300  # papermill's minute is short on a busy machine; a kernel that dies is noticed at once
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -40,8 +41,9 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
             parameters=job["parameters"],
             kernel_name=KERNEL,
             language="python",
-            cwd=str(notebook.parent),
+            cwd=job["working_folder"],
             progress_bar=False,
+            start_timeout=KERNEL_START_S,
         )
     except PapermillExecutionError as error:
         line = f"{error.ename}: {ANSI.sub('', error.evalue)}"
@@ -82,7 +84,10 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         use_this_interpreter(Path(folder))
         outcome = execute(job)
-    Path(job["status"]).write_text(json.dumps(outcome))
+    # Whole or not at all: whoever is killed here leaves no half of an outcome.
+    unfinished = Path(job["status"] + ".part")
+    unfinished.write_text(json.dumps(outcome))
+    unfinished.replace(job["status"])
     return 0 if outcome["ok"] else 1
 
 

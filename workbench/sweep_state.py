@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from emoe_core.errors import ExperimentError
 from workbench.store import disk_errors
 from workbench.tracking import PARENT_TAG, new_run
 
@@ -30,8 +31,11 @@ DIGEST_TAG = "emoe.point"
 NOTEBOOK_TAG = "emoe.notebook"
 ERROR_TAG = "emoe.error"
 METRICS_TAG = "emoe.metrics"
+INDEX_TAG = "emoe.index"
+STUDY_TAG = "emoe.study"
 SUPERSEDED_TAG = "emoe.superseded"
 OWNER_TAG = "emoe.owner"
+PAGE_CACHE_TAG = "emoe.page_cache"
 PAGE_RUNS = 1000
 
 
@@ -89,7 +93,7 @@ def children(client: MlflowClient, parent: MlflowRun) -> list[MlflowRun]:
 def current_runs(client: MlflowClient, parent: MlflowRun) -> list[MlflowRun]:
     """Return the current children of a sweep in the order of its file."""
     found = [item for item in children(client, parent) if item.data.tags.get(SUPERSEDED_TAG) != "true"]
-    return sorted(found, key=lambda item: int(item.data.tags.get("emoe.index", 0)))
+    return sorted(found, key=lambda item: int(item.data.tags.get(INDEX_TAG, 0)))
 
 
 def start_parent(client: MlflowClient, name: str, tags: dict[str, str]) -> str:
@@ -98,17 +102,35 @@ def start_parent(client: MlflowClient, name: str, tags: dict[str, str]) -> str:
     return new_run(client, name, f"sweep {name}", tags=every)
 
 
-def reconcile(client: MlflowClient, parent: MlflowRun, digests: Collection[str]) -> dict[str, MlflowRun]:
+def refuse_running_elsewhere(parent: MlflowRun) -> None:
+    """Refuse a sweep that another process is at, which only a store on a server lets two machines come to.
+
+    Raises
+    ------
+    ExperimentError
+        That names the process.
+    """
+    owner = parent.data.tags.get(OWNER_TAG, "")
+    if parent.info.status == "RUNNING" and owner != owner_tag() and is_alive(owner):
+        raise ExperimentError(
+            f"sweep {parent.data.tags[SWEEP_TAG]!r} is already running (host:process {owner.rpartition(':')[0]}). "
+            "Stop it first; if that machine is gone for good, --take-over goes on in its place."
+        )
+
+
+def reconcile(
+    client: MlflowClient, parent: MlflowRun, digests: Collection[str], *, take_over: bool = False
+) -> dict[str, MlflowRun]:
     """Bring the children of a resumed sweep up to date and return the finished ones by digest.
 
-    Runs of dead processes become KILLED. Everything that is not finished, or not part of the sweep any more, is tagged
-    as superseded.
+    Runs of dead processes become KILLED, with `take_over` also those of other machines. Everything that is not
+    finished, or not part of the sweep any more, is tagged as superseded.
     """
     finished: dict[str, Any] = {}
     with disk_errors():
         for item in children(client, parent):
             tags, status = item.data.tags, item.info.status
-            if status == "RUNNING" and not is_alive(tags.get(OWNER_TAG, "")):
+            if status == "RUNNING" and (take_over or not is_alive(tags.get(OWNER_TAG, ""))):
                 client.set_terminated(item.info.run_id, "KILLED")
                 status = "KILLED"
             digest = tags.get(DIGEST_TAG, "")

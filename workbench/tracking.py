@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
-from workbench.environment import Environment, describe_environment
+from workbench.environment import Environment, describe_environment, installed_packages
 from workbench.store import disk_errors, encode, experiment_id, open_store
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ RUN_VARIABLE = "EMOE_RUN_ID"
 PARENT_TAG = "mlflow.parentRunId"
 FIGURE_FOLDER = "figures"
 DATA_FOLDER = "data"
+NOTEBOOK_FOLDER = "notebook"
+ENVIRONMENT_FILE = "environment.json"
+LOCK_FILE = "requirements.txt"
 
 
 class Run:
@@ -57,6 +60,7 @@ class Run:
         self.run_id = run_id
         self.environment = environment
         self._publish_environment()
+        self.log_text(LOCK_FILE, "".join(f"{line}\n" for line in installed_packages()))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record parameters; a parameter is written once and keeps its first value."""
@@ -123,7 +127,7 @@ class Run:
         self._publish_environment()
 
     def _publish_environment(self) -> None:
-        self.log_text("environment.json", json.dumps(self.environment.to_dict(), indent=2))
+        self.log_text(ENVIRONMENT_FILE, json.dumps(self.environment.to_dict(), indent=2))
         self.log_tags(self.environment.tags())
 
     def _log_file(self, name: str, folder: str, write: Callable[[Path], object]) -> None:

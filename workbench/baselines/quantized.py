@@ -111,7 +111,8 @@ def score_quantized(
         kept = len(expected.token_ids)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept + 1).logits[0, -kept - 1 : -1].float()
         quality = compare(head(expected.hidden).float(), logits, torch.tensor(expected.token_ids))
-        rows.append({"request": prompt.request_id, "task": prompt.task, **quality.row()})
+        hashes = {"prompt_hash": prompt.hash, "scored_hash": expected.hash}
+        rows.append({"request": prompt.request_id, "task": prompt.task, **quality.row(), **hashes})
         report(f"{name} score", place + 1, len(prompts))
     asked = [expected.prompt_ids for expected in reference.outputs[:answers]]
     texts = greedy_answers(model, checkpoint, asked, max_new_tokens) if answers else []

@@ -16,7 +16,24 @@ if TYPE_CHECKING:
 def sweep(
     file: Annotated[Path, typer.Argument(help="Sweep file, for example sweeps/quick.yaml.")],
     fresh: Annotated[bool, typer.Option(help="Do finished runs again, under a new parent run.")] = False,
-    jobs: Annotated[int, typer.Option(help="Runs at once, in stages that measure quality only (1 to 4).")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Runs at once in stages of kind quality; as many as cores, memory and GPUs hold when missing.",
+            show_default=False,
+        ),
+    ] = None,
+    executor: Annotated[str, typer.Option(help="Where runs are carried out: local or ray.")] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray cluster, HOST:PORT or ray://HOST:PORT; that of this machine when missing.", show_default=False
+        ),
+    ] = None,
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Go on with a sweep whose machine is gone though the server says it runs."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and the estimate; run nothing.")] = False,
 ) -> None:
     """Run notebooks over a grid of parameters, resuming where an earlier call stopped."""
@@ -24,10 +41,12 @@ def sweep(
     if dry_run:
         _show_plan(file)
         return
+    from workbench.executors.choice import executor_maker
     from workbench.store import ui_command
     from workbench.sweep import run_sweep
 
-    result = run_sweep(file, fresh=fresh, jobs=jobs, console=console)
+    place = executor_maker(executor, ray_address)
+    result = run_sweep(file, fresh=fresh, jobs=jobs, take_over=take_over, console=console, executor=place)
     console.print(_summary(result))
     console.print(f"Look at the runs: [bold]{ui_command()}[/]\n(the sweep's name, tab Runs)", soft_wrap=True)
     raise typer.Exit(result.exit_code)
@@ -61,19 +80,20 @@ def _summary(result: SweepResult) -> str:
 
 
 def _show_plan(file: Path) -> None:
-    """Print the points of a sweep with their state, and how long the rest may take."""
+    """Print the runs of a sweep with their state, and how long the rest may take."""
     from workbench.quantities import show_seconds
-    from workbench.sweep import describe_plan
+    from workbench.sweep_plan import describe_plan
 
-    plan, points = describe_plan(file)
-    table = Table(title=f"Sweep {plan.name}", caption=plan.description or None)
+    sweep, runs = describe_plan(file)
+    table = Table(title=f"Sweep {sweep.name}", caption=sweep.description or None)
     for heading in ("run", "kind", "state", "expected"):
         table.add_column(heading, justify="right" if heading == "expected" else "left")
-    for point, state, seconds in points:
-        table.add_row(point.label, point.stage.kind, state, show_seconds(seconds) if seconds else "unknown")
+    for run in runs:
+        expected = show_seconds(run.expected_s) if run.expected_s else "unknown"
+        table.add_row(run.label, run.kind, "finished" if run.finished else "to do", expected)
     console = Console()
     console.print(table)
-    left = [seconds for _, state, seconds in points if state != "finished"]
+    left = [run.expected_s for run in runs if not run.finished]
     known = [seconds for seconds in left if seconds]
     more = "" if len(known) == len(left) else f", not counting {len(left) - len(known)} of unknown duration"
-    console.print(f"{len(left)} of {len(points)} runs to do, about {show_seconds(sum(known))} one after another{more}.")
+    console.print(f"{len(left)} of {len(runs)} runs to do, about {show_seconds(sum(known))} one after another{more}.")

@@ -17,7 +17,7 @@ def costs(
     model: ModelArgument = "reference",
     budget: Annotated[str, typer.Option(help="Expert memory to serve under.")] = "60%",
     prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths to time.")] = "16,64,128,256",
-    batches: Annotated[str, typer.Option(help="Batch sizes to time.")] = "1,2,4,8",
+    batches: Annotated[str, typer.Option(help="Batch sizes to time.")] = "1,2,3,4,6,8",
     repeats: Annotated[int, typer.Option(help="Repeats of each measurement.")] = 5,
     prompts: Annotated[int, typer.Option(help="Prompts of each task, for lengths and expert shares.")] = 8,
     source: Annotated[str, typer.Option(help="Prompts: 'embedded', 'fixture' or 'hub'.")] = "embedded",

@@ -12,14 +12,16 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from emoe_core.engine import Engine
-from emoe_core.serving_loop import Answer
+from emoe_core.serving_records import Answer
 from emoe_core.text_stream import TextStream
 from workbench.server.limits import ApiError, ServerLimits
 from workbench.server.metrics import ServerMetrics
 from workbench.server.protocol import Wanted, understand
+from workbench.server.stop_strings import StopStrings
 from workbench.server.worker import Event, Job, Worker
 
 OPEN_PATHS = ("/healthz", "/readyz")
@@ -75,7 +77,11 @@ def make_app(
         return await answer(request, chat=True)
 
     async def answer(request: Request, chat: bool) -> Response:
-        wanted = understand(await _body(request, limits.max_body_bytes), chat, engine, model, limits)
+        try:
+            body = await _body(request, limits)
+        except ClientGoneError:
+            return Response(status_code=499)
+        wanted = understand(body, chat, engine, model, limits)
         exchange = Exchange(worker, wanted)
         try:
             # The first token decides the status, also of a stream.
@@ -104,9 +110,17 @@ class Exchange:
 
         self.wanted = wanted
         self.ends = worker.ends
+        self.answer: Answer | None = None
         self._worker = worker
         self._job = Job(
-            wanted.prompt_ids, wanted.task, wanted.max_new_tokens, wanted.objective, wanted.tolerance, deliver
+            wanted.prompt_ids,
+            wanted.task,
+            wanted.max_new_tokens,
+            wanted.objective,
+            wanted.tolerance,
+            deliver,
+            wanted.sampling,
+            wanted.stop,
         )
         worker.submit(self._job)
 
@@ -123,31 +137,39 @@ class Exchange:
 
 
 async def _whole(engine: Engine, exchange: Exchange, event: int | Answer) -> dict[str, Any]:
-    assert engine.tokenizer is not None
-    stream, text = TextStream(engine.tokenizer, exchange.ends), ""
-    while not isinstance(event, Answer):
-        text += stream.push(event)
-        event = await exchange.next()
-    return exchange.wanted.whole(text + stream.finish(), _reason(event, exchange), len(event.token_ids))
+    text = [piece async for piece in _texts(engine, exchange, event)]
+    answer = exchange.answer
+    assert answer is not None
+    return exchange.wanted.whole("".join(text), _reason(answer), len(answer.token_ids))
 
 
 async def _chunks(engine: Engine, exchange: Exchange, event: int | Answer) -> AsyncIterator[str]:
-    assert engine.tokenizer is not None
-    stream, wanted = TextStream(engine.tokenizer, exchange.ends), exchange.wanted
+    wanted = exchange.wanted
     try:
-        while not isinstance(event, Answer):
-            if text := stream.push(event):
-                yield _sse(wanted.piece(text))
-            event = await exchange.next()
-        if text := stream.finish():
+        async for text in _texts(engine, exchange, event):
             yield _sse(wanted.piece(text))
-        yield _sse(wanted.piece("", _reason(event, exchange)))
+        answer = exchange.answer
+        assert answer is not None
+        yield _sse(wanted.piece("", _reason(answer)))
         if wanted.include_usage:
-            yield _sse(wanted.last(len(event.token_ids)))
+            yield _sse(wanted.last(len(answer.token_ids)))
         yield "data: [DONE]\n\n"
     except ApiError as error:
         # The status is sent already: the error comes as an event, as OpenAI's clients expect.
         yield _sse(error.body())
+
+
+async def _texts(engine: Engine, exchange: Exchange, event: int | Answer) -> AsyncIterator[str]:
+    """Yield the text of an answer as it comes, up to a stop string; at last ``exchange.answer`` is there."""
+    assert engine.tokenizer is not None
+    stream, stops = TextStream(engine.tokenizer, exchange.ends), StopStrings(exchange.wanted.stop)
+    while not isinstance(event, Answer):
+        if text := stops.push(stream.push(event)):
+            yield text
+        event = await exchange.next()
+    if text := stops.push(stream.finish()) + stops.finish():
+        yield text
+    exchange.answer = event
 
 
 class _Stream(StreamingResponse):
@@ -164,8 +186,8 @@ class _Stream(StreamingResponse):
             self._exchange.close()
 
 
-def _reason(answer: Answer, exchange: Exchange) -> str:
-    return "stop" if answer.token_ids[-1] in exchange.ends else "length"
+def _reason(answer: Answer) -> str:
+    return "stop" if answer.stopped else "length"
 
 
 def _sse(content: dict[str, Any]) -> str:
@@ -187,19 +209,30 @@ async def _unless_gone(request: Request, work: Any) -> Any:
         gone.cancel()
 
 
-async def _body(request: Request, limit_bytes: int) -> bytes:
+async def _body(request: Request, limits: ServerLimits) -> bytes:
+    limit_bytes, patience_s = limits.max_body_bytes, limits.body_timeout_s
     refusal = ApiError(413, f"the body is larger than {limit_bytes:,} bytes", code="request_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit_bytes:
         raise refusal
-    body = bytearray()
-    async for part in request.stream():
+    body, parts = bytearray(), aiter(request.stream())
+    while len(body) <= limit_bytes:
+        try:
+            async with asyncio.timeout(patience_s):
+                part = await anext(parts, None)
+        except TimeoutError:
+            raise ApiError(408, f"nothing came for {patience_s:g} seconds: the body is incomplete") from None
+        except ClientDisconnect:
+            raise ClientGoneError from None
+        if part is None:
+            return bytes(body)
         body += part
-        if len(body) > limit_bytes:
-            raise refusal
-    return bytes(body)
+    raise refusal
 
 
 def _refusal(error: ApiError) -> Response:
-    headers = {"retry-after": "1"} if error.status in (429, 503) else None
+    headers = {"retry-after": "1"} if error.status in (429, 503) else {}
+    if error.status == 408:
+        # The rest of the body may still come, and would be taken for the next request.
+        headers = {"connection": "close"}
     return JSONResponse(error.body(), error.status, headers)

@@ -25,6 +25,8 @@ class ServerLimits:
         Requests that run at once.
     max_waiting : int
         Requests accepted beyond those; more are refused with 429.
+    body_timeout_s : float
+        How long nothing of a body may come; then the request is refused with 408.
     """
 
     max_body_bytes: int = 1_000_000
@@ -33,12 +35,15 @@ class ServerLimits:
     default_output_tokens: int = 128
     max_batch: int = 4
     max_waiting: int = 64
+    body_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         for item in fields(self):
             least = 0 if item.name == "max_waiting" else 1
-            if getattr(self, item.name) < least:
+            if item.name != "body_timeout_s" and getattr(self, item.name) < least:
                 raise OptionError(f"{item.name} is {getattr(self, item.name)}: give at least {least}")
+        if not self.body_timeout_s > 0:
+            raise OptionError(f"body_timeout_s is {self.body_timeout_s}: give more than 0 seconds")
 
 
 class ApiError(EmoeError):

@@ -1,4 +1,7 @@
-"""OpenAI's requests and answers, as far as they are served: one greedy answer, with three fields of our own.
+"""OpenAI's requests and answers, as far as they are served: one answer, with three fields of our own.
+
+Greedy where ``temperature`` is missing, unlike OpenAI's; with one, tokens are drawn by it, ``top_p`` and ``seed``
+(itself drawn where it is missing).
 
 ``task`` (a task type; found from the words if missing), ``tolerance`` (the request's own miss tolerance) and ``slo``
 (``{"ttft": seconds, "tpot": seconds}``). Other fields that would change the answer are refused; the rest is ignored.
@@ -7,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -17,18 +21,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emoe_core.classifier import classify
 from emoe_core.engine import Engine
+from emoe_core.errors import OptionError
 from emoe_core.generation import encode, encode_chat
+from emoe_core.sampling import LARGEST_SEED, Sampling
 from emoe_core.scheduler import Objective
 from emoe_core.serving_loop import NO_PROMISE
 from emoe_core.tasks import TASK_TYPES, UNKNOWN
 from workbench.server.limits import ApiError, ServerLimits
 
+# OpenAI's limit; and one of ours, since every token is compared.
+MOST_STOPS = 4
+LONGEST_STOP = 256
 # Fields that would change the answer, and the values that do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "temperature": (None, 0),
     "n": (None, 1),
     "best_of": (None, 1),
-    "stop": (None, [], ""),
     "logprobs": (None, False),
     "echo": (None, False),
     "suffix": (None, ""),
@@ -58,6 +65,10 @@ class _Common(BaseModel):
     task: str | None = None
     tolerance: float | None = Field(default=None, ge=0, le=1)
     slo: Slo | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
+    stop: str | list[str] | None = None
 
 
 class _Part(BaseModel):
@@ -99,6 +110,8 @@ class Wanted:
     objective: Objective
     stream: bool
     include_usage: bool
+    sampling: Sampling | None = None
+    stop: tuple[str, ...] = ()
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -152,7 +165,7 @@ def understand(body: bytes, chat: bool, engine: Engine, model: str, limits: Serv
     for name, values in NEUTRAL.items():
         if (asked.model_extra or {}).get(name) not in values:
             raise ApiError(
-                400, f"{name} is not served: decoding is greedy, one answer. Leave it out.", "invalid_request_error",
+                400, f"{name} is not served, and a request gets one answer: leave it out", "invalid_request_error",
                 "unsupported_value", name,
             )  # fmt: skip
     if asked.task not in (None, UNKNOWN, *TASK_TYPES):
@@ -175,7 +188,27 @@ def understand(body: bytes, chat: bool, engine: Engine, model: str, limits: Serv
         objective=NO_PROMISE if asked.slo is None else _objective(asked.slo),
         stream=bool(asked.stream),
         include_usage=bool((asked.stream_options or {}).get("include_usage")),
+        sampling=_sampling(asked),
+        stop=_stop(asked.stop),
     )
+
+
+def _sampling(asked: _Common) -> Sampling | None:
+    """Return how to draw; None is greedy: no temperature, or 0."""
+    if not asked.temperature:
+        return None
+    seed = secrets.randbits(32) if asked.seed is None else asked.seed
+    try:
+        return Sampling(asked.temperature, 1.0 if asked.top_p is None else asked.top_p, seed)
+    except OptionError as error:
+        raise ApiError(400, str(error), param="temperature") from None
+
+
+def _stop(given: str | list[str] | None) -> tuple[str, ...]:
+    stops = tuple(stop for stop in ([given] if isinstance(given, str) else given or []) if stop)
+    if len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
+        raise ApiError(400, f"stop: at most {MOST_STOPS} strings of at most {LONGEST_STOP} characters", param="stop")
+    return stops
 
 
 def _objective(slo: Slo) -> Objective:

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from emoe_core.costs import ServingCosts
 from emoe_core.engine import Engine
 from emoe_core.errors import OptionError
 from emoe_core.generation import end_tokens
 from emoe_core.metrics import Counters
+from emoe_core.sampling import Sampling
 from emoe_core.scheduler import BatchLimits, Objective, RequestTooLargeError, Scheduler
-from emoe_core.serving_loop import Answer, ServingLoop
+from emoe_core.serving_loop import ServingLoop
+from emoe_core.serving_records import Answer
+from emoe_core.text_stream import TextStream
 from workbench.server.limits import ApiError, ServerLimits, shutting_down
 from workbench.server.metrics import ServerMetrics
+from workbench.server.stop_strings import StopStrings
 
 logger = logging.getLogger(__name__)
 Event = int | Answer | ApiError
@@ -28,7 +35,10 @@ Event = int | Answer | ApiError
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way; ``deliver`` is called on the worker's thread: each token id, then an answer or error."""
+    """A request on its way; ``deliver`` is called on the worker's thread: each token id, then an answer or error.
+
+    It arrives when it is made, however long the turn in progress goes on.
+    """
 
     prompt_ids: list[int]
     task: str
@@ -36,7 +46,10 @@ class Job:
     objective: Objective
     tolerance: float | None
     deliver: Callable[[Event], None]
+    sampling: Sampling | None = None
+    stop: tuple[str, ...] = ()
     number: int | None = None
+    arrival_s: float = field(default_factory=time.perf_counter)
 
 
 class Worker:
@@ -159,7 +172,14 @@ class Worker:
         for job in fresh:
             try:
                 job.number = self._loop.submit(
-                    job.prompt_ids, job.task, job.max_new_tokens, job.objective, tolerance=job.tolerance
+                    job.prompt_ids,
+                    job.task,
+                    job.max_new_tokens,
+                    job.objective,
+                    tolerance=job.tolerance,
+                    arrival_s=job.arrival_s,
+                    sampling=job.sampling,
+                    ends=self._stop_watch(job.stop) if job.stop else None,
                 )
             except (OptionError, RequestTooLargeError) as error:
                 self._end(job, ApiError(400, str(error)))
@@ -181,11 +201,21 @@ class Worker:
                 self._loop.cancel(number)
                 self._failed(number, error)
 
+    def _stop_watch(self, stop: tuple[str, ...]) -> Callable[[int], bool]:
+        """Return whether an answer's text has come to a stop string, told its tokens one by one."""
+        assert self._engine.tokenizer is not None
+        stream, stops = TextStream(self._engine.tokenizer, self.ends), StopStrings(stop)
+
+        def ended(token: int) -> bool:
+            stops.push(stream.push(token))
+            return stops.found
+
+        return ended
+
     def _failed(self, number: int, error: Exception) -> None:
         logger.error("request %d failed", number, exc_info=error)
         self._metrics.ended("failed")
-        message = f"this request failed while it ran ({type(error).__name__}: {error}); others go on"
-        self._end(self._jobs[number], ApiError(500, message, "server_error", "request_failed"))
+        self._end(self._jobs[number], _failure(error))
 
     def _end(self, job: Job, event: Answer | ApiError | None) -> None:
         if job.number is not None:
@@ -199,3 +229,12 @@ class Worker:
     def _publish(self) -> None:
         counters: Counters = replace(self._engine.loader.counters)
         self._metrics.publish(counters, self._loop.waiting, self._loop.running)
+
+
+def _failure(error: Exception) -> ApiError:
+    # On the CPU, torch has no class of its own for this.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        message = "this request ran out of memory and ended alone: shorten its prompt or answer, or serve fewer at once"
+        return ApiError(500, message, "server_error", "out_of_memory")
+    message = f"this request failed while it ran ({type(error).__name__}: {error}); others go on"
+    return ApiError(500, message, "server_error", "request_failed")

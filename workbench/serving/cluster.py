@@ -10,10 +10,15 @@ affinity
     The one whose residents lack the fewest of the task's experts, among those that are busier than the least loaded by
     at most ``slack`` of a full batch; ties go to the less loaded. 0 lets the fit decide between the least loaded only;
     more saves loading and fills batches unevenly. Without a bound, one task would queue while other replicas idle.
+
+Between two arrivals only those replicas are simulated that have something to do, so thousands of replicas cost no more
+than their requests do.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable, Sequence
 
 from emoe_core.errors import OptionError
@@ -48,6 +53,12 @@ class Cluster:
         self.router = router
         self.slack = slack
         self._turn = 0
+        # Unfinished requests of each replica, and the same as a heap of (load, replica).
+        self._load = [0] * len(self.replicas)
+        self._by_load = [(0, place) for place in range(len(self.replicas))]
+        # Busy replicas by their clock, and answers to come by the moment they are done.
+        self._due: list[tuple[float, int]] = []
+        self._ends: list[tuple[float, int]] = []
 
     def run(self, requests: Sequence[tuple[ServiceRequest, int]], progress: Progress | None = None) -> list[Served]:
         """Serve requests, given in order of arrival with their true output lengths; return records by number.
@@ -64,13 +75,12 @@ class Cluster:
             When a request would not fit alone.
         """
         for place, (request, output_tokens) in enumerate(requests):
-            for replica in self.replicas:
-                replica.advance(request.arrival_s)
-            self.replicas[self.route(request)].submit(request, output_tokens)
+            self._advance(request.arrival_s)
+            chosen = self.route(request)
+            self._submit(chosen, request, output_tokens)
             if progress is not None and (place % PROGRESS_EVERY == 0 or place + 1 == len(requests)):
                 progress("arrivals", place + 1, len(requests))
-        for replica in self.replicas:
-            replica.advance()
+        self._advance(math.inf)
         return sorted((record for replica in self.replicas for record in replica.served), key=lambda one: one.number)
 
     def route(self, request: ServiceRequest) -> int:
@@ -78,11 +88,42 @@ class Cluster:
         if self.router == "round_robin":
             self._turn += 1
             return (self._turn - 1) % len(self.replicas)
-        load = [replica.outstanding(request.arrival_s) for replica in self.replicas]
-        places = range(len(self.replicas))
         if self.router == "least_loaded":
-            return min(places, key=lambda place: (load[place], place))
-        bound = min(load) + self.slack * max(replica.limits.max_requests for replica in self.replicas)
-        near = [place for place in places if load[place] <= bound]
+            return self._least_loaded()
+        bound = min(self._load) + self.slack * max(replica.limits.max_requests for replica in self.replicas)
+        near = [place for place, load in enumerate(self._load) if load <= bound]
         missing = {place: self.replicas[place].missing_for(request.task) for place in near}
-        return min(near, key=lambda place: (missing[place], load[place], place))
+        return min(near, key=lambda place: (missing[place], self._load[place], place))
+
+    def _advance(self, now_s: float) -> None:
+        """Simulate up to a moment those replicas that have something to do before it, and count who is done by then."""
+        while self._due and self._due[0][0] < now_s:
+            _, place = heapq.heappop(self._due)
+            replica = self.replicas[place]
+            known = len(replica.served)
+            replica.advance(now_s)
+            for record in replica.served[known:]:
+                heapq.heappush(self._ends, (record.finished_s, place))
+            if not replica.idle:
+                heapq.heappush(self._due, (replica.clock_s, place))
+        while self._ends and self._ends[0][0] <= now_s:
+            self._count(heapq.heappop(self._ends)[1], -1)
+
+    def _submit(self, place: int, request: ServiceRequest, output_tokens: int) -> None:
+        replica = self.replicas[place]
+        was_idle = replica.idle
+        replica.submit(request, output_tokens)
+        if was_idle:
+            heapq.heappush(self._due, (replica.clock_s, place))
+        self._count(place, 1)
+
+    def _count(self, place: int, change: int) -> None:
+        self._load[place] += change
+        if self.router == "least_loaded":
+            heapq.heappush(self._by_load, (self._load[place], place))
+
+    def _least_loaded(self) -> int:
+        # Every change has put in a new entry; older ones of the same replica are out of date.
+        while self._by_load[0][0] != self._load[self._by_load[0][1]]:
+            heapq.heappop(self._by_load)
+        return self._by_load[0][1]

@@ -6,6 +6,9 @@ variant
     A scheduler and what it is told of lengths, under a name for people.
 reference load
     The load at which order of arrival still meets a given share of objectives: where schedulers are compared.
+reachable load
+    The same of any variant: the load up to which it meets the share, goodput as DistServe (OSDI 2024) defines it.
+    At the reference load itself nobody can have more than 1 / share of the goodput of order of arrival.
 """
 
 from __future__ import annotations
@@ -109,6 +112,46 @@ def load_at_attainment(
         if progress is not None:
             progress("reference load", step + 1, HALVINGS)
     return low
+
+
+def reachable_loads(
+    base: ServingConfig,
+    costs: ServingCosts,
+    names: Sequence[str],
+    share: float = 0.9,
+    progress: Progress | None = None,
+    baseline: str = "fcfs",
+) -> pd.DataFrame:
+    """Return the load up to which each variant meets a share of objectives: ``variant, label, load, ratio``.
+
+    ``ratio`` is over the baseline's, which is simulated too where it is not named.
+    """
+    found = {}
+    for place, name in enumerate(dict.fromkeys([baseline, *names])):
+        found[name] = load_at_attainment(variant(base, name), costs, share)
+        if progress is not None:
+            progress("reachable loads", place + 1, len({baseline, *names}))
+    rows = [
+        {"variant": name, "label": VARIANTS[name][0], "load": load, "ratio": load / found[baseline]}
+        for name, load in found.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def bounds(result: ServingResult, costs: ServingCosts) -> dict[str, float]:
+    """Return what no scheduler can gain more than on a result: ``latency_change`` and ``goodput_ratio``, as in `gains`.
+
+    Mean latency is at least that of the same requests, each alone with its experts resident; and no more requests can
+    meet their objectives than there are.
+    """
+    served = result.requests
+    step_s = float(costs.step_table_s(1)[1])
+    alone_s = [costs.prefill_s(size) for size in served["input_tokens"]] + step_s * (served["output_tokens"] - 1)
+    attained = result.metrics["attainment_share"]
+    return {
+        "latency_change": float(alone_s.mean() / result.metrics["latency_mean_s"] - 1),
+        "goodput_ratio": 1 / attained if attained else float("inf"),
+    }
 
 
 def gains(table: pd.DataFrame, baseline: str = "fcfs") -> pd.DataFrame:

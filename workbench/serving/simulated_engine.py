@@ -132,15 +132,6 @@ class SimulatedEngine:
             assert self.clock_s > started, "a turn of the loop takes time"
             self.busy_s += self.clock_s - started
 
-    def outstanding(self, now_s: float) -> int:
-        """Return the requests that are here and not finished at a moment."""
-        ended = 0
-        for record in reversed(self.served):
-            if record.finished_s <= now_s:
-                break
-            ended += 1
-        return len(self._queue) + len(self._running) + ended
-
     def missing_for(self, task: str) -> int:
         """Return how many of a task's own experts are absent."""
         return 0 if self.residents is None else self.residents.missing_for(task)

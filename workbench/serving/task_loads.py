@@ -6,7 +6,7 @@ there is one, else from the short answers run here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,22 @@ def task_loads(
         report("tasks", place + 1, len(TASK_TYPES))
     engine.forget_trace()
     return loads
+
+
+def task_tokens(engine: emoe_core.Engine, source: str, split: str, seed: int, prompts: int = 4) -> dict[str, list[int]]:
+    """Return token ids of some prompts of each task, one behind the other: real text, to be `cut` to any length."""
+    if engine.tokenizer is None:
+        raise OptionError(f"{engine.index.path} has no tokenizer: save one beside the weights")
+    tokens = {}
+    for task in TASK_TYPES:
+        stream = StreamConfig((task,), prompts, "uniform", 8.0, seed, split, source)  # type: ignore[arg-type]
+        tokens[task] = [token for prompt in prompt_stream(stream) for token in encode(engine.tokenizer, prompt.text)]
+    return tokens
+
+
+def cut(tokens: Sequence[int], count: int) -> list[int]:
+    """Return the first tokens of a text, which starts anew where it is too short."""
+    return (list(tokens) * (count // len(tokens) + 1))[:count]
 
 
 def _lengths(entry: TaskProfile) -> list[int]:

@@ -87,6 +87,11 @@ class Prompt:
     reference: str
     choices: tuple[str, ...] = ()
 
+    @property
+    def hash(self) -> str:
+        """What tells this prompt from others, whatever stream it is in: of its task and text."""
+        return hashlib.sha256(json.dumps([self.task, self.text]).encode()).hexdigest()[:16]
+
 
 def task_order(config: StreamConfig) -> list[str]:
     """Return the task of every request of a stream.

@@ -1,0 +1,94 @@
+"""Promises of the validation: the same requests through both drivers, and simulated clusters within their bounds."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from emoe_core.costs import CostsError
+from emoe_core.errors import OptionError
+from emoe_core.serving_records import Pass
+from workbench.reference_model.tiny import tiny_moe
+from workbench.serving.experiment import ServingConfig
+from workbench.serving.measure import CostsConfig, measure_costs
+from workbench.serving.scale import scale_up
+from workbench.serving.times import fitted
+from workbench.serving.validation import Validation, ValidationConfig, validate
+from workbench.serving.validation_report import DRIVERS, agreement_figure, beside_paper
+from workbench.store import HOME_VARIABLE
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> Validation:
+    folder = tmp_path_factory.mktemp("validation")
+    model = str(tiny_moe(folder / "model", "mixtral", seed=3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMOE_CACHE", str(folder))
+        patch.setenv(HOME_VARIABLE, str(folder))
+        costs = measure_costs(
+            CostsConfig(model, prompt_tokens=(4, 16), batches=(1, 4), repeats=2, prompts=1, source="fixture")
+        )
+        config = ValidationConfig(
+            model, n_requests=12, max_batch=4, max_input_tokens=16, max_output_tokens=6, repeats=2, source="fixture"
+        )
+        return validate(config, costs)
+
+
+def test_both_drivers_serve_every_request_once_with_the_same_tokens(validated: Validation) -> None:
+    for _, served in validated.requests.groupby(["scheduler", "driver"]):
+        assert sorted(served["number"]) == list(range(12))
+    kept = ["scheduler", "number", "task", "arrival_s", "input_tokens", "output_tokens"]
+    parts = {name: part[kept].sort_values(kept[:2]) for name, part in validated.requests.groupby("driver")}
+    assert set(parts) == set(DRIVERS)
+    for name in DRIVERS[1:]:
+        pd.testing.assert_frame_equal(
+            parts["real"].reset_index(drop=True), parts[name].reset_index(drop=True), check_exact=True
+        )
+    assert (validated.requests["ttft_s"] > 0).all()
+
+
+def test_the_comparison_is_of_the_records(validated: Validation) -> None:
+    fcfs = validated.requests[validated.requests["scheduler"] == "fcfs"].groupby("driver")["latency_s"].mean()
+    row = validated.table.set_index(["scheduler", "metric"]).loc["fcfs", "latency_mean_s"]
+    assert row["real"] == pytest.approx(fcfs["real"]) and row["ratio"] == pytest.approx(
+        fcfs["simulated"] / fcfs["real"]
+    )
+    # No timing is judged here, but an error of a whole order would be one of the model, not of a busy machine.
+    assert 0.05 < row["ratio"] < 20
+
+
+def test_passes_are_counted_and_compared_with_the_costs(validated: Validation) -> None:
+    parts = validated.parts.set_index(["scheduler", "passes"])
+    assert parts.loc["fcfs", "prompts"]["count"] == parts.loc["emoe", "prompts"]["count"] == 12
+    longest = validated.requests["output_tokens"].max() - 1
+    assert longest <= parts.loc["fcfs", "steps"]["count"] <= (validated.requests["output_tokens"] - 1).sum()
+    busy = parts.loc["fcfs"]["real_s"].sum()
+    span = validated.table.set_index(["scheduler", "metric"]).loc[("fcfs", "span_s"), "real"]
+    assert 0 < busy < span
+
+
+def test_times_are_those_of_the_passes() -> None:
+    passes = [Pass(True, 10, 3.0), Pass(True, 20, 5.0), Pass(False, 1, 1.0), Pass(False, 1, 2.0), Pass(False, 3, 4.0)]
+    times = fitted(passes)
+    assert (times.prefill_token_s, times.prefill_fixed_s) == pytest.approx((0.2, 1.0))
+    assert (times.decode_batches, times.decode_step_s) == ((1, 3), (1.5, 4.0))
+    with pytest.raises(CostsError, match="two or more tokens"):
+        fitted(passes[:2])
+
+
+def test_clusters_stay_within_their_bounds(validated: Validation) -> None:
+    scaled = scale_up(ServingConfig(max_batch=4), validated.costs, [1, 20], 0.7, 30)
+    assert scaled["requests"].tolist() == [30, 600]
+    assert (scaled["latency_mean_s"] >= scaled["alone_s"]).all()
+    assert (scaled["throughput_per_s"] <= scaled["capacity_per_s"]).all()
+    assert scaled["rate_per_s"].iloc[1] == pytest.approx(20 * scaled["rate_per_s"].iloc[0], rel=0.3)
+    closing = beside_paper(validated.table, scaled)
+    assert len(closing) == 3 and "20 replicas" in closing["what"].iloc[-1]
+    assert len(agreement_figure(validated.requests).axes) == 2
+
+
+def test_nonsense_is_refused(validated: Validation) -> None:
+    with pytest.raises(OptionError, match="n_requests"):
+        ValidationConfig(n_requests=1)
+    with pytest.raises(OptionError, match="size of cluster"):
+        scale_up(ServingConfig(), validated.costs, [], 0.5, 1)

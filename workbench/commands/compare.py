@@ -1,0 +1,99 @@
+"""``emoe compare``: two recorded runs or sweeps against each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from emoe_core.errors import ExperimentError
+
+if TYPE_CHECKING:
+    from workbench.compare.differences import Difference
+    from workbench.compare.texts import ChangeRow
+
+TONES = {"better": "green", "worse": "red", "": ""}
+TargetHelp = "Run id or the start of it, run name, or sweep name."
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help=TargetHelp, metavar="A")],
+    b: Annotated[str, typer.Argument(help="The other one, of the same kind.", metavar="B")],
+    metric: Annotated[list[str] | None, typer.Option(help="Only this metric; may be given several times.")] = None,
+    without_times: Annotated[
+        bool, typer.Option("--without-times", help="Leave out times; warm and cold runs may then be compared.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write a page (HTML) to this file.")] = None,
+) -> None:
+    """Compare two recorded runs or sweeps: paired differences and ratios with 95% bootstrap intervals.
+
+    Runs are paired prompt by prompt, sweeps run by run. What differs beside the parameters is listed, and what that
+    makes doubtful is marked. Times of a run that read experts from memory are not compared with one that read the disk.
+    """
+    from workbench.compare.runs import compare_runs
+    from workbench.compare.sweeps import compare_sweeps
+    from workbench.compare.view import view_runs, view_sweeps
+    from workbench.page import write_page
+    from workbench.run_lookup import find_runs
+    from workbench.store import open_store
+
+    client = open_store()
+    first, second = find_runs(client, a), find_runs(client, b)
+    if first.is_sweep != second.is_sweep:
+        raise ExperimentError(f"{first.title} and {second.title}: compare two runs or two sweeps, not one of each.")
+    options = {"metrics": metric or None, "without_times": without_times}
+    if first.is_sweep:
+        sweeps = compare_sweeps(first, second, **options)  # type: ignore[arg-type]
+        content, view = sweeps.to_dict(), view_sweeps(sweeps)
+    else:
+        runs = compare_runs(first.runs[0], second.runs[0], **options)  # type: ignore[arg-type]
+        content, view = runs.to_dict(), view_runs(runs)
+    if out is not None:
+        write_page(out, view.page())
+    if as_json:
+        typer.echo(json.dumps(content, indent=1))
+        return
+    console = Console(highlight=False)
+    console.print(Text(f"A: {view.a}\nB: {view.b}"))
+    for title, differences in (("Parameters that differ", view.parameters), ("What else differs", view.others)):
+        if differences:
+            console.print(_differences(title, differences))
+    for title, rows in view.tables:
+        console.print(_changes(title, rows))
+    console.print(Text("\n".join(view.remarks), style="dim"))
+    if out is not None:
+        console.print(f"Page: [bold]{out}[/]", soft_wrap=True)
+
+
+def _differences(title: str, found: list[tuple[Difference, int]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    counted = any(count for _, count in found)
+    doubtful = ["doubtful"] if any(item.doubt for item, _ in found) else []
+    for heading in ("what", "A", "B", *(["pairs"] if counted else []), *doubtful):
+        table.add_column(heading, overflow="fold")
+    for item, count in found:
+        row = [item.what, item.a, item.b, *([str(count)] if counted else [])]
+        table.add_row(*map(Text, row), *([Text(item.doubt, style="yellow")] if doubtful else []))
+    return table
+
+
+def _changes(title: str, rows: list[ChangeRow]) -> Table:
+    from workbench.compare.texts import HEADINGS
+
+    table = Table(title=Text(title), title_justify="left")
+    varied = any(row.variant for row in rows)
+    if varied:
+        table.add_column("variant")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in (HEADINGS[0], HEADINGS[-1]) else "right")
+    for row in rows:
+        cells = [Text(cell) for cell in row.cells]
+        cells[-1].stylize(TONES[row.tone])
+        table.add_row(*([Text(row.variant)] if varied else []), *cells)
+    return table

@@ -1,0 +1,73 @@
+"""The part of a Ray run that happens on a node of the cluster.
+
+The node needs the same installation as the machine that sweeps; that the code is the same is checked by its hash. The
+notebook itself is sent along. What it logs goes to the store by the environment that the sweep hands over; the executed
+notebook and the output of the process come back as bytes. Threads and GPUs are those that Ray set for the task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.executors.notebook_process import NotebookProcess
+
+POLL_S = 0.1
+PACKAGES = (Path(__file__).parents[1], Path(__file__).parents[2] / "emoe_core")
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """All that a node gets to carry out a job."""
+
+    run_id: str
+    notebook_name: str
+    notebook_text: str
+    working_folder: str
+    parameters: dict[str, Any]
+    environment: dict[str, str]
+    code: str
+
+
+def carry_out(parcel: Parcel) -> dict[str, Any]:
+    """Execute the notebook and return its outcome, with the files to keep under ``contents``."""
+    if parcel.code != code_hash():
+        error = f"node {os.uname().nodename} has another version of this code: install the same one on every node."
+        return {"ok": False, "error": error, "contents": {}}
+    with tempfile.TemporaryDirectory(prefix="emoe-run-") as scratch:
+        folder = Path(scratch)
+        (folder / "source").mkdir()
+        notebook = folder / "source" / parcel.notebook_name
+        notebook.write_text(parcel.notebook_text, encoding="utf-8")
+        usual = Path(parcel.working_folder)
+        process = NotebookProcess(
+            parcel.run_id,
+            notebook,
+            parcel.parameters,
+            folder / "run",
+            parcel.environment,
+            usual if usual.is_dir() else notebook.parent,
+        )
+        try:
+            while process.runs():
+                time.sleep(POLL_S)
+        finally:
+            process.kill()
+        ending = process.ending()
+        contents = {file.name: file.read_bytes() for file in ending.files}
+        return {k: v for k, v in asdict(ending).items() if k in ("ok", "error", "traceback")} | {"contents": contents}
+
+
+def code_hash() -> str:
+    """Return a hash of the Python sources of both packages."""
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted(package.rglob("*.py")):
+            digest.update(str(file.relative_to(package)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

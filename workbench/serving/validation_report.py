@@ -1,0 +1,112 @@
+"""Tables and figure of a validated simulation. Nothing here serves or simulates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from emoe_core.costs import ServingCosts
+from emoe_core.serving_records import Pass
+from workbench.serving.service_metrics import service_metrics
+
+AIM = 0.15
+DRIVERS = ("real", "simulated", "refitted")
+COMPARED = ("latency_mean_s", "latency_p99_s", "ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "span_s")
+
+
+def compare(requests: pd.DataFrame) -> pd.DataFrame:
+    """Return the metrics of both drivers beside each other, and simulated over real, for every scheduler."""
+    rows = []
+    for scheduler, group in requests.groupby("scheduler", sort=False):
+        found = {driver: service_metrics(part) for driver, part in group.groupby("driver")}
+        for metric in COMPARED:
+            real, simulated, refitted = (found[driver][metric] for driver in DRIVERS)
+            rows.append((scheduler, metric, real, simulated, simulated / real, refitted, refitted / real))
+    return pd.DataFrame(
+        rows, columns=["scheduler", "metric", "real", "simulated", "ratio", "refitted", "refitted_ratio"]
+    )
+
+
+def parts_of(passes: Sequence[Pass], costs: ServingCosts) -> pd.DataFrame:
+    """Return what prompts and steps took, and what the costs say of the same ones."""
+    steps_s = costs.step_table_s(max(one.size for one in passes))
+    rows = []
+    for name, kind in (("prompts", True), ("steps", False)):
+        own = [one for one in passes if one.is_prompt is kind]
+        real_s = sum(one.seconds for one in own)
+        modelled_s = sum(costs.prefill_s(one.size) if kind else float(steps_s[one.size]) for one in own)
+        rows.append({"passes": name, "count": len(own), "real_s": real_s, "modelled_s": modelled_s})
+    return pd.DataFrame(rows).assign(ratio=lambda table: table["modelled_s"] / table["real_s"])
+
+
+def agreement_figure(requests: pd.DataFrame) -> Figure:
+    """Draw every request's end-to-end latency, simulated over real, one panel a scheduler.
+
+    Parameters
+    ----------
+    requests : DataFrame
+        Of `validation.Validation`.
+    """
+    names = list(requests["scheduler"].unique())
+    figure = Figure(layout="constrained", dpi=96, figsize=(4.6 * len(names), 4.4))
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(panels, names, strict=True):
+        pairs = requests[requests["scheduler"] == name].pivot(index="number", columns="driver", values="latency_s")
+        longest = float(pairs.to_numpy().max()) * 1.05
+        axis.plot([0, longest], [0, longest], color="0.4", linewidth=1.2, label="equal")
+        axis.fill_between(
+            [0, longest], [0, longest * (1 - AIM)], [0, longest * (1 + AIM)], color="0.88", label=f"within {AIM:.0%}"
+        )
+        axis.scatter(
+            pairs["real"], pairs["simulated"], color=sns.color_palette("colorblind")[0], s=22, label="a request"
+        )
+        axis.set(
+            title=name, xlabel="real latency (s)", ylabel="simulated latency (s)", xlim=(0, longest), ylim=(0, longest)
+        )
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def beside_paper(validated: pd.DataFrame, scaled: pd.DataFrame) -> pd.DataFrame:
+    """Return the table "paper, here, why they differ".
+
+    Parameters
+    ----------
+    validated : DataFrame
+        `validation.Validation.table`.
+    scaled : DataFrame
+        Of `scale.scale_up`.
+    """
+    known = validated.set_index(["scheduler", "metric"])
+    rows = [
+        (
+            f"simulated over real, {scheduler} (refitted to its own passes)",
+            "not in the paper (measured on one GPU)",
+            ", ".join(
+                f"{label} {known.loc[(scheduler, metric), 'ratio'] - 1:+.0%} "
+                f"({known.loc[(scheduler, metric), 'refitted_ratio'] - 1:+.0%})"
+                for label, metric in (
+                    ("mean latency", "latency_mean_s"),
+                    ("P99", "latency_p99_s"),
+                    ("mean TTFT", "ttft_mean_s"),
+                )
+            ),
+            f"aim: within {AIM:.0%}; a machine's speed changes from one minute to the next, a prompt's time is a line "
+            "through few lengths, and near saturation small errors add up in the queue",
+        )
+        for scheduler in validated["scheduler"].unique()
+    ]
+    largest = scaled.sort_values("replicas").iloc[-1]
+    rows.append(
+        (
+            f"{largest['replicas']:,.0f} replicas",
+            "one engine",
+            f"{largest['rate_per_s']:,.0f} arrivals a second, {largest['simulated_per_wall_s']:,.0f} requests "
+            "simulated a second",
+            "a simulation on one core; no network, no failures, all replicas alike",
+        )
+    )
+    return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])

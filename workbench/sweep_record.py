@@ -1,0 +1,144 @@
+"""What a sweep writes to the store: its parent run, and how each of its runs began and ended.
+
+Each attempt at a point is a run of its own, so that metrics of an attempt that was lost with its machine do not mix
+with those of the next. Reading what earlier calls left behind is `sweep_state`'s matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from emoe_core.errors import ExperimentError
+from workbench.environment import git_revision
+from workbench.executors.protocol import Ending, Job
+from workbench.store import disk_errors, encode
+from workbench.sweep_points import Point, StagePlan
+from workbench.sweep_schema import SweepFile
+from workbench.sweep_search import known_points
+from workbench.sweep_state import (
+    DIGEST_TAG,
+    ERROR_TAG,
+    INDEX_TAG,
+    METRICS_TAG,
+    NOTEBOOK_TAG,
+    OWNER_TAG,
+    STUDY_TAG,
+    SUPERSEDED_TAG,
+    SWEEP_TAG,
+    children,
+    find_parent,
+    owner_tag,
+    reconcile,
+    refuse_running_elsewhere,
+    start_parent,
+)
+from workbench.tracking import new_run
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as MlflowRun
+    from mlflow.tracking import MlflowClient
+
+ERROR_LETTERS = 2000
+
+
+class SweepRecord:
+    """One sweep's parent run and the runs under it.
+
+    Attributes
+    ----------
+    parent_id : str
+    finished : dict of str to run
+        Finished runs of earlier calls by digest.
+    known : dict of str to list
+        What earlier calls found out for each search: its study, and points with their metrics.
+    """
+
+    def __init__(
+        self,
+        client: MlflowClient,
+        sweep: SweepFile,
+        plans: Sequence[StagePlan],
+        *,
+        fresh: bool,
+        take_over: bool = False,
+    ) -> None:
+        self._client, self._sweep = client, sweep
+        self.known: dict[str, list[tuple[Point, dict[str, float]]]] = {}
+        points = [point for plan in plans for point in plan.points()]
+        self._open: dict[str, Point] = {}
+        self.finished: dict[str, MlflowRun] = {}
+        parent = None if fresh else find_parent(client, sweep.name)
+        with disk_errors():
+            if parent is None:
+                tags = {"mlflow.note.content": sweep.description, "mlflow.source.name": sweep.name}
+                self.parent_id = start_parent(client, sweep.name, tags)
+            else:
+                if not take_over:
+                    refuse_running_elsewhere(parent)
+                self.parent_id = parent.info.run_id
+                before = children(client, parent)
+                self.known = {plan.study: known_points(plan, before) for plan in plans if plan.study}
+                points += [point for known in self.known.values() for point, _ in known]
+                self.finished = reconcile(client, parent, {point.digest for point in points}, take_over=take_over)
+                client.update_run(self.parent_id, status="RUNNING")
+            client.set_tag(self.parent_id, OWNER_TAG, owner_tag())
+            for point in points:
+                if point.digest in self.finished:
+                    client.set_tag(self.finished[point.digest].info.run_id, INDEX_TAG, point.index)
+
+    def other_commits(self) -> list[str]:
+        """Return the revisions, shortened, that finished runs come from and that are not today's."""
+        commit = git_revision()[0] or "unknown"
+        found = {item.data.tags.get("env.commit", "unknown").split()[0] for item in self.finished.values()}
+        return sorted(revision[:10] for revision in found - {commit})
+
+    def begin(self, point: Point) -> Job:
+        """Make a run for a point and return the job to carry out."""
+        tags = {
+            OWNER_TAG: owner_tag(),
+            SWEEP_TAG: self._sweep.name,
+            DIGEST_TAG: point.digest,
+            NOTEBOOK_TAG: point.notebook.stem,
+            "emoe.kind": point.stage.kind,
+            "emoe.axes": ",".join(point.axes),
+            METRICS_TAG: ",".join(point.stage.metrics),
+            INDEX_TAG: str(point.index),
+            "mlflow.source.name": point.stage.notebook,
+        }
+        if point.study:
+            tags[STUDY_TAG] = point.study
+        with disk_errors():
+            run_id = new_run(self._client, self._sweep.name, point.label, parent=self.parent_id, tags=tags)
+            self._open[run_id] = point
+            for name, value in point.parameters.items():
+                self._client.log_param(run_id, name, encode(value))
+        return Job(run_id, point.notebook, point.parameters, point.needs, point.stage.kind)
+
+    def end(self, ending: Ending, *, again: bool = False) -> dict[str, float]:
+        """Record how a run ended and return its metrics; `again` says that another attempt takes its place."""
+        with disk_errors():
+            for file in ending.files:
+                self._client.log_artifact(ending.run_id, str(file), "notebook")
+            if not ending.ok:
+                self._client.set_tag(ending.run_id, ERROR_TAG, ending.error[:ERROR_LETTERS])
+            if ending.traceback:
+                self._client.log_text(ending.run_id, ending.traceback, "notebook/traceback.txt")
+            if again:
+                self._client.set_tag(ending.run_id, SUPERSEDED_TAG, "true")
+            status = "FINISHED" if ending.ok else "KILLED" if again else "FAILED"
+            self._client.set_terminated(ending.run_id, status)
+            self._open.pop(ending.run_id)
+            return dict(self._client.get_run(ending.run_id).data.metrics)
+
+    def close(self, status: str) -> None:
+        """End the sweep: runs that are still open were killed. A store that cannot be written does not stop this."""
+        for run_id in self._open:
+            self._terminate(run_id, "KILLED")
+        self._open.clear()
+        self._terminate(self.parent_id, status)
+
+    def _terminate(self, run_id: str, status: str) -> None:
+        with contextlib.suppress(ExperimentError), disk_errors():
+            self._client.set_terminated(run_id, status)
