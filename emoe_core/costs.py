@@ -23,7 +23,6 @@ Costs hold for one model, one machine and one configuration of the engine; the f
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -126,7 +125,7 @@ class ServingCosts:
             self.prediction_s,
             *self.decode_step_s,
         )
-        if not all(math.isfinite(value) and value >= 0 for value in times):
+        if not all(0 <= value <= LARGEST for value in times):
             raise CostsError("a serving cost is negative or not a number; measure the costs again.")
         whole = (*self.decode_batches, *self.slots_per_layer, self.kv_token_bytes)
         if not all(0 <= value <= LARGEST for value in whole):

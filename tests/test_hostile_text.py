@@ -6,13 +6,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import emoe_core
 from emoe_core.errors import ExperimentError
 from emoe_core.metrics import Counters, RunStats
+from workbench.cli import app
 from workbench.reference_model.tiny import tiny_moe
 from workbench.store import slug
-from workbench.sweep_file import find_notebook, read_sweep
+from workbench.sweep_file import read_sweep
+from workbench.sweep_notebook import find_notebook
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;'\""
 
@@ -62,6 +65,14 @@ def test_an_engine_escapes_the_name_of_its_folder(tmp_path: Path) -> None:
         page = Page(engine._repr_html_())
     assert page.tags == {"p", "b", "table", "tr", "td"}
     assert HOSTILE in page.words
+
+
+def test_a_terminal_shows_names_that_look_like_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    model, out = tiny_moe(tmp_path / "[/b]"), tmp_path / "[red]" / "[/x].emoe"
+    packed = CliRunner().invoke(app, ["pack", str(model), "--out", str(out)])
+    assert packed.exit_code == 0, packed.exception
+    assert str(out) in packed.stdout
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../b", "/etc/passwd", "x\0y", "..\\..\\x"])

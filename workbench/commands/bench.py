@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -89,7 +90,7 @@ def bench(
     _print_notes(shown, notes, plan)
     if track:
         _track(plan, prepared.index.source_hash, results, table, notes, out)
-    console.print(f"Results: [bold]{out}[/]")
+    console.print(f"Results: [bold]{escape(str(out))}[/]")
     if any(row["outcome"] == "failed" for row in results):
         raise typer.Exit(1)
 

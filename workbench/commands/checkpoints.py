@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -107,7 +108,7 @@ def pack(
         with progress_bar("verifying experts") as progress:
             made.verify(progress)
     checked = ", every checksum verified" if verify else ""
-    Console().print(f"Pack: [bold]{made.path}[/] ({show_bytes(made.file_bytes)}{checked})", soft_wrap=True)
+    Console().print(f"Pack: [bold]{escape(str(made.path))}[/] ({show_bytes(made.file_bytes)}{checked})", soft_wrap=True)
 
 
 def estimate(
@@ -146,7 +147,7 @@ def estimate(
         table.add_row(term, value)
     console.print(table)
     if plan.warning:
-        console.print(f"[yellow]{plan.warning}[/]", soft_wrap=True)
+        console.print(f"[yellow]{escape(plan.warning)}[/]", soft_wrap=True)
 
 
 def cache(
@@ -162,11 +163,11 @@ def cache(
     entries = sorted(folder.iterdir())
     sizes = {entry: _size_bytes(entry) for entry in entries}
     if action == "list":
-        table = Table(title=str(folder))
+        table = Table(title=escape(str(folder)))
         table.add_column("entry")
         table.add_column("size", justify="right")
         for entry in entries:
-            table.add_row(entry.name, show_bytes(sizes[entry]))
+            table.add_row(escape(entry.name), show_bytes(sizes[entry]))
         table.add_row("[bold]all[/]", f"[bold]{show_bytes(sum(sizes.values()))}[/]")
         console.print(table)
     elif action == "clear":
@@ -193,7 +194,7 @@ def open_engine(
             checkpoint, progress=progress, **options, **memory_options(checkpoint, budget, max_quality_loss)
         )
     if engine.plan.warning:
-        console.print(f"[yellow]{engine.plan.warning}[/]")
+        console.print(f"[yellow]{escape(engine.plan.warning)}[/]")
     return engine
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -68,7 +69,7 @@ def compare(
         console.print(_changes(title, rows))
     console.print(Text("\n".join(view.remarks), style="dim"))
     if out is not None:
-        console.print(f"Page: [bold]{out}[/]", soft_wrap=True)
+        console.print(f"Page: [bold]{escape(str(out))}[/]", soft_wrap=True)
 
 
 def _differences(title: str, found: list[tuple[Difference, int]]) -> Table:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def report(
 
     path = write_report(out if out.is_absolute() else project_root() / out, sweeps=sweep or None)
     console = Console(soft_wrap=True)
-    console.print(f"Report:      [bold]{path}[/]")
+    console.print(f"Report:      [bold]{escape(str(path))}[/]")
     if hints:
         console.print("Notebooks:   [bold]make lab[/]  (.venv/bin/jupyter lab notebooks)")
         console.print(f"MLflow runs: [bold]make ui[/]   ({ui_command()})")
@@ -85,12 +86,12 @@ def _show_plan(file: Path) -> None:
     from workbench.sweep_plan import describe_plan
 
     sweep, runs = describe_plan(file)
-    table = Table(title=f"Sweep {sweep.name}", caption=sweep.description or None)
+    table = Table(title=f"Sweep {sweep.name}", caption=escape(sweep.description) or None)
     for heading in ("run", "kind", "state", "expected"):
         table.add_column(heading, justify="right" if heading == "expected" else "left")
     for run in runs:
         expected = show_seconds(run.expected_s) if run.expected_s else "unknown"
-        table.add_row(run.label, run.kind, "finished" if run.finished else "to do", expected)
+        table.add_row(escape(run.label), run.kind, "finished" if run.finished else "to do", expected)
     console = Console()
     console.print(table)
     left = [run.expected_s for run in runs if not run.finished]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Kind = Annotated[str, typer.Option(help="'upcycled' (the model 'reference') or 'carved'.")]
@@ -23,7 +24,7 @@ def build_model(
     """Build a reference model from its recipe (under two minutes, once)."""
     from workbench import reference_model
 
-    Console().print(f"Reference model: [bold]{reference_model.build(out, kind=kind)}[/]", soft_wrap=True)
+    Console().print(f"Reference model: [bold]{escape(str(reference_model.build(out, kind=kind)))}[/]", soft_wrap=True)
 
 
 @model_app.command("train")
@@ -35,7 +36,7 @@ def train_model(
     """Compute the recipe anew (upcycled: two hours, carved: ten minutes; goes on where it stopped)."""
     from workbench import reference_model
 
-    Console().print(f"Recipe: [bold]{reference_model.train(out, seed=seed, kind=kind)}[/]", soft_wrap=True)
+    Console().print(f"Recipe: [bold]{escape(str(reference_model.train(out, seed=seed, kind=kind)))}[/]", soft_wrap=True)
 
 
 @model_app.command("verify")
@@ -154,4 +155,6 @@ def profile(
         length, capped = f"{entry.expected_output_tokens:.0f}", f"{entry.capped_share:.0%}"
         table.add_row(task, length, capped, f"{entry.similarities[-1]:.3f}", free_layers)
     Console().print(table)
-    Console().print(f"Profile: [bold]{found.save(out or profile_path(found.model_hash))}[/]", soft_wrap=True)
+    Console().print(
+        f"Profile: [bold]{escape(str(found.save(out or profile_path(found.model_hash))))}[/]", soft_wrap=True
+    )

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from workbench.commands.checkpoints import ModelArgument
@@ -51,7 +52,7 @@ def train(
     table.add_row("size", f"{show_bytes(made.parameter_bytes)}, {share:.3%} of the model")
     Console().print(table)
     path = made.save(out or predictor_path(recording.model_hash, variant))
-    Console().print(f"Predictor: [bold]{path}[/]", soft_wrap=True)
+    Console().print(f"Predictor: [bold]{escape(str(path))}[/]", soft_wrap=True)
 
 
 @predictor_app.command("evaluate")

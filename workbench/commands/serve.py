@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from emoe_core.errors import OptionError
 from workbench.commands.checkpoints import (
@@ -75,7 +76,7 @@ def serve(
 
         def say(taken: int) -> None:
             # On a line of its own for those who start servers by program.
-            console.print(f"Serving {called} at http://{host}:{taken}/v1", soft_wrap=True)
+            console.print(f"Serving {escape(called)} at http://{host}:{taken}/v1", soft_wrap=True)
 
         EmoeServer(
             engine, chosen, limits, batch, called, host, port, api_key, costs, drain_s, on_listening=say

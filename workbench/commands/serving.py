@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from workbench.commands.checkpoints import ModelArgument
@@ -46,7 +47,7 @@ def costs(
     )
     with stage_bars() as progress:
         found = measure_costs(config, progress)
-    table = Table(title=f"Serving costs of {model} at {budget}", show_header=False)
+    table = Table(title=escape(f"Serving costs of {model} at {budget}"), show_header=False)
     table.add_row("prompt", f"{show_seconds(found.prefill_fixed_s)} + {show_seconds(found.prefill_token_s)} a token")
     for batch, seconds in zip(found.decode_batches, found.decode_step_s, strict=True):
         table.add_row(f"step of {batch}", show_seconds(seconds))
@@ -57,7 +58,7 @@ def costs(
     console.print(table)
     if warning := busy_warning(found.environment["others_cpu_share"]):
         console.print(f"[yellow]{warning}[/]")
-    console.print(f"Costs: [bold]{found.save(out or costs_path(found.model_hash))}[/]", soft_wrap=True)
+    console.print(f"Costs: [bold]{escape(str(found.save(out or costs_path(found.model_hash))))}[/]", soft_wrap=True)
 
 
 def simulate_serving(

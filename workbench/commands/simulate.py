@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from workbench.commands.checkpoints import ModelArgument
@@ -68,7 +69,7 @@ def simulate(
         # Through pandas, which writes a gap that does not exist as null.
         typer.echo(json.dumps(json.loads(found.to_json(orient="records")), indent=1))
         return
-    table = Table(title=f"{model}: {prompts} prompts a stream, {batch_size} at a time, seed {seed}")
+    table = Table(title=f"{escape(model)}: {prompts} prompts a stream, {batch_size} at a time, seed {seed}")
     for column in ("stream", "budget", "slots a layer", "policy"):
         table.add_column(column)
     for column in ("misses", "over prompts", "hit rate", "loaded", "gap closed"):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from emoe_core.routing import RoutingTrace
@@ -61,7 +62,7 @@ def synth(
     made = label_of(folder) or {}
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"RANDOM WEIGHTS, {made['label']}: [bold]{folder}[/] ({show_bytes(size)})")
+    console.print(f"RANDOM WEIGHTS, {made['label']}: [bold]{escape(str(folder))}[/] ({show_bytes(size)})")
     console.print(f"[dim]routing: {_routing_line(made['routing'])}[/]")
 
 
