@@ -55,9 +55,12 @@ def test_a_node_that_is_killed_loses_nothing_and_nothing_runs_twice(bench: Bench
     assert sorted(result.finished) == ["dummy seed=0", "dummy seed=1", "dummy seed=2"] and not result.failed
     assert bench.statuses() == ["FINISHED"] * 3
     every = bench.all_runs()
-    assert Counter(item.info.status for item in every) == {"FINISHED": 3, "KILLED": 1}
-    lost = next(item for item in every if item.info.status == "KILLED")
-    assert lost.data.tags[SUPERSEDED_TAG] == "true" and "lost with its node" in lost.data.tags[ERROR_TAG]
+    # A run that was sent to the node before its end was known is lost as well: one or two.
+    lost = [item for item in every if item.info.status != "FINISHED"]
+    assert len(every) - len(lost) == 3 and 1 <= len(lost) <= 2
+    for item in lost:
+        assert item.info.status == "KILLED" and item.data.tags[SUPERSEDED_TAG] == "true"
+        assert "lost with its node" in item.data.tags[ERROR_TAG]
     finished = Counter(item.data.tags[DIGEST_TAG] for item in every if item.info.status == "FINISHED")
     assert set(finished.values()) == {1}
     done = bench.current()[0].info.run_id

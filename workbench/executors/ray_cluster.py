@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from workbench.store import HOME_VARIABLE, SERVER_VARIABLE, project_root, server
 from workbench.sweep_schema import Needs
 
 POLL_S = 0.2
+KNOCK_PATIENCE_S = 10.0
 NODE_PATIENCE_S = 120.0  # for nodes to come (back) before a sweep gives up
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -193,6 +195,7 @@ class RayExecutor:
         if self._without_node_since is None:
             self._without_node_since = time.monotonic()
             self._tell(f"None of the cluster's {len(nodes)} nodes has room for a run; waiting for one.")
+            return
         if time.monotonic() - self._without_node_since > self._patience_s:
             found = "; ".join(f"{n.cores:g} cores, {n.memory_bytes / 1e9:.1f} GB, {n.gpus:g} GPUs" for n in nodes)
             raise ExperimentError(
@@ -237,14 +240,22 @@ def connect(address: str | None) -> Any:
     except ImportError:
         raise OptionError("--executor ray needs Ray: pip install -c constraints.txt -e '.[ray]'") from None
     try:
+        knock(address)
         ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         where = address or "this machine"
         raise ExperimentError(
             f"no Ray cluster answers at {where}: {str(error).strip().splitlines()[0]} Start one with "
             "`ray start --head`, or name its address (--ray-address HOST:PORT)."
         ) from None
     return ray
+
+
+def knock(address: str | None) -> None:
+    """Raise `OSError` when nothing listens at an address ``HOST:PORT``; Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_PATIENCE_S).close()
 
 
 def shared_environment(nodes: list[Node], here: str) -> dict[str, str]:
