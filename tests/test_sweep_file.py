@@ -10,9 +10,9 @@ from sweep_bench import NOTEBOOK
 
 from emoe_core.errors import ExperimentError
 from workbench.store import HOME_VARIABLE
-from workbench.sweep_file import read_sweep
+from workbench.sweep_file import SweepSource, read_sweep
 from workbench.sweep_notebook import find_notebook, source_hash
-from workbench.sweep_points import Point, expand
+from workbench.sweep_points import Point, plan_stages
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,10 @@ def write(folder: Path, content: Any) -> Path:
     path = folder / "sweep.yaml"
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     return path
+
+
+def expand(sweep: SweepSource, beside: Path | None = None) -> list[Point]:
+    return [point for plan in plan_stages(sweep, beside) for point in plan.points]
 
 
 def points(folder: Path, **stage: Any) -> list[Point]:

@@ -126,7 +126,7 @@ def test_points_of_another_notebook_space_or_seed_do_not_count(project: Path) ->
 
 def test_random_points_are_seeded_distinct_and_grow(project: Path) -> None:
     def drawn(**change: Any) -> list[dict[str, Any]]:
-        return [p.axes for p in plan(project, method="random", objectives={}, **change).points()]
+        return [p.axes for p in plan(project, method="random", objectives={}, **change).points]
 
     six = drawn(runs=6)
     assert six == drawn(runs=9)[:6] != drawn(runs=6, seed=1)

@@ -23,7 +23,7 @@ from workbench.quantities import column_texts, words_of
 from workbench.results import frame_of
 from workbench.store import decode
 from workbench.sweep_points import short
-from workbench.sweep_state import METRICS_TAG
+from workbench.sweep_state import AXES_TAG, ERROR_TAG, METRICS_TAG
 from workbench.tracking import FIGURE_FOLDER
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def read_section(client: MlflowClient, notebook: str, runs: list[MlflowRun]) -> 
     """Gather the runs of one notebook."""
     texts = [{name: short(decode(text)) for name, text in item.data.params.items()} for item in runs]
     names = list(dict.fromkeys(name for row in texts for name in row))
-    axes = list(dict.fromkeys(a for item in runs for a in item.data.tags.get("emoe.axes", "").split(",") if a))
+    axes = list(dict.fromkeys(a for item in runs for a in item.data.tags.get(AXES_TAG, "").split(",") if a))
     # A run that was cut short has not said everything: what it lacks is no difference.
     varying = axes + [n for n in names if n not in axes and len({row[n] for row in texts if n in row}) > 1]
     parameters = [Column(n, n.replace("_", " "), "parameter", [row.get(n, "–") for row in texts]) for n in varying]
@@ -118,7 +118,7 @@ def read_section(client: MlflowClient, notebook: str, runs: list[MlflowRun]) -> 
         Row(
             name=item.info.run_name or item.info.run_id,
             status=item.info.status.lower(),
-            error=item.data.tags.get("emoe.error", ""),
+            error=item.data.tags.get(ERROR_TAG, ""),
             pictures=_run_pictures(client, item.info.run_id) if position < MAX_RUNS_WITH_FIGURES else [],
         )
         for position, item in enumerate(runs)

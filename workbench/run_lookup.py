@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
 from workbench.run_record import RunRecord
-from workbench.store import store_dir
+from workbench.store import store_name
 from workbench.sweep_state import ROLE_TAG, SUPERSEDED_TAG, SWEEP_TAG, current_runs, find_parent, parents, search
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def find_runs(client: MlflowClient, text: str) -> Found:
     sweeps = ", ".join(item.data.tags[SWEEP_TAG] for item in parents(client)) or "none"
     newest = [RunRecord.of(client, item).describe() for item in search(client, "")[:3]]
     raise ExperimentError(
-        f"the store at {store_dir()} has no run or sweep {text!r}. Give a run's id or the start of it (4 letters or "
+        f"the store at {store_name()} has no run or sweep {text!r}. Give a run's id or the start of it (4 letters or "
         f"more), its name, or a sweep's name. Sweeps: {sweeps}. Newest runs: {', '.join(newest) or 'none'}."
     )
 

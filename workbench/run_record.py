@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from emoe_core.errors import ExperimentError
 from workbench.results import artifact_frame
 from workbench.store import decode
+from workbench.sweep_notebook import parse_notebook
 from workbench.sweep_state import NOTEBOOK_TAG
 from workbench.tracking import DATA_FOLDER, ENVIRONMENT_FILE, NOTEBOOK_FOLDER
 
@@ -95,11 +96,7 @@ class RunRecord:
         path = next((path for path in self._artifacts(NOTEBOOK_FOLDER) if path.endswith(".ipynb")), None)
         if path is None:
             return None
-        try:
-            content = dict(json.loads(self._read(path)))
-            return content if isinstance(content["cells"], list) else None
-        except (ValueError, KeyError) as error:
-            raise ExperimentError(f"{path} of run {self.run_id} is no readable notebook: {error}") from None
+        return parse_notebook(self._read(path), f"{path} of run {self.run_id}")
 
     def _artifacts(self, folder: str) -> list[str]:
         return [item.path for item in self.client.list_artifacts(self.run_id, folder or None)]

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,19 @@ def locked(name: str, *, shared: bool = False, wait: bool = True) -> Iterator[bo
             yield False
             return
         yield True
+
+
+@contextlib.contextmanager
+def machine_held(alone: bool, tell: Callable[[str], object]) -> Iterator[None]:
+    """Hold this machine meanwhile, for a run that measures time ``alone``, else beside others that do not.
+
+    ``tell`` is called with a sentence when that means waiting.
+    """
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(locked("machine", shared=not alone, wait=False)):
+            tell("Waiting for another sweep that measures time on this machine.")
+            stack.enter_context(locked("machine", shared=not alone))
+        yield
 
 
 def open_store() -> MlflowClient:
@@ -192,6 +205,13 @@ def encode(value: Any) -> str:
     if isinstance(value, str):
         return value if decode(value) == value else json.dumps(value)
     return json.dumps(value, default=str)
+
+
+def finite(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields as JSON has them: numbers that do not exist are null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()
+    }
 
 
 def decode(text: str) -> Any:

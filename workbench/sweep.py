@@ -179,7 +179,7 @@ class _Sweep:
                 search = OptunaSearch(stages[0], known)
                 parts.append(Part(kind[0], search, None if seconds is None else seconds * search.left))
                 continue
-            points = [point for plan in stages for point in plan.points()]
+            points = [point for plan in stages for point in plan.points]
             todo = [point for point in points if point.digest not in self.record.finished]
             self.result.skipped.extend(point.label for point in points if point.digest in self.record.finished)
             expected = [self.expected.of_point(point) for point in todo]

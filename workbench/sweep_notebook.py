@@ -67,7 +67,7 @@ def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
 
     The cell is parsed, not run; papermill's own inspection misses annotations such as ``str | None``.
     """
-    sources = [cell["source"] for cell in read_cells(notebook) if "parameters" in cell["tags"]]
+    sources = [cell["source"] for cell in cells_of(read_notebook(notebook)) if "parameters" in cell["tags"]]
     if not sources:
         raise ExperimentError(f"{notebook} has no cell tagged 'parameters', so a sweep cannot set anything in it.")
     try:
@@ -102,22 +102,55 @@ def check_parameter(notebook: Path, known: dict[str, Parameter], name: str, valu
         )
 
 
-def read_cells(notebook: Path) -> list[dict[str, Any]]:
-    """Return of each of a notebook's cells its ``cell_type``, its ``source`` as one text, and its ``tags``."""
+def read_notebook(notebook: Path) -> dict[str, Any]:
+    """Return a notebook's content; see `parse_notebook`."""
     try:
-        return [
-            {
-                "cell_type": cell["cell_type"],
-                "source": "".join(cell["source"]),
-                "tags": list(cell.get("metadata", {}).get("tags", [])),
-            }
-            for cell in parse(read_text(notebook))["cells"]
-        ]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        text = read_text(notebook)
+    except OSError as error:
+        raise ExperimentError(f"cannot read {notebook}: {error.strerror}.") from None
+    except ValueError as error:
         raise ExperimentError(f"{notebook} is not a readable notebook: {error!r:.200}") from None
+    return parse_notebook(text, str(notebook))
+
+
+def parse_notebook(text: str, name: str) -> dict[str, Any]:
+    """Return the content of a notebook's file, whose cells `cells_of` can read.
+
+    Raises
+    ------
+    ExperimentError
+        That names it, when it is no notebook.
+    """
+    try:
+        content = parse(text)
+        cells_of(content)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ExperimentError(f"{name} is not a readable notebook: {error!r:.200}") from None
+    return dict(content)
+
+
+def cells_of(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return of each of a notebook's cells its ``cell_type``, its ``source`` as one text, and its ``tags``."""
+    return [
+        {
+            "cell_type": cell["cell_type"],
+            "source": "".join(cell["source"]),
+            "tags": list(cell.get("metadata", {}).get("tags", [])),
+        }
+        for cell in content["cells"]
+    ]
 
 
 def source_hash(notebook: Path) -> str:
     """Return a hash of a notebook's cells; outputs and metadata do not count."""
-    source = [cell["source"] for cell in read_cells(notebook) if cell["cell_type"] == "code"]
+    return _code_hash(cells_of(read_notebook(notebook)))
+
+
+def notebook_hash(content: dict[str, Any]) -> str:
+    """Return a short hash of a notebook's code without the cell of parameters that a run adds."""
+    return _code_hash([cell for cell in cells_of(content) if "injected-parameters" not in cell["tags"]])[:16]
+
+
+def _code_hash(cells: list[dict[str, Any]]) -> str:
+    source = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()

@@ -38,7 +38,7 @@ def describe_plan(path: Path) -> tuple[SweepFile, list[PlannedRun]]:
     planned: list[PlannedRun] = []
     for plan in plan_stages(sweep, path.parent):
         kind, seconds = plan.stage.kind, expected.of_stage(plan)
-        points = [point for point, _ in known_points(plan, runs)] if plan.study else plan.points()
+        points = [point for point, _ in known_points(plan, runs)] if plan.study else plan.points
         planned += [PlannedRun(point.label, kind, point.digest in digests, seconds) for point in points]
         if plan.study and plan.stage.search:
             label = " ".join(filter(None, [plan.notebook.stem, plan.stage.label, "search"]))

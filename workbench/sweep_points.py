@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class StagePlan:
         digest = point_digest(self.source, parameters, parameters.get(MODEL_PARAMETER, self.model))
         return Point(self.stage, self.notebook, parameters, axes, digest, self.first + place, self.study)
 
-    @property
+    @cached_property
     def study(self) -> str:
         """Return the identity of the stage's Optuna search: all that its results depend on but the number of runs."""
         search = self.stage.search
@@ -101,6 +102,7 @@ class StagePlan:
         parts = [self.source, self.stage.fixed, self.stage.exclude, asked, model_state(self.model)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
+    @cached_property
     def points(self) -> list[Point]:
         """Return the runs that are known at the start: all but those of an Optuna search."""
         search = self.stage.search
@@ -146,7 +148,7 @@ def plan_stages(sweep: SweepSource, beside: Path | None = None) -> list[StagePla
         model = known[MODEL_PARAMETER].literal() if MODEL_PARAMETER in known else None
         plan = StagePlan(stage, notebook, source_hash(notebook), model, first)
         plans.append(plan)
-        first += stage.search.runs if plan.study and stage.search else len(plan.points())
+        first += stage.search.runs if plan.study and stage.search else len(plan.points)
     check_points(sweep.file.name, plans)
     return plans
 
@@ -164,15 +166,10 @@ def settings(stage: Stage) -> Iterator[tuple[tuple[str, ...], str, Any]]:
             yield ("search", "space"), name, value
 
 
-def expand(sweep: SweepSource, beside: Path | None = None) -> list[Point]:
-    """Return the points of a sweep that are known at the start, in the order they run; see `plan_stages`."""
-    return [point for plan in plan_stages(sweep, beside) for point in plan.points()]
-
-
 def check_points(name: str, plans: list[StagePlan]) -> None:
     """Refuse a sweep that holds a run twice, or none."""
     seen: set[str] = set()
-    for point in (point for plan in plans for point in plan.points()):
+    for point in (point for plan in plans for point in plan.points):
         if point.digest in seen:
             raise ExperimentError(f"sweep {name!r} holds the same run twice: {point.label} {point.parameters}")
         seen.add(point.digest)

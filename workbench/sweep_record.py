@@ -18,12 +18,16 @@ from workbench.sweep_points import Point, StagePlan
 from workbench.sweep_schema import SweepFile
 from workbench.sweep_search import known_points
 from workbench.sweep_state import (
+    AXES_TAG,
     DIGEST_TAG,
+    ERROR_LETTERS,
     ERROR_TAG,
     INDEX_TAG,
+    KIND_TAG,
     METRICS_TAG,
     NOTEBOOK_TAG,
     OWNER_TAG,
+    SOURCE_TAG,
     STUDY_TAG,
     SUPERSEDED_TAG,
     SWEEP_TAG,
@@ -34,13 +38,11 @@ from workbench.sweep_state import (
     refuse_running_elsewhere,
     start_parent,
 )
-from workbench.tracking import new_run
+from workbench.tracking import NOTEBOOK_FOLDER, new_run
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
     from mlflow.tracking import MlflowClient
-
-ERROR_LETTERS = 2000
 
 
 class SweepRecord:
@@ -66,13 +68,13 @@ class SweepRecord:
     ) -> None:
         self._client, self._sweep = client, sweep
         self.known: dict[str, list[tuple[Point, dict[str, float]]]] = {}
-        points = [point for plan in plans for point in plan.points()]
+        points = [point for plan in plans for point in plan.points]
         self._open: dict[str, Point] = {}
         self.finished: dict[str, MlflowRun] = {}
         parent = None if fresh else find_parent(client, sweep.name)
         with disk_errors():
             if parent is None:
-                tags = {"mlflow.note.content": sweep.description, "mlflow.source.name": sweep.name}
+                tags = {"mlflow.note.content": sweep.description, SOURCE_TAG: sweep.name}
                 self.parent_id = start_parent(client, sweep.name, tags)
             else:
                 if not take_over:
@@ -101,11 +103,11 @@ class SweepRecord:
             SWEEP_TAG: self._sweep.name,
             DIGEST_TAG: point.digest,
             NOTEBOOK_TAG: point.notebook.stem,
-            "emoe.kind": point.stage.kind,
-            "emoe.axes": ",".join(point.axes),
+            KIND_TAG: point.stage.kind,
+            AXES_TAG: ",".join(point.axes),
             METRICS_TAG: ",".join(point.stage.metrics),
             INDEX_TAG: str(point.index),
-            "mlflow.source.name": point.stage.notebook,
+            SOURCE_TAG: point.stage.notebook,
         }
         if point.study:
             tags[STUDY_TAG] = point.study
@@ -120,11 +122,11 @@ class SweepRecord:
         """Record how a run ended and return its metrics; `again` says that another attempt takes its place."""
         with disk_errors():
             for file in ending.files:
-                self._client.log_artifact(ending.run_id, str(file), "notebook")
+                self._client.log_artifact(ending.run_id, str(file), NOTEBOOK_FOLDER)
             if not ending.ok:
                 self._client.set_tag(ending.run_id, ERROR_TAG, ending.error[:ERROR_LETTERS])
             if ending.traceback:
-                self._client.log_text(ending.run_id, ending.traceback, "notebook/traceback.txt")
+                self._client.log_text(ending.run_id, ending.traceback, f"{NOTEBOOK_FOLDER}/traceback.txt")
             if again:
                 self._client.set_tag(ending.run_id, SUPERSEDED_TAG, "true")
             status = "FINISHED" if ending.ok else "KILLED" if again else "FAILED"

@@ -23,16 +23,7 @@ SPARE_LINES = 6  # of the terminal's height: the table's frame, the totals and t
 
 
 class SweepScreen:
-    """Tells how a sweep goes on.
-
-    Parameters
-    ----------
-    console : Console
-    total : int
-        Runs to do.
-    expected_s : float, optional
-        Seconds that all of them are expected to take one after another; None where that is not known.
-    """
+    """Tells how a sweep goes on."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -47,7 +38,7 @@ class SweepScreen:
         self.console.print(text)
 
     def announce(self, total: int, expected_s: float | None) -> None:
-        """Say how much there is to do."""
+        """Say how many runs there are to do, and how many seconds they are expected to take one after another."""
         self._total, self._left_s = total, expected_s
         about = "" if expected_s is None else f", about {show_seconds(expected_s)}"
         if total:

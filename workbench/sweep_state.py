@@ -1,9 +1,9 @@
 """What a sweep has done so far, read from and written to MLflow.
 
 Terms: the *parent* is the run that stands for a sweep, its *children* are its runs. A child's digest (see
-`sweep_file.Point`) says what it ran. A child is *current* when it is the newest of its digest and the sweep still holds
-that digest; the others are kept but tagged as superseded. A child that claims to run while the process that owns it is
-gone was killed.
+`sweep_points.Point`) says what it ran. A child is *current* when it is the newest of its digest and the sweep still
+holds that digest; the others are kept but tagged as superseded. A child that claims to run while the process that owns
+it is gone was killed.
 
 There is no state outside the store: deleting runs in the MLflow interface is enough to have them run again.
 """
@@ -30,6 +30,9 @@ SWEEP_TAG = "emoe.sweep"
 DIGEST_TAG = "emoe.point"
 NOTEBOOK_TAG = "emoe.notebook"
 ERROR_TAG = "emoe.error"
+KIND_TAG = "emoe.kind"
+AXES_TAG = "emoe.axes"
+SOURCE_TAG = "mlflow.source.name"
 METRICS_TAG = "emoe.metrics"
 INDEX_TAG = "emoe.index"
 STUDY_TAG = "emoe.study"
@@ -37,6 +40,7 @@ SUPERSEDED_TAG = "emoe.superseded"
 OWNER_TAG = "emoe.owner"
 PAGE_CACHE_TAG = "emoe.page_cache"
 PAGE_RUNS = 1000
+ERROR_LETTERS = 2000
 
 
 def owner_tag() -> str:

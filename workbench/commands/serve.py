@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ from workbench.commands.checkpoints import (
     QualityOption,
     open_engine,
 )
+from workbench.extras import require_extra
 
 KEY_VARIABLE = "EMOE_API_KEY"
 
@@ -50,8 +50,7 @@ def serve(
     expert_dtype: ExpertDtypeOption = "auto",
 ) -> None:
     """Serve a model to OpenAI clients: /v1/completions and /v1/chat/completions, metrics at /metrics."""
-    if not all(importlib.util.find_spec(part) for part in ("fastapi", "uvicorn", "prometheus_client")):
-        raise OptionError("serving needs the extra 'serve': pip install -e '.[serve]'")
+    require_extra("serve", "serving", "fastapi", "uvicorn", "prometheus_client")
     from workbench.server.limits import ServerLimits, require_safe_host
 
     limits = ServerLimits(

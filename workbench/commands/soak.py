@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from emoe_core.errors import OptionError
 from workbench.commands.checkpoints import ModelArgument
+from workbench.extras import require_extra
 
 
 def soak(
@@ -27,10 +27,7 @@ def soak(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Send hours of requests in minutes to a real server: nobody lost, memory flat, answers as offline generation."""
-    if not all(
-        importlib.util.find_spec(part) for part in ("fastapi", "uvicorn", "prometheus_client", "httpx", "scipy")
-    ):
-        raise OptionError("a soak needs the extra 'serve': pip install -e '.[serve]'")
+    require_extra("serve", "a soak", "fastapi", "uvicorn", "prometheus_client", "httpx", "scipy")
     if not (hours > 0 and minutes > 0):
         raise OptionError("hours and minutes must be more than 0")
     import emoe_core

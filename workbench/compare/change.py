@@ -18,6 +18,7 @@ import numpy as np
 from workbench.metric_groups import better_direction
 from workbench.quality import LEAST_PROMPTS as LEAST_PAIRS
 from workbench.quality import bootstrap_means, percentile_interval
+from workbench.store import finite
 
 NAN = float("nan")
 NO_INTERVAL = (NAN, NAN)
@@ -71,8 +72,7 @@ class Change:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the change as JSON has it: numbers that do not exist are null."""
-        fields = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in asdict(self).items()}
-        return fields | {"verdict": self.verdict}
+        return finite(asdict(self)) | {"verdict": self.verdict}
 
 
 def paired_change(

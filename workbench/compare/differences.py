@@ -7,8 +7,6 @@ refused: times of a run that read experts from the disk beside times of one that
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from emoe_core.errors import ExperimentError
 from workbench.busy import busy_warning
 from workbench.metric_groups import GROUPS, OTHER, group_of
 from workbench.run_record import RunRecord
+from workbench.sweep_notebook import notebook_hash
 from workbench.sweep_state import PAGE_CACHE_TAG
 
 EVERYTHING = (*GROUPS, OTHER)
@@ -151,16 +150,6 @@ def refuse_warm_beside_cold(a: RunRecord, b: RunRecord) -> None:
         f"(warm: {warm.tags[PAGE_CACHE_TAG]}): their times cannot be compared. Make the second one again where direct "
         "reads work (`emoe doctor` says where), or compare everything but times with --without-times."
     )
-
-
-def notebook_hash(notebook: dict[str, Any]) -> str:
-    """Return a hash of a notebook's code, without outputs and without the cell of parameters that a run adds."""
-    cells = [
-        "".join(cell["source"])
-        for cell in notebook["cells"]
-        if cell["cell_type"] == "code" and "injected-parameters" not in cell.get("metadata", {}).get("tags", [])
-    ]
-    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:16]
 
 
 def _busy(a: RunRecord, b: RunRecord) -> list[Difference]:

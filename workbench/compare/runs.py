@@ -20,6 +20,7 @@ from workbench.compare.differences import (
 from workbench.compare.prompts import prompt_changes
 from workbench.metric_groups import group_of, rank_of
 from workbench.run_record import RunRecord
+from workbench.sweep_state import ERROR_TAG
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def compare_runs(
     """
     for run in (a, b):
         if run.status != "FINISHED":
-            reason = f" ({run.tags['emoe.error']})" if "emoe.error" in run.tags else ""
+            reason = f" ({run.tags[ERROR_TAG]})" if ERROR_TAG in run.tags else ""
             raise ExperimentError(
                 f"{run.describe()} is {run.status.lower()}{reason}: only finished runs are compared. Make it again."
             )

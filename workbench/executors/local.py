@@ -21,7 +21,7 @@ from workbench.control_groups import memory_limit_bytes
 from workbench.environment import available_cores, driver_gpus
 from workbench.executors.notebook_process import NotebookProcess
 from workbench.executors.protocol import Ending, Job, Kind
-from workbench.store import HOME_VARIABLE, locked, project_root
+from workbench.store import HOME_VARIABLE, machine_held, project_root
 from workbench.sweep_schema import Needs
 
 POLL_S = 0.1
@@ -107,13 +107,7 @@ class LocalExecutor:
     @contextlib.contextmanager
     def stage(self, kind: Kind) -> Iterator[None]:
         """Hold the machine alone for timing, shared for quality; say so when that means waiting."""
-        shared = kind == "quality"
-        with locked("machine", shared=shared, wait=False) as mine:
-            if mine:
-                yield
-                return
-        self._tell("Waiting for another sweep that measures time on this machine.")
-        with locked("machine", shared=shared):
+        with machine_held(kind == "timing", self._tell):
             yield
 
     def at_once(self, needs: Needs, kind: Kind) -> int:

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from workbench.executors.protocol import Ending
 from workbench.tracking import RUN_VARIABLE
 
 KILL_WAIT_S = 5.0
+POLL_S = 0.1
 
 
 class NotebookProcess:
@@ -95,3 +97,36 @@ class NotebookProcess:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
         psutil.wait_procs(victims, timeout=KILL_WAIT_S)
+
+
+def execute_text(
+    run_id: str,
+    name: str,
+    text: str,
+    parameters: dict[str, Any],
+    folder: Path,
+    environment: Mapping[str, str],
+    working_folder: Path | None = None,
+) -> Ending:
+    """Execute a notebook that is given as text, and wait for its end; an interrupt ends its process as well.
+
+    Parameters
+    ----------
+    run_id, parameters, environment, working_folder
+        As for `NotebookProcess`.
+    name, text : str
+        File name and content of the notebook.
+    folder : Path
+        Keeps the notebook and the files of the ending.
+    """
+    source = folder / "source"
+    source.mkdir()
+    notebook = source / name
+    notebook.write_text(text, encoding="utf-8")
+    process = NotebookProcess(run_id, notebook, parameters, folder / "run", environment, working_folder)
+    try:
+        while process.runs():
+            time.sleep(POLL_S)
+    finally:
+        process.kill()
+    return process.ending()

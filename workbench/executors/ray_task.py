@@ -10,14 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.executors.notebook_process import NotebookProcess
+from workbench.executors.notebook_process import execute_text
 
-POLL_S = 0.1
 PACKAGES = (Path(__file__).parents[1], Path(__file__).parents[2] / "emoe_core")
 
 
@@ -40,25 +38,16 @@ def carry_out(parcel: Parcel) -> dict[str, Any]:
         error = f"node {os.uname().nodename} has another version of this code: install the same one on every node."
         return {"ok": False, "error": error, "contents": {}}
     with tempfile.TemporaryDirectory(prefix="emoe-run-") as scratch:
-        folder = Path(scratch)
-        (folder / "source").mkdir()
-        notebook = folder / "source" / parcel.notebook_name
-        notebook.write_text(parcel.notebook_text, encoding="utf-8")
         usual = Path(parcel.working_folder)
-        process = NotebookProcess(
+        ending = execute_text(
             parcel.run_id,
-            notebook,
+            parcel.notebook_name,
+            parcel.notebook_text,
             parcel.parameters,
-            folder / "run",
+            Path(scratch),
             parcel.environment,
-            usual if usual.is_dir() else notebook.parent,
+            usual if usual.is_dir() else None,
         )
-        try:
-            while process.runs():
-                time.sleep(POLL_S)
-        finally:
-            process.kill()
-        ending = process.ending()
         contents = {file.name: file.read_bytes() for file in ending.files}
         return {k: v for k, v in asdict(ending).items() if k in ("ok", "error", "traceback")} | {"contents": contents}
 

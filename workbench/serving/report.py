@@ -6,6 +6,7 @@ Nothing here simulates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import seaborn as sns
@@ -37,7 +38,12 @@ def service_figure(table: pd.DataFrame, by: str = "label", reference_load: float
     )
     for number, name in enumerate(table[by].unique()):
         rows = table[table[by] == name].sort_values("load")
-        look = {"color": sns.color_palette("colorblind")[number % 10], "marker": MARKERS[number % len(MARKERS)]}
+        look: dict[str, Any] = {
+            "color": sns.color_palette("colorblind")[number % 10],
+            "marker": MARKERS[number % len(MARKERS)],
+        }
+        # Later lines are finer, so that one that coincides with an earlier one does not hide it.
+        look |= {"linewidth": max(1.2, 3.6 - 0.6 * number), "markersize": max(4.0, 11.0 - 2.0 * number)}
         for axis, (column, _) in zip(axes, drawn, strict=True):
             axis.plot(rows["load"], rows[column], label=name, **look)
     for axis, (_, text) in zip(axes, drawn, strict=True):

@@ -8,20 +8,18 @@ verified, since sums over more or fewer threads round differently.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
-from workbench.compare.differences import notebook_hash
 from workbench.run_record import RunRecord
 from workbench.store import project_root
-from workbench.sweep_notebook import check_parameter, find_notebook, notebook_parameters
+from workbench.sweep_notebook import check_parameter, find_notebook, notebook_hash, notebook_parameters, read_notebook
+from workbench.sweep_state import SOURCE_TAG
 
 RECORDED, CURRENT = "recorded", "current"
 SOURCES = (RECORDED, CURRENT)
-SOURCE_TAG = "mlflow.source.name"
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def plan_rerun(run: RunRecord, *, source: str = RECORDED, notebook: Path | None 
         content, origin = run.notebook, "the notebook as it was executed, from the run's artifacts"
         if in_tree is None:
             remarks.append("The working tree has no notebook of that name.")
-        elif notebook_hash(_read(in_tree)) != notebook_hash(content):
+        elif notebook_hash(read_notebook(in_tree)) != notebook_hash(content):
             remarks.append(f"{in_tree.name} of the working tree has other code by now; --source current takes that.")
     else:
         if in_tree is None:
@@ -94,7 +92,7 @@ def plan_rerun(run: RunRecord, *, source: str = RECORDED, notebook: Path | None 
                 f"the working tree has no notebook {run.tags.get(SOURCE_TAG, run.notebook_name)!r}: leave --source out "
                 "to run it as it was executed."
             )
-        content, origin = _read(in_tree), f"{in_tree} as it is now"
+        content, origin = read_notebook(in_tree), f"{in_tree} as it is now"
         if run.notebook is not None and notebook_hash(content) != notebook_hash(run.notebook):
             remarks.append("Its code is not the code that made the run.")
     handed = None if run.notebook is None else run.notebook.get("metadata", {}).get("papermill", {}).get("parameters")
@@ -130,13 +128,3 @@ def _in_working_tree(run: RunRecord) -> Path | None:
             except ExperimentError:
                 continue
     return None
-
-
-def _read(notebook: Path) -> dict[str, Any]:
-    try:
-        content = dict(json.loads(notebook.read_text(encoding="utf-8")))
-        return content if isinstance(content["cells"], list) else {}
-    except OSError as error:
-        raise ExperimentError(f"cannot read {notebook}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"{notebook} is not a readable notebook: {error}") from None

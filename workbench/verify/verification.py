@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from emoe_core.errors import ExperimentError
 from workbench.compare.differences import Difference, environment_differences
 from workbench.run_record import RunRecord
-from workbench.store import disk_errors
+from workbench.store import disk_errors, finite
 from workbench.sweep_state import ERROR_TAG
 from workbench.verify.checks import check_data, check_model, machine_differences
 from workbench.verify.judge import FAILING, PROSE_TABLES, Judgement, Tolerances, judge_metrics, judge_table
@@ -71,8 +70,8 @@ class Verification:
             "remarks": self.plan.remarks,
             "differences": [{"what": d.what, "recorded": d.a, "now": d.b} for d in self.differences],
             "failures": self.failures,
-            "metrics": [_plain(item) for item in self.metrics],
-            "tables": [_plain(item) for item in self.tables],
+            "metrics": [finite(asdict(item)) for item in self.metrics],
+            "tables": [finite(asdict(item)) for item in self.tables],
         }
 
 
@@ -134,7 +133,3 @@ def verify_run(
         word = "not reproduced" if found.failures else "reproduced"
         client.set_tag(run.run_id, VERIFIED_TAG, f"{word} by {again.run_id}")
     return found
-
-
-def _plain(item: Judgement) -> dict[str, Any]:
-    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in asdict(item).items()}
