@@ -26,6 +26,7 @@ from workbench.bench.limit_budget import RESERVE_SHARE, limit_budget
 from workbench.bench.measured_run import decode_until, measure
 from workbench.bench.plan import BenchPlan, open_folder
 from workbench.bench.prepare import Prepared
+from workbench.bench.replay import replayed_loads
 from workbench.bench.roofline import roofline
 from workbench.bench.routing_pass import RoutingPass, routing_pass
 from workbench.bench.runner import read_results, run_bench, schedule
@@ -158,6 +159,22 @@ def test_the_routing_pass_counts_what_the_engine_counts(checkpoint: Path, routed
     assert routed.belady_misses((8, 8, 8)) <= routed.belady_misses((2, 2, 2)) <= routed.routed_experts()
 
 
+@pytest.mark.parametrize("system", ["emoe", "lru", "emoe[budget=3 slots;policy=lfu]"])
+def test_replayed_loads_are_those_of_the_engine(system: str, checkpoint: Path, routed: RoutingPass) -> None:
+    given, chosen = prepared_for(checkpoint, routed), find_system(system)
+    plan = BenchPlan(str(checkpoint), systems=(system,), tokens=4, prompt_tokens=3, warm_tokens=2)
+    found = measure(given.spec(plan, chosen))
+    replayed = replayed_loads(given, chosen)
+    assert replayed is not None and 0 < replayed.sum() == found["counters"]["loads"]
+
+
+@pytest.mark.parametrize("system", ["emoe-lossy-1.0", "emoe-lookahead", "activation-map", "emoe-resident", "accelerate"])
+def test_systems_whose_loads_do_not_follow_from_the_routing_are_not_replayed(
+    system: str, checkpoint: Path, routed: RoutingPass
+) -> None:
+    assert replayed_loads(prepared_for(checkpoint, routed), find_system(system)) is None
+
+
 def test_the_resident_engine_loads_no_expert_after_loading(checkpoint: Path) -> None:
     found = measure(spec_of(checkpoint, budget="100%", predictor=None))
     assert found["counters"]["bytes_loaded"] == 0 and found["counters"]["hits"] == found["counters"]["requests"] > 0
@@ -287,6 +304,9 @@ def test_the_table_has_medians_spread_ratios_and_bounds(checkpoint: Path, routed
     assert (emoe["tokens_per_s"], emoe["tokens_per_s_low"], emoe["tokens_per_s_high"]) == pytest.approx((5, 2.5, 10))
     assert emoe["hit_rate"] == 0.75 and emoe["stall_share"] == pytest.approx(0.5)
     assert emoe["read_bytes_per_token"] == 2_000_000
+    over_policy = emoe["reads_over_belady"] / emoe["reads_over_replay"]
+    assert over_policy == pytest.approx(emoe["replay_bytes_per_token"] / roofline(given, 4).belady_bytes_per_token)
+    assert over_policy >= 1 and np.isnan(rows.loc["emoe-resident", "reads_over_replay"])
     # The compute time of the resident engine, 50 ms, is longer than 2 ms of reading.
     assert emoe["bound_tokens_per_s"] == pytest.approx(20) and emoe["share_of_bound"] == pytest.approx(0.25)
     assert rows.loc["emoe-resident", "speed_ratio"] == pytest.approx(4)

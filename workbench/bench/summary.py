@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from emoe_core.errors import OptionError
@@ -19,6 +20,7 @@ from workbench.baselines.systems import System
 from workbench.bench.launch import MEASURED
 from workbench.bench.plan import LEAST_REPEATS, BenchPlan
 from workbench.bench.prepare import Prepared
+from workbench.bench.replay import replayed_loads
 from workbench.bench.roofline import Roofline, resident_times, roofline
 from workbench.busy import busy_warning
 
@@ -69,7 +71,8 @@ def summarise(
     -------
     table : DataFrame
         One row a system: ``system, outcome, processes, limited``, each of `FIGURES` with ``_low`` and ``_high``,
-        ``speed_ratio``, ``bound_tokens_per_s``, ``share_of_bound``, ``ideal_tokens_per_s``.
+        ``speed_ratio``, ``bound_tokens_per_s``, ``share_of_bound``, ``ideal_tokens_per_s``, ``reads_over_belady``, and
+        where the system's policy can be replayed, ``replay_bytes_per_token`` and ``reads_over_replay``.
     notes : dict
         Bounds, bandwidths, budget, and ``warnings`` that people must see.
     """
@@ -79,7 +82,7 @@ def summarise(
     rows = [derive(row, prepared, likeliest) for row in measured]
     bounds = {tokens: roofline(prepared, tokens) for tokens in {row["decoded_tokens"] for row in rows} | {plan.tokens}}
     resident = resident_times(rows, systems)
-    table = pd.DataFrame([_system_row(system, results, rows, bounds, resident) for system in systems])
+    table = pd.DataFrame([_system_row(system, results, rows, bounds, resident, prepared) for system in systems])
     table["speed_ratio"] = table["tokens_per_s"] / _reference_speed(table, reference)
     whole = bounds[plan.tokens]
     notes = {
@@ -105,6 +108,7 @@ def _system_row(
     rows: list[dict[str, Any]],
     bounds: dict[int, Roofline],
     resident: dict[str, float],
+    prepared: Prepared,
 ) -> dict[str, Any]:
     mine = [row for row in rows if row["system"] == system.name]
     others = [row for row in results if row["system"] == system.name and row["outcome"] != MEASURED]
@@ -128,7 +132,21 @@ def _system_row(
         )
         found["share_of_bound"] = found["tokens_per_s"] / found["bound_tokens_per_s"]
         found["ideal_tokens_per_s"] = bound.ideal_tokens_per_s
+        found |= _read_ratios(found, bound, replayed_loads(prepared, system), prepared.facts["record_bytes"])
     return found
+
+
+def _read_ratios(
+    row: dict[str, Any], bound: Roofline, loads: np.ndarray | None, record_bytes: int
+) -> dict[str, float]:
+    """Return a system's reads over Belady's, and over those of its own policy replayed (`replay.py`)."""
+    read, tokens = row["read_bytes_per_token"], row["decoded_tokens"]
+    replayed = float("nan") if loads is None else float(loads[:tokens].sum()) * record_bytes / tokens
+    return {
+        "reads_over_belady": read / bound.belady_bytes_per_token if bound.belady_bytes_per_token else float("nan"),
+        "replay_bytes_per_token": replayed,
+        "reads_over_replay": read / replayed if replayed else float("nan"),
+    }
 
 
 def _reference_tokens(measured: list[dict[str, Any]], systems: list[System]) -> list[int] | None:

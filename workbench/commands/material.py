@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from emoe_core.errors import OptionError
+from workbench.models import EMBEDDED, REFERENCE
+
 Kind = Annotated[str, typer.Option(help="'upcycled' (the model 'reference') or 'carved'.")]
 
 model_app = typer.Typer(help="The embedded reference models, and synthetic ones.", no_args_is_help=True)
@@ -18,13 +21,16 @@ data_app = typer.Typer(help="Prompts of six task types.", no_args_is_help=True)
 
 @model_app.command("build")
 def build_model(
+    model: Annotated[str, typer.Argument(help="'reference' or 'carved'.")] = REFERENCE,
     out: Annotated[Path | None, typer.Option(help="Folder to write; the cache when not given.")] = None,
-    kind: Kind = "upcycled",
 ) -> None:
     """Build a reference model from its recipe (under two minutes, once)."""
     from workbench import reference_model
 
-    Console().print(f"Reference model: [bold]{escape(str(reference_model.build(out, kind=kind)))}[/]", soft_wrap=True)
+    if model not in EMBEDDED:
+        raise OptionError(f"unknown embedded model {model!r}: choose one of {', '.join(EMBEDDED)}")
+
+    Console().print(f"Reference model: [bold]{escape(str(reference_model.build(out, kind=EMBEDDED[model])))}[/]", soft_wrap=True)
 
 
 @model_app.command("train")
