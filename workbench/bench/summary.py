@@ -136,9 +136,7 @@ def _system_row(
     return found
 
 
-def _read_ratios(
-    row: dict[str, Any], bound: Roofline, loads: np.ndarray | None, record_bytes: int
-) -> dict[str, float]:
+def _read_ratios(row: dict[str, Any], bound: Roofline, loads: np.ndarray | None, record_bytes: int) -> dict[str, float]:
     """Return a system's reads over Belady's, and over those of its own policy replayed (`replay.py`)."""
     read, tokens = row["read_bytes_per_token"], row["decoded_tokens"]
     replayed = float("nan") if loads is None else float(loads[:tokens].sum()) * record_bytes / tokens

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from workbench.bench.runner import Step
 
 
+# Headings of the table of costs, and the columns under them.
+READ_RATIOS = {"amplif.": "read_amplification", "/Belady": "reads_over_belady", "/replay": "reads_over_replay"}
+
+
 def bench(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Folder for results; the same command goes on where it stopped.")],
@@ -149,7 +153,7 @@ def _tables(table: pd.DataFrame, plan: BenchPlan) -> tuple[Table, Table]:
     speeds, costs = Table(title=_title(plan)), Table(title="What it took")
     for shown, headings in (
         (speeds, ("tokens/s", "range", "ratio", "bound", "of it", "TTFT", "load")),
-        (costs, ("peak", "charged", "read/token", "amplif.", "/Belady", "/replay", "hits", "stalls", "wasted", "agrees")),
+        (costs, ("peak", "charged", "read/token", *READ_RATIOS, "hits", "stalls", "wasted", "agrees")),
     ):
         shown.add_column("system", overflow="fold")
         for heading in headings:
@@ -174,7 +178,7 @@ def _tables(table: pd.DataFrame, plan: BenchPlan) -> tuple[Table, Table]:
             show("peak_bytes", row["peak_bytes"]),
             show("peak_bytes", row["group_peak_bytes"]),
             show("read_bytes", row["read_bytes_per_token"]),
-            *(_ratio(row[name]) for name in ("read_amplification", "reads_over_belady", "reads_over_replay")),
+            *(_ratio(row[name]) for name in READ_RATIOS.values()),
             *(show(figure, row[figure]) for figure in ("hit_rate", "stall_share", "wasted_bytes")),
             show("top1_agreement", row["agreement"]),
         )
@@ -196,8 +200,9 @@ def _print_notes(console: Console, notes: dict[str, Any], plan: BenchPlan) -> No
         f"{notes['ideal_tokens_per_s']:.3g} tokens/s exactly (disk {show_bytes(bandwidths['disk_bytes_per_s'])}/s, "
         f"memory {show_bytes(bandwidths['memory_bytes_per_s'])}/s).",
         "bound: 1 / max(own reads / disk bandwidth, time per token with all resident). amplif.: bytes read / bytes "
-        "routed; /Belady, /replay: over what Belady, and this system's own policy when replayed, would load. agrees: own likeliest token is the exact system's. peak: resident memory, shared libraries and mapped "
-        "files included; charged: what the limit counted at most, page cache included.",
+        "routed; /Belady, /replay: bytes read over what Belady, and this system's own policy when replayed, would load. "
+        "agrees: own likeliest token is the exact system's. peak: resident memory, shared libraries and mapped files "
+        "included; charged: what the limit counted at most, page cache included.",
     ]
     if plan.limit:
         lines.append(f"Limit by {notes['limit_by'] or 'none'}; * ran without it.")

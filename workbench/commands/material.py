@@ -30,7 +30,8 @@ def build_model(
     if model not in EMBEDDED:
         raise OptionError(f"unknown embedded model {model!r}: choose one of {', '.join(EMBEDDED)}")
 
-    Console().print(f"Reference model: [bold]{escape(str(reference_model.build(out, kind=EMBEDDED[model])))}[/]", soft_wrap=True)
+    built = reference_model.build(out, kind=EMBEDDED[model])
+    Console().print(f"Reference model: [bold]{escape(str(built))}[/]", soft_wrap=True)
 
 
 @model_app.command("train")
