@@ -200,7 +200,7 @@ def _print_notes(console: Console, notes: dict[str, Any], plan: BenchPlan) -> No
         f"{notes['ideal_tokens_per_s']:.3g} tokens/s exactly (disk {show_bytes(bandwidths['disk_bytes_per_s'])}/s, "
         f"memory {show_bytes(bandwidths['memory_bytes_per_s'])}/s).",
         "bound: 1 / max(own reads / disk bandwidth, time per token with all resident). amplif.: bytes read / bytes "
-        "routed; /Belady, /replay: bytes read over what Belady, and this system's own policy when replayed, would load. "
+        "routed; /Belady, /replay: bytes read over what Belady, and this system's own policy replayed, would load. "
         "agrees: own likeliest token is the exact system's. peak: resident memory, shared libraries and mapped files "
         "included; charged: what the limit counted at most, page cache included.",
     ]
