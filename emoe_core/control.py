@@ -3,7 +3,9 @@
 Requests are numbered as they are admitted. Before every p-th one, or when the plan stops fitting (`interval.py`), the
 predictor is asked for each task's expert frequencies; these are cached. A plan (Eq. 2) is made from them
 
-* ``replan="admission"``: whenever requests are admitted, for the requests that then run, or
+* ``replan="admission"``: whenever requests are admitted, for the requests that then run,
+* ``replan="prompt"``: then, and once more when a request's prompt has been read: what its own tokens wanted, blended
+  with the prediction, decides whom its answer finds in place (not in the paper), or
 * ``replan="interval"``: only together with a prediction, for the task mix of the last p requests; the experts are
   then kept until the next prediction (Fig. 10).
 
@@ -31,12 +33,17 @@ from .planner import DEFAULT_OUTPUT_TOKENS, Plan, RunningRequest, expected_token
 from .predictor import Predictor
 from .tasks import Profile
 
+REPLANS = ("admission", "prompt", "interval")
+# A prediction counts as much as this many tokens of a request's own.
+PRIOR_TOKENS = 16.0
+
 
 @dataclass
 class Request:
     """One admitted prompt: its number, task, input length, and the experts its tokens wanted [layers, experts].
 
-    ``tolerance`` is its own miss tolerance, for every layer; None where the engine's holds.
+    ``tolerance`` is its own miss tolerance, for every layer; None where the engine's holds. ``read_tokens`` are those
+    of its prompt once that has gone through the model, 0 before.
     """
 
     number: int
@@ -44,6 +51,7 @@ class Request:
     input_tokens: int
     counts: np.ndarray
     tolerance: float | None = None
+    read_tokens: int = 0
 
 
 class Layer(Protocol):
@@ -87,7 +95,7 @@ class ControlLoop:
     interval : Interval
         When to predict.
     replan : str
-        "admission" or "interval".
+        Of `REPLANS`.
     profile : Profile or None
         Sensitivity and expected output lengths per task.
     """
@@ -139,9 +147,18 @@ class ControlLoop:
             self._frequencies.clear()
             self._predicted = True
             self.loader.counters.predictions += self.predictor is not None
-        if self._predicted and (due or self.replan == "admission"):
+        if self._predicted and (due or self.replan != "interval"):
             self._make_plan()
         return numbers
+
+    def prompts_read(self, step: StepContext) -> None:
+        """Hear that the prompts of a pass have gone through the model; plan by them where that is wanted."""
+        if self.replan != "prompt" or self.predictor is None:
+            return
+        for number, tokens in zip(step.requests, step.tokens_of_rows(), strict=True):
+            if number in self.running:
+                self.running[number].read_tokens = tokens
+        self._make_plan()
 
     def observe(self, layer: int, chosen: torch.Tensor, demand: Sequence[int], step: StepContext | None) -> None:
         """Add one layer's desired experts, int64 [real tokens, k], to the histories of the pass's requests.
@@ -193,8 +210,7 @@ class ControlLoop:
         """
         assert self.predictor is not None, "on demand there is no plan"
         for task in sorted({request.task for request in requests}):
-            if task not in self._frequencies:
-                self._frequencies[task] = self.predictor.predict(task)
+            self._predict(task)
         known = {task: shares for task, shares in self._frequencies.items() if shares is not None}
         profile = self.profile
         demand = expected_tokens(
@@ -209,6 +225,24 @@ class ControlLoop:
         )
         return make_plan(demand * self._exists if demand.size else demand, self.loader.table.capacity)
 
+    def _predict(self, task: str) -> np.ndarray | None:
+        """Return a task's predicted shares, which hold until the next prediction."""
+        assert self.predictor is not None
+        if task not in self._frequencies:
+            self._frequencies[task] = self.predictor.predict(task)
+        return self._frequencies[task]
+
+    def _as_running(self, request: Request) -> RunningRequest:
+        """Return a request as the planner sees it, with shares of its own when its prompt has been read."""
+        choices = request.counts.sum(axis=1, keepdims=True)
+        if not request.read_tokens or not choices.all():
+            return RunningRequest(request.task, request.input_tokens)
+        shares, predicted = request.counts / choices, self._predict(request.task)
+        if predicted is not None:
+            weight = request.read_tokens / (request.read_tokens + PRIOR_TOKENS)
+            shares = weight * shares + (1 - weight) * predicted
+        return RunningRequest(request.task, request.input_tokens, shares)
+
     def _make_plan(self) -> None:
         if self.predictor is None:
             return
@@ -216,7 +250,7 @@ class ControlLoop:
         plan = self.plan_for(
             list(self._recent)
             if self.replan == "interval"
-            else [RunningRequest(request.task, request.input_tokens) for request in self.running.values()]
+            else [self._as_running(request) for request in self.running.values()]
         )
         self.prediction_s += time.perf_counter() - started
         if plan.is_empty:

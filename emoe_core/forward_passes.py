@@ -165,6 +165,9 @@ class ForwardPasses:
         step, self.step, self._runner = self.step, None, None
         if step is not None and self.recorder is not None:
             self.recorder.end_of_pass(step)
+        # After an error there is no output, and what the prompt wanted is not known.
+        if step is not None and step.is_prefill and output is not None:
+            self._control.prompts_read(step)
 
     def _start_running(self) -> None:
         thread = threading.current_thread()

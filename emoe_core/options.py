@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import EXPERT_DTYPES
+from .control import REPLANS
 from .demand_table import require_policy
 from .errors import OptionError
 from .interval import make_interval
@@ -38,7 +39,7 @@ class EngineConfig:
         With "adaptive": predict when, over the last requests, the plan's experts cover less than this share of what
         the best sets of the same size would have covered.
     replan : str
-        "admission" or "interval" (see `control.py`).
+        "admission", "prompt" or "interval" (see `control.py`).
     lookahead : int
         While a MoE layer computes, fetch what the one this many layers further on is guessed to want (see
         `lookahead.py`); 0 is off.
@@ -114,8 +115,8 @@ class EngineConfig:
                     "pass it as profile=Profile.load(path)"
                 )
         make_interval(self.interval, self.min_coverage)
-        if self.replan not in ("admission", "interval"):
-            raise OptionError(f"replan is {self.replan!r}: choose 'admission' or 'interval'")
+        if self.replan not in REPLANS:
+            raise OptionError(f"replan is {self.replan!r}: choose one of {', '.join(REPLANS)}")
         if not isinstance(self.lookahead, int) or self.lookahead < 0:
             raise OptionError(f"lookahead is {self.lookahead!r}: give a number of layers, 0 being off")
         if self.verify not in ("first", "always", "never"):
