@@ -35,7 +35,7 @@ from .tasks import Profile
 
 REPLANS = ("admission", "prompt", "interval")
 # A prediction counts as much as this many tokens of a request's own.
-PRIOR_TOKENS = 16.0
+PRIOR_TOKENS = 128.0
 
 
 @dataclass
