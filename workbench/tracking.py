@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 RUN_VARIABLE = "EMOE_RUN_ID"
 PARENT_TAG = "mlflow.parentRunId"
+EXPERIMENT_TAG = "emoe.experiment"
 FIGURE_FOLDER = "figures"
 DATA_FOLDER = "data"
 NOTEBOOK_FOLDER = "notebook"
@@ -168,7 +169,7 @@ def run(
     with disk_errors():
         run_id = swept or new_run(client, experiment, name)
     record = Run(client, run_id, environment)
-    record.log_tags({"emoe.experiment": experiment, **(tags or {})})
+    record.log_tags({EXPERIMENT_TAG: experiment, **(tags or {})})
     record.log_params(given)
     try:
         yield record

@@ -54,15 +54,23 @@ def sweep(
 
 
 def report(
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("reports/report.html"),
+    out: Annotated[Path, typer.Option(help="Folder to write; a report that is there is replaced.")] = Path(
+        "reports/report"
+    ),
     sweep: Annotated[list[str] | None, typer.Option(help="Only this sweep; may be given several times.")] = None,
     hints: Annotated[bool, typer.Option("--hints", help="Also say how to open the notebooks and the runs.")] = False,
 ) -> None:
-    """Write one self-contained HTML page from the newest run of every sweep."""
+    """Write a static site from the newest run of every sweep, and of every notebook that was run by hand.
+
+    It opens from the disk, without a server: fronts of memory, quality and time with their bounds, the paper's figures
+    beside ours, who was resident in which layer, where every run comes from, and all data as files.
+    """
     from workbench.report import write_report
     from workbench.store import project_root, ui_command
 
-    path = write_report(out if out.is_absolute() else project_root() / out, sweeps=sweep or None)
+    with Console(stderr=True).status("Reading the store ...") as status:
+        tell = lambda line: status.update(escape(line))  # noqa: E731
+        path = write_report(out if out.is_absolute() else project_root() / out, sweeps=sweep or None, tell=tell)
     console = Console(soft_wrap=True)
     console.print(f"Report:      [bold]{escape(str(path))}[/]")
     if hints:
