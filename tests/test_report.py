@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from sweep_bench import Bench
+from workbench.report_section import group_of, main_metrics
 
 from emoe_core.errors import ExperimentError
 from workbench import figures
 from workbench.report import read_sweep_part, write_report
-from workbench.report_section import group_of, main_metrics
 from workbench.store import HOME_VARIABLE, open_store
 from workbench.sweep_state import METRICS_TAG, find_parent, start_parent
 from workbench.tracking import new_run

@@ -21,7 +21,7 @@ import numbers
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from mlflow.tracking import MlflowClient
+
+    from workbench.request_spans import Span
 
 RUN_VARIABLE = "EMOE_RUN_ID"
 PARENT_TAG = "mlflow.parentRunId"
@@ -121,6 +123,12 @@ class Run:
         """Record a text file under the given name."""
         with disk_errors():
             self._client.log_text(self.run_id, text, name)
+
+    def log_traces(self, roots: Sequence[Span]) -> list[str]:
+        """Record traces of requests (`request_spans`) beside the run and return their ids."""
+        from workbench.trace_log import log_traces
+
+        return log_traces(self._client, self.run_id, roots)
 
     def identify(self, **identity: Any) -> None:
         """Complete the environment's `IDENTITY` with what is known only after model and data were loaded."""

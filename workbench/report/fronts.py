@@ -20,7 +20,7 @@ from workbench.report.points import ALL_RESIDENT, BOUNDS, HINDSIGHT, ON_DEMAND, 
 
 MARKERS = "osDv^P*<>X"
 BOUND_MARKERS = {ALL_RESIDENT: "h", ON_DEMAND: "s", RANDOM: "x", HINDSIGHT: "*"}
-SIZE = (5.4, 4.1)
+SIZE = (4.7, 3.9)
 
 
 def quality_front(points: pd.DataFrame) -> Figure | None:
@@ -32,11 +32,11 @@ def quality_front(points: pd.DataFrame) -> Figure | None:
     _front(axis, table[~table["bound"].isin([RANDOM, HINDSIGHT, ON_DEMAND])], "memory_share", "perplexity_ratio")
     for name, look, group in _series(table):
         mean = group.groupby("memory_share")[["perplexity_ratio"]].mean()
-        axis.plot(mean.index, mean["perplexity_ratio"], **{**look, "marker": ""})
+        axis.plot(mean.index, mean["perplexity_ratio"], label=name, **look)
         ratio = group["perplexity_ratio"]
         low, high = (group[f"perplexity_ratio_{end}"].astype(float).fillna(ratio) for end in ("low", "high"))
         spread = np.maximum([ratio - low, high - ratio], 0)
-        axis.errorbar(group["memory_share"], ratio, yerr=spread, capsize=2.5, label=name, **{**look, "linestyle": ""})
+        axis.errorbar(group["memory_share"], ratio, yerr=spread, capsize=2.5, **{**look, "linestyle": ""})
     axis.axhline(1.0, color=rcParams["text.color"], linestyle=":", linewidth=1)
     axis.set_xlabel("expert memory, share of all experts in 16 bits")
     axis.set_ylabel("perplexity ratio to all resident")
