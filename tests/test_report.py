@@ -15,9 +15,9 @@ from sweep_bench import Bench
 
 from emoe_core.errors import ExperimentError
 from workbench import figures, tracking
-from workbench.metric_groups import group_of
+from workbench.metric_groups import group_of, main_metrics
 from workbench.report import write_report
-from workbench.report.section import Section, main_metrics
+from workbench.report.section import Section
 from workbench.report.sweep_page import read_sweep_page
 from workbench.store import HOME_VARIABLE, open_store
 from workbench.sweep_state import METRICS_TAG, find_parent

@@ -75,7 +75,7 @@ def test_a_reader_finds_the_way_from_the_overview_to_a_runs_data(browser: Any, r
     page.goto((report_site / "index.html").as_uri())
     page.get_by_role("link", name="points", exact=True).first.click()
     assert page.get_by_role("heading", level=1).inner_text() == "points"
-    page.get_by_role("link", name="run", exact=True).first.click()
+    page.get_by_role("row", name="decayed frequency").first.get_by_role("link", name="run").click()
     assert page.get_by_text("Model hash").is_visible()
     with page.expect_download() as waiting:
         page.get_by_role("link", name="data/residency.csv").click()

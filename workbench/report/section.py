@@ -9,14 +9,13 @@ everything. A column has one unit, in its heading.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.figures import REPORT_FIGURES
-from workbench.metric_groups import group_of, rank_of
+from workbench.metric_groups import group_of, main_metrics, rank_of
 from workbench.quantities import column_texts, words_of
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.run_page import RunPage
@@ -110,21 +109,6 @@ def read_section(notebook: str, runs: list[MlflowRun], pages: list[RunPage], sit
         pictures=_pictures(runs, site, name),
         unjudged="memory" in groups and "quality" not in groups,
     )
-
-
-def main_metrics(named: Sequence[str], every: Sequence[str]) -> list[str]:
-    """Return the metrics of the main table, in the order of `every`.
-
-    These are the ones that the sweep file named (all when it named none), and every quality metric when one of them is
-    about memory and none about quality.
-    """
-    chosen = set(named) & set(every)
-    if not chosen:
-        return list(every)
-    groups = {group_of(name) for name in chosen}
-    if "memory" in groups and "quality" not in groups:
-        chosen |= {name for name in every if group_of(name) == "quality"}
-    return [name for name in every if name in chosen]
 
 
 def _metric_column(name: str, runs: list[MlflowRun]) -> Column:
