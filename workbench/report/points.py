@@ -89,7 +89,7 @@ def _point(record: RunRecord, row: dict[str, Any]) -> dict[str, Any]:
         "mix": str(row.get("mix") or record.params.get("mix", "?")),
         "configuration": label_of(strategy, tolerance, bound),
         "strategy": strategy,
-        "budget": "" if row.get("budget") is None else str(row["budget"]),
+        "budget": "" if row.get("budget") is None or row["budget"] != row["budget"] else str(row["budget"]),
         "tolerance": tolerance,
         "interval": "" if interval is None else str(decode(str(interval))),
         "bound": bound,
