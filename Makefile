@@ -29,7 +29,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab notebooks
 
 ui: $(READY)
-	@echo "Opens at http://127.0.0.1:5000/#/experiments: choose a sweep by its name, then the tab Runs."
+	@echo "Opens at http://127.0.0.1:5000; '$(BIN)/emoe report --hints' names the address of each sweep's runs, arranged."
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db
 
 clean:

@@ -32,6 +32,7 @@ from .metrics import Counters
 from .planner import DEFAULT_OUTPUT_TOKENS, Plan, RunningRequest, expected_tokens, make_plan
 from .predictor import Predictor
 from .tasks import Profile
+from .timeline import Timeline
 
 REPLANS = ("admission", "prompt", "interval")
 # A prediction counts as much as this many tokens of a request's own.
@@ -121,6 +122,7 @@ class ControlLoop:
         self.finished = 0
         self.plan: Plan | None = None
         self.prediction_s = 0.0
+        self.timeline: Timeline | None = None
         self._frequencies: dict[str, np.ndarray | None] = {}
         self._predicted = False
         self._recent: deque[RunningRequest] = deque(maxlen=interval.span)
@@ -253,9 +255,14 @@ class ControlLoop:
             else [self._as_running(request) for request in self.running.values()]
         )
         self.prediction_s += time.perf_counter() - started
+        if self.timeline is not None:
+            self.timeline.add("prediction", started, tasks=sorted({item.task for item in self.running.values()}))
         if plan.is_empty:
             return
         before = None if self.plan is None else [set(experts) for experts in self.plan.experts]
         self.plan = plan
         if before != [set(experts) for experts in plan.experts]:
-            self.loader.swap(plan.experts)
+            started = time.perf_counter()
+            loads = self.loader.swap(plan.experts)
+            if self.timeline is not None:
+                self.timeline.add("swap", started, loads=loads)

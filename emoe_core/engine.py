@@ -11,8 +11,9 @@ replaced by resident experts (tolerance > 0). The engine runs one forward pass a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -42,6 +43,7 @@ from .predictor import make_predictor
 from .quality_target import QualityPlan, choose
 from .routing import RoutingTrace, TraceRecorder
 from .storage import HostMemory, PackedFile
+from .timeline import Timeline
 from .tokenizer import load_tokenizer
 
 
@@ -166,6 +168,20 @@ class Engine:
         """Drop the routing recorded so far, and go on recording."""
         if self.recorder is not None:
             self.recorder.clear()
+
+    @contextlib.contextmanager
+    def timeline(self) -> Iterator[Timeline]:
+        """Record when requests, predictions, swaps, passes, loads and stalls happen meanwhile; see `timeline.py`."""
+        timeline = Timeline()
+        parts = (self.loader, self.control, self.passes)
+        try:
+            for part in parts:
+                part.timeline = timeline
+            yield timeline
+        finally:
+            for part in parts:
+                part.timeline = None
+            self.loader.settle()  # what was asked for meanwhile is in the record
 
     def stats(self) -> RunStats:
         """Return counters, memory and configuration; a snapshot."""

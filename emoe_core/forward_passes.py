@@ -10,6 +10,7 @@ Models, memory and files are not known here.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from .loader import ExpertLoader
 from .quality_target import QualityPlan
 from .routing import TraceRecorder
 from .tasks import UNKNOWN
+from .timeline import Timeline
 
 
 class ForwardPasses:
@@ -59,6 +61,7 @@ class ForwardPasses:
         self.recorder = recorder
         self.cache_bias = cache_bias
         self.step: StepContext | None = None
+        self.timeline: Timeline | None = None
         self._loader = loader
         self._control = control
         self._tolerance = tolerance
@@ -69,6 +72,8 @@ class ForwardPasses:
         self._runner: threading.Thread | None = None
         self._runner_lock = threading.Lock()
         self._closed = False
+        self._begun_s = 0.0
+        self._admitted_s: dict[int, float] = {}
 
     def close(self) -> None:
         """Refuse further passes and requests."""
@@ -96,12 +101,12 @@ class ForwardPasses:
         if self._assigned is not None:
             raise IntegrationError("this engine answers one batch at a time: finish it, or load a second engine")
         self._end_anonymous()
-        self._assigned = self._control.admit(tasks, input_tokens)
+        self._assigned = self._admit(tasks, input_tokens)
         return self._assigned
 
     def finish(self, numbers: Sequence[int]) -> None:
         """End admitted requests."""
-        self._control.finish(numbers)
+        self._finish(numbers)
         self._assigned = None
 
     def admit_beside(
@@ -113,7 +118,7 @@ class ForwardPasses:
         """
         self._require_open()
         self._end_anonymous()
-        return self._control.admit(tasks, input_tokens, tolerances)
+        return self._admit(tasks, input_tokens, tolerances)
 
     def seat(self, numbers: Sequence[int] | None) -> None:
         """Say whose rows the passes to come hold, in order; None when no admitted request runs any more."""
@@ -121,7 +126,7 @@ class ForwardPasses:
 
     def leave(self, numbers: Sequence[int]) -> None:
         """End some of the requests that run; the others stay."""
-        self._control.finish(numbers)
+        self._finish(numbers)
 
     def begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Publish the context of the pass that starts; the model's forward pre-hook."""
@@ -146,7 +151,7 @@ class ForwardPasses:
             if past == 0 or len(self._open) != batch:
                 self._end_anonymous()
                 tokens = [length] * batch if real is None else real.view(batch, length).sum(dim=1).tolist()
-                self._open = self._control.admit([UNKNOWN] * batch, tokens)
+                self._open = self._admit([UNKNOWN] * batch, tokens)
             numbers = self._open
         self._loader.reap()
         self._loader.table.forward = self._forward
@@ -156,6 +161,8 @@ class ForwardPasses:
         self.step = StepContext(self._forward, tuple(numbers), tasks, length, past == 0, real, own)
         self._forward += 1
         self._loader.counters.forwards += 1
+        if self.timeline is not None:
+            self._begun_s = time.perf_counter()
 
     def end(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Take the context back; the model's forward hook, also after an error."""
@@ -165,6 +172,10 @@ class ForwardPasses:
         step, self.step, self._runner = self.step, None, None
         if step is not None and self.recorder is not None:
             self.recorder.end_of_pass(step)
+        if step is not None and self.timeline is not None and self._begun_s:
+            seen = {"requests": step.requests, "prefill": step.is_prefill, "tokens": step.tokens}
+            self.timeline.add("pass", self._begun_s, **seen)
+            self._begun_s = 0.0
         # After an error there is no output, and what the prompt wanted is not known.
         if step is not None and step.is_prefill and output is not None:
             self._control.prompts_read(step)
@@ -186,5 +197,5 @@ class ForwardPasses:
             raise IntegrationError("the engine of this model is closed: load it again")
 
     def _end_anonymous(self) -> None:
-        self._control.finish(self._open)
+        self._finish(self._open)
         self._open = []

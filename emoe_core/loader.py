@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 
@@ -21,6 +21,7 @@ from .metrics import Counters
 from .slot_memory import SlotMemory
 from .slots import Entry, SlotTable
 from .storage import Storage
+from .timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class ExpertLoader:
         self.storage = storage
         self.table = table
         self.counters = Counters()
+        self.timeline: Timeline | None = None
         self.memory = SlotMemory(self.layers, storage, table.slots, device)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="emoe-load")
         self._loading: dict[tuple[int, int], Future[None]] = {}
@@ -87,7 +89,8 @@ class ExpertLoader:
         if evicted is not None:
             self._count_eviction(evicted)
         self.counters.bytes_loaded += self.layers[layer].record_bytes
-        self._loading[(layer, expert)] = self._pool.submit(self.memory.write, entry)
+        write = self.memory.write if self.timeline is None else self._recorded_write(self.timeline)
+        self._loading[(layer, expert)] = self._pool.submit(write, entry)
         return entry
 
     def wait(self, entry: Entry) -> None:
@@ -102,6 +105,8 @@ class ExpertLoader:
                 wait_for([future])
             finally:
                 self.counters.stall_s += time.perf_counter() - started
+                if self.timeline is not None:
+                    self.timeline.add("stall", started, layer=entry.layer, expert=entry.expert)
         error = self._arrived(entry, future)
         if error is not None:
             raise error
@@ -237,6 +242,18 @@ class ExpertLoader:
             self._count_waste(entry)
         self.memory.close()
         self.storage.close()
+
+    def _recorded_write(self, timeline: Timeline) -> Callable[[Entry], None]:
+        """Return a write of a record that is asked for now and notes when it was read."""
+        asked_s = time.perf_counter()
+
+        def write(entry: Entry) -> None:
+            started = time.perf_counter()
+            self.memory.write(entry)
+            size = self.layers[entry.layer].record_bytes
+            timeline.add("load", started, layer=entry.layer, expert=entry.expert, bytes=size, asked_s=asked_s)
+
+        return write
 
     def _count_eviction(self, entry: Entry) -> None:
         self.counters.evictions += 1

@@ -42,3 +42,19 @@ def swept(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     path = bench.write(grid={"outcome": ["raise", "ok", "crash"]}, fixed={"budget": "60%"}, metrics=["peak_bytes"])
     bench.answer = bench.emoe("sweep", str(path), "--jobs", "3")
     return bench
+
+
+@pytest.fixture(scope="session")
+def report_site(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a report of runs with operating points, residency, closing tables, and names that do not fit a phone."""
+    from site_pages import add_long_names, operating_points
+
+    from workbench.report import write_report
+
+    root = tmp_path_factory.mktemp("site")
+    shutil.copytree(empty_store / "mlruns", root / "mlruns")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HOME_VARIABLE, str(root))
+        operating_points(Bench(root))
+        add_long_names(Bench(root))
+        return write_report(root / "report").parent

@@ -56,6 +56,27 @@ def test_the_oracle_covers_what_prompts_will_use(found: Comparison) -> None:
     assert covered[ORACLE] > covered[["frequency", "agnostic"]].max() - 0.02
 
 
+def test_residency_is_told_layer_by_layer_and_fits_the_slots(found: Comparison) -> None:
+    table = found.residency
+    assert set(table["label"]) == set(found.summary["label"])
+    by_layer = table.groupby(["label", "layer"])
+    assert np.allclose(by_layer["wanted_share"].sum(), 1)
+    # Never more residents than slots; everything is resident from the second prompt on where there is room for all.
+    held = by_layer["resident_share"].sum().unstack("label")
+    assert (held.drop(columns="all resident") <= 3 + 1e-9).all(axis=None)
+    assert (table[table["label"] == "all resident"]["resident_share"] > 0.8).mean() > 0.9
+    # The plans follow what is wanted; a random subset does not know it.
+    covered = (table["resident_share"] * table["wanted_share"]).groupby(table["label"]).sum()
+    assert covered["frequency"] > covered["random"]
+
+
+def test_replayed_bounds_are_in_order(found: Comparison) -> None:
+    rates = found.summary.set_index("label")[[f"replayed_{name}_hit_rate" for name in ("belady", "lru", "random")]]
+    lru, rest = rates["replayed_lru_hit_rate"], rates["replayed_random_hit_rate"]
+    assert (rates["replayed_belady_hit_rate"] >= np.maximum(lru, rest)).all()
+    assert (rates.loc["all resident"].nunique()) == 1 and rates.loc["on demand"].nunique() > 1
+
+
 def test_the_engine_is_told_what_the_labels_say(found: Comparison) -> None:
     told = found.requests.groupby("label")["told_task"].agg(set)
     assert told["agnostic"] == {"unknown"}

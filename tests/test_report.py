@@ -1,106 +1,165 @@
+"""The report's site: what it shows, what it holds for download, and what it never does."""
+
 from __future__ import annotations
 
+import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from site_pages import Page, add_run
 from sweep_bench import Bench
 
 from emoe_core.errors import ExperimentError
-from workbench import figures
-from workbench.report import read_sweep_part, write_report
-from workbench.report_section import group_of, main_metrics
+from workbench import figures, tracking
+from workbench.metric_groups import group_of, main_metrics
+from workbench.report import write_report
+from workbench.report.section import Section
+from workbench.report.sweep_page import read_sweep_page
 from workbench.store import HOME_VARIABLE, open_store
-from workbench.sweep_state import METRICS_TAG, find_parent, start_parent
-from workbench.tracking import new_run
+from workbench.sweep_state import METRICS_TAG, find_parent
 
 # In the worker that runs the other sweeps: one sweep serves them all.
 pytestmark = pytest.mark.xdist_group("sweep")
 
 
-class Page(HTMLParser):
-    """The tags and addresses of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.words = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-
-
-def add_run(
-    bench: Bench,
-    sweep: str,
-    label: str,
-    *,
-    metrics: dict[str, float],
-    tags: dict[str, str] | None = None,
-    **params: str,
-) -> str:
+def section(bench: Bench, name: str | None = None) -> Section:
+    """Return the first section of a sweep's page."""
     client = open_store()
-    parent = find_parent(client, sweep)
-    parent_id = parent.info.run_id if parent else start_parent(client, sweep, {})
-    run_id = new_run(client, sweep, label, parent=parent_id, tags={"emoe.notebook": "book"} | (tags or {}))
-    for name, value in params.items():
-        client.log_param(run_id, name, value)
-    for name, number in metrics.items():
-        client.log_metric(run_id, name, number)
-    client.set_terminated(run_id, "FINISHED")
-    return run_id
+    return read_sweep_page(client, find_parent(client, name), bench.root / "scratch").sections[0]
 
 
-def test_a_report_of_real_runs_shows_results_failures_and_provenance(
-    swept: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(HOME_VARIABLE, str(swept.root))
-    text = write_report(swept.root / "deep" / "report.html").read_text()
-    page = Page(text)
-    assert "1.18" in page.words and "peak (GB)" in page.words
-    assert "failed: ValueError: the notebook's own <error>" in page.words
-    assert "Kernel died" in page.words
-    assert "m0" in page.words and "transformers" in page.words
-    assert page.tags.count("img") == 1
+def targets(site: Path) -> list[tuple[Path, str, Path]]:
+    """Return (page, address, file) of every local address of a site."""
+    found = []
+    for page in sorted(site.rglob("*.html")):
+        for address in Page(page).addresses:
+            if not address.startswith("data:"):
+                found.append((page, address, page.parent / unquote(address)))
+    return found
 
 
-def test_a_report_fetches_nothing(swept: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(HOME_VARIABLE, str(swept.root))
-    text = write_report(swept.root / "report.html").read_text()
-    page = Page(text)
-    assert page.addresses and all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
-    assert not re.search(r"https?://|//[a-z]|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
-    assert "script" not in page.tags and "link" not in page.tags
+@pytest.fixture(scope="module")
+def written(swept: Bench) -> Path:
+    """Return the site of the sweep of three runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HOME_VARIABLE, str(swept.root))
+        return write_report(swept.root / "deep" / "report").parent
+
+
+def test_a_report_of_real_runs_shows_results_failures_and_provenance(written: Path) -> None:
+    sweep = Page(written / "sweep-dummy.html")
+    assert "1.18" in sweep.words and "peak (GB)" in sweep.words
+    assert "failed: ValueError: the notebook's own <error>" in sweep.words
+    assert "Kernel died" in sweep.words
+    assert "m0" in sweep.words and "transformers" in sweep.words
+    runs = [Page(path) for path in written.glob("runs/*/index.html")]
+    finished = [page for page in runs if "environment.json" in page.words and "img" in page.tags]
+    assert len(runs) == 3 and len(finished) == 1
+    for term in ("Model hash", "Data hash", "Seed", "Cores, threads", "Commit", "Page cache"):
+        assert term in finished[0].words
+    assert "1 finished" in Page(written / "index.html").words
+
+
+def test_a_report_fetches_nothing_and_all_it_names_is_there(written: Path) -> None:
+    for page in written.rglob("*.html"):
+        parsed = Page(page)
+        assert not re.search(r"https?://|//[a-z]|@import|url\(", parsed.text)
+        assert "script" not in parsed.tags and "iframe" not in parsed.tags
+    found = targets(written)
+    assert len(found) > 20
+    for page, address, file in found:
+        assert not address.startswith("/") and file.resolve().is_relative_to(written.resolve()), (page, address)
+        assert file.is_file(), (page, address)
+
+
+def test_downloads_parse_and_hold_the_runs(written: Path) -> None:
+    table = pd.read_csv(written / "data" / "dummy-runs.csv")
+    records = json.loads((written / "data" / "dummy-runs.json").read_text())
+    assert sorted(table["status"]) == ["FAILED", "FAILED", "FINISHED"]
+    assert [row["run_id"] for row in records] == table["run_id"].tolist()
+    finished = next(row for row in records if row["status"] == "FINISHED")
+    assert finished["peak_bytes"] == pytest.approx(1.18e9) and finished["env_model_hash"] == "m0"
+    assert next(row for row in records if row["status"] == "FAILED")["perplexity_ratio"] is None
+    assert (written / "report.json").is_file()
 
 
 def test_text_from_the_store_is_escaped(bench: Bench) -> None:
     nasty = "<script>alert('x')</script>&\"q\""
     tags = {"emoe.error": nasty, "emoe.axes": "p", "emoe.notebook": nasty}
-    add_run(bench, "s", nasty, metrics={"loads": 1}, tags=tags, p=nasty, fixed=nasty)
+    closing = pd.DataFrame([(nasty,) * 4], columns=["what", "paper", "here", "why they differ"])
+    tables = {"beside_paper": closing, "odd <b>&'name": closing}
+    add_run(bench, nasty, nasty, metrics={"loads": 1}, tags=tags, tables=tables, p=nasty, fixed=nasty)
     client = open_store()
     client.set_tag(find_parent(client).info.run_id, "mlflow.note.content", nasty)
-    text = write_report(bench.root / "report.html").read_text()
-    assert "script" not in Page(text).tags
-    assert Page(text).words.count(nasty) >= 4
+    site = write_report(bench.root / "report").parent
+    pages = {path: Page(path) for path in site.rglob("*.html")}
+    assert len(pages) == 4
+    for path, page in pages.items():
+        assert "script" not in page.tags, path
+        assert page.words.count(nasty) >= 2, path
+    assert all(file.is_file() for _, _, file in targets(site))
 
 
 def test_a_saving_without_quality_is_called_out(bench: Bench) -> None:
     add_run(bench, "saving", "one", metrics={"peak_bytes": 1e8})
     add_run(bench, "judged", "one", metrics={"peak_bytes": 1e8, "perplexity_ratio": 1.01})
-    client = open_store()
-    assert read_sweep_part(client, find_parent(client, "saving")).sections[0].unjudged
-    assert not read_sweep_part(client, find_parent(client, "judged")).sections[0].unjudged
-    assert "did not measure quality" in write_report(bench.root / "report.html").read_text()
-    assert "did not measure quality" not in write_report(bench.root / "r.html", sweeps=["judged"]).read_text()
+    assert section(bench, "saving").unjudged and not section(bench, "judged").unjudged
+    site = write_report(bench.root / "report").parent
+    said = "did not measure quality"
+    assert said in Page(site / "index.html").text and said in Page(site / "sweep-saving.html").text
+    assert said not in Page(site / "sweep-judged.html").text
+    assert said not in Page(write_report(bench.root / "report", sweeps=["judged"])).text
+
+
+def test_savings_stand_beside_quality_time_and_bounds(report_site: Path) -> None:
+    index = Page(report_site / "index.html")
+    assert "LRU on demand" in index.words and "random subset" in index.words and "all resident" in index.words
+    assert "Bounds that these runs did not measure: hindsight." in index.words
+    assert "1.020 (1.010 to 1.030)" in index.words
+    drawn = sorted(path.name for path in (report_site / "figures").glob("points-front-1-*-dark.svg"))
+    assert drawn == [f"points-front-1-{kind}-dark.svg" for kind in ("hits", "quality", "time")]
+    points = pd.read_csv(report_site / "data" / "points-points.csv").set_index(["strategy", "budget"])
+    # A budget of 60% is beaten by one of 40% in all three; nobody beats the exact ones, and bounds do not take part.
+    assert points["on_front"].to_dict() == {
+        ("lru", "100%"): True,
+        ("lru", "40%"): True,
+        ("frequency", "40%"): True,
+        ("frequency", "60%"): False,
+        ("random", "40%"): False,
+    }
+
+
+def test_a_runs_page_shows_who_was_resident(report_site: Path) -> None:
+    pages = [page for page in report_site.glob("runs/*/index.html") if (page.parent / "data/residency.csv").exists()]
+    assert len(pages) == 2
+    for page in pages:
+        parsed = Page(page)
+        assert "Residency, layer by layer" in parsed.words
+        assert any("figures/residency-" in address for address in parsed.addresses)
+        table = pd.read_csv(page.parent / "data" / "residency.csv")
+        assert table.equals(pd.read_parquet(page.parent / "data" / "residency.parquet"))
+
+
+def test_the_papers_figures_are_gathered_from_all_runs(report_site: Path) -> None:
+    paper = Page(report_site / "paper.html")
+    for text in ("1.02 at 40%", "1.20 at 40%", "another model", "98%"):
+        assert text in paper.words
+    assert len(json.loads((report_site / "data" / "paper.json").read_text())) == 5
+    assert "5 rows" in Page(report_site / "index.html").words
+
+
+def test_notebooks_run_by_hand_have_a_page(bench: Bench) -> None:
+    for number in (1, 2):
+        with tracking.run("quickstart", f"by hand {number}") as run:
+            run.log_metrics({"loads": number})
+    site = write_report(bench.root / "report").parent
+    page = Page(site / "sweep-notebooks_run_by_hand.html")
+    assert "quickstart" in page.words
+    assert [row["loads"] for row in json.loads((site / "data" / "notebooks_run_by_hand-runs.json").read_text())] == [2]
 
 
 def test_a_named_memory_metric_brings_quality_into_the_main_table() -> None:
@@ -131,22 +190,21 @@ def test_metrics_are_grouped_by_what_they_are_about(metric: str, group: str) -> 
 def test_parameters_that_do_not_vary_are_stated_once(bench: Bench) -> None:
     tags = {"emoe.axes": "budget", METRICS_TAG: "loads"}
     for budget in ("20%", "60%"):
-        add_run(bench, "s", budget, metrics={"loads": 1, "hits": 2}, tags=tags, budget=budget, seed="0")
-    section = read_sweep_part(open_store(), find_parent(open_store())).sections[0]
-    assert section.fixed == [("seed", "0")]
-    assert [column.name for column in section.main.columns] == ["budget", "loads"]
-    assert section.full is not None
-    assert [column.name for column in section.full.columns] == ["budget", "loads", "hits"]
+        add_run(bench, "s", budget, metrics={"loads": 1, "hits": 2}, tags=tags, budget=budget, seed=0)
+    found = section(bench)
+    assert found.fixed == [("seed", "0")]
+    assert [column.name for column in found.main.columns] == ["budget", "loads"]
+    assert found.full is not None
+    assert [column.name for column in found.full.columns] == ["budget", "loads", "hits"]
 
 
 def test_superseded_runs_are_left_out(bench: Bench) -> None:
     add_run(bench, "s", "old", metrics={"loads": 1}, tags={"emoe.superseded": "true"})
     add_run(bench, "s", "new", metrics={"loads": 2})
-    section = read_sweep_part(open_store(), find_parent(open_store())).sections[0]
-    assert [row.name for row in section.rows] == ["new"]
+    assert [row.name for row in section(bench).rows] == ["new"]
 
 
-def test_figures_across_runs_are_drawn_from_finished_runs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_across_runs_are_drawn_for_both_grounds(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     add_run(bench, "s", "one", metrics={"loads": 3}, budget="20%")
     seen: list[pd.DataFrame] = []
 
@@ -156,18 +214,36 @@ def test_figures_across_runs_are_drawn_from_finished_runs(bench: Bench, monkeypa
         figure.subplots().plot(runs["loads"])
         return figure
 
-    monkeypatch.setattr(figures, "REPORT_FIGURES", figures.REPORT_FIGURES)
     monkeypatch.setitem(figures.REPORT_FIGURES, "Loads <by> budget", draw)
     monkeypatch.setitem(figures.REPORT_FIGURES, "Never", lambda runs: None)
-    page = Page(write_report(bench.root / "report.html").read_text())
-    assert seen[0][["budget", "loads"]].values.tolist() == [["20%", 3.0]]
+    site = write_report(bench.root / "report").parent
+    page = Page(site / "sweep-s.html")
+    assert [table[["budget", "loads"]].values.tolist() for table in seen] == [[["20%", 3.0]]] * 2
     assert "Loads <by> budget" in page.words and "Never" not in page.words
+    light, dark = (next((site / "figures").glob(f"s-1-*-{ground}.svg")).read_text() for ground in ("light", "dark"))
+    assert "#1c2128" in light and "#e4e8ed" in dark and "#1c2128" not in dark
 
 
-def test_a_store_without_sweeps_or_without_the_named_one_is_an_error(bench: Bench, tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match="holds no sweep"):
-        write_report(tmp_path / "report.html")
+def test_a_new_report_takes_the_place_of_the_old_one_and_of_nothing_else(bench: Bench, tmp_path: Path) -> None:
     add_run(bench, "known", "one", metrics={})
+    out = tmp_path / "report"
+    write_report(out)
+    (out / "left over.txt").touch()
+    write_report(out)
+    assert not (out / "left over.txt").exists()
     with pytest.raises(ExperimentError, match=r"no sweep named 'other'\. Sweeps: known"):
-        write_report(tmp_path / "report.html", sweeps=["other"])
-    assert not (tmp_path / "report.html").exists()
+        write_report(out, sweeps=["other"])
+    assert (out / "index.html").is_file()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ExperimentError, match="holds something else than a report"):
+        write_report(tmp_path / "mine")
+    with pytest.raises(ExperimentError, match=r"a report is a folder, not the file .*page\.html"):
+        write_report(tmp_path / "page.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mlruns", "report"]
+
+
+def test_a_store_without_runs_is_an_error(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="holds no sweep and no run of a notebook"):
+        write_report(tmp_path / "report")
+    assert not (tmp_path / "report").exists()

@@ -16,6 +16,7 @@ from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError, OptionError
 from workbench import results
+from workbench.mlflow_view import VIEW_TAG, view_address
 from workbench.store import HOME_VARIABLE, locked, open_store
 from workbench.sweep import run_sweep
 from workbench.sweep_state import ERROR_TAG, OWNER_TAG, find_parent, is_alive, owner_tag
@@ -40,6 +41,13 @@ def test_a_failed_run_does_not_stop_the_sweep_and_the_exit_code_tells(in_swept: 
     assert in_swept.answer.returncode == 1
     assert "Traceback" not in in_swept.answer.stderr
     assert find_parent(open_store()).info.status == "FAILED"
+
+
+def test_a_sweep_leaves_a_view_of_its_runs_and_names_its_address(in_swept: Bench) -> None:
+    client = open_store()
+    experiment = client.get_experiment(find_parent(client).info.experiment_id)
+    assert VIEW_TAG in experiment.tags
+    assert view_address(experiment.experiment_id) in in_swept.answer.stderr
 
 
 def test_a_failed_run_keeps_its_reason_and_its_notebook(in_swept: Bench) -> None:

@@ -8,7 +8,7 @@ slows all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,8 @@ class Comparison:
         One row a (variant, prompt): ``label``, and as `Result.requests`.
     answers : DataFrame
         One row a (variant, answered prompt); empty when none were asked for.
+    residency : DataFrame
+        One row a (variant, layer, expert): ``label``, and as `Result.residency`.
     identity : dict
         Model hash, data hash, dtype, seed; of the last stream where variants differ in it.
     """
@@ -47,15 +49,21 @@ class Comparison:
     requests: pd.DataFrame
     answers: pd.DataFrame
     identity: dict[str, Any]
+    residency: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def __add__(self, other: Comparison) -> Comparison:
         """Put two comparisons in one."""
-        pairs = ((self.summary, other.summary), (self.requests, other.requests), (self.answers, other.answers))
+        pairs = (
+            (self.summary, other.summary),
+            (self.requests, other.requests),
+            (self.answers, other.answers),
+            (self.residency, other.residency),
+        )
         # An empty table has no columns: joining it would only change types.
-        summary, requests, answers = (
+        summary, requests, answers, residency = (
             pd.concat([frame for frame in pair if len(frame)] or [pair[0]], ignore_index=True) for pair in pairs
         )
-        return Comparison(summary, requests, answers, self.identity | other.identity)
+        return Comparison(summary, requests, answers, self.identity | other.identity, residency)
 
 
 def run_variants(variants: Mapping[str, ExperimentConfig], progress: Progress | None = None) -> Comparison:
@@ -70,12 +78,13 @@ def run_variants(variants: Mapping[str, ExperimentConfig], progress: Progress | 
     """
     if not variants:
         raise OptionError("there is nothing to compare: name at least one variant")
-    rows, requests, answers = [], [], []
+    rows, requests, answers, residency = [], [], [], []
     identity: dict[str, Any] = {}
     for done, (label, config) in enumerate(variants.items()):
         result = run_experiment(config)
         rows.append({"label": label, **_fields(config), **result.metrics})
         requests.append(result.requests.assign(label=label))
+        residency.append(result.residency.assign(label=label))
         if len(result.answers):
             answers.append(result.answers.assign(label=label))
         identity |= result.identity
@@ -86,6 +95,7 @@ def run_variants(variants: Mapping[str, ExperimentConfig], progress: Progress | 
         pd.concat(requests, ignore_index=True),
         pd.concat(answers, ignore_index=True) if answers else pd.DataFrame(),
         identity,
+        pd.concat(residency, ignore_index=True),
     )
 
 

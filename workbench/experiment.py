@@ -34,6 +34,7 @@ from workbench.models import resolve_model
 from workbench.predictor_training import stored_predictor
 from workbench.quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio
 from workbench.reference_outputs import Reference, reference_outputs
+from workbench.residency import ResidencyWatch, replayed_hit_rates, wanted_counts
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 
 
@@ -53,6 +54,8 @@ class Result:
         The engine's own account (`RunStats.to_dict`).
     identity : dict
         Model hash, data hash, dtype, seed.
+    residency : DataFrame
+        Which experts were resident and wanted, layer by layer (`residency.py`).
     memory, stock : MemoryMeasurement or None
         This configuration, and stock transformers with everything resident, in fresh processes.
     """
@@ -63,6 +66,7 @@ class Result:
     answers: pd.DataFrame
     stats: dict[str, Any]
     identity: dict[str, Any]
+    residency: pd.DataFrame
     memory: MemoryMeasurement | None = None
     stock: MemoryMeasurement | None = None
     tags: dict[str, str] = field(default_factory=dict)
@@ -121,9 +125,11 @@ def run_experiment(
             engine.control.predictor = OraclePredictor(future, window)
         if warm is not None:
             engine.warm_start(warm)
-        rows = _score_all(engine, prompts, told, reference, config.stepwise, progress)
+        watch = ResidencyWatch(engine)
+        rows = _score_all(engine, prompts, told, reference, config.stepwise, watch, progress)
         answers = _answer(engine, prompts[: config.answers], told, reference, config.max_new_tokens)
         stats = engine.stats().to_dict()
+        slots = engine.plan.slots_per_layer
         predicted = {} if engine.quality is None else dict(engine.quality.predicted_loss)
         exact_layers = {} if engine.quality is None else {t: len(v) for t, v in engine.quality.exact.items()}
         found = {"model_hash": engine.index.source_hash, "dtype": str(engine.index.dtype).removeprefix("torch.")}
@@ -144,9 +150,11 @@ def run_experiment(
         stock_options = {"implementation": "stock", "dtype": timing_dtype, "device": config.device}
         stock = measure(checkpoint, texts, tasks, options=stock_options, **common)
     metrics = _metrics(requests, answers, stats, memory, stock)
+    metrics |= replayed_hit_rates(reference, slots, config.seed)
     metrics |= {f"predicted_loss_{task}": value for task, value in predicted.items()}
     metrics |= {f"exact_layers_{task}": float(count) for task, count in exact_layers.items()}
-    return Result(config, metrics, requests, answers, stats, identity, memory, stock)
+    residency = watch.frame(wanted_counts(reference))
+    return Result(config, metrics, requests, answers, stats, identity, residency, memory, stock)
 
 
 def all_resident(
@@ -191,6 +199,7 @@ def _score_all(
     told: list[str],
     reference: Reference,
     stepwise: bool,
+    watch: ResidencyWatch,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
     head = engine.model.get_output_embeddings()
@@ -200,6 +209,7 @@ def _score_all(
         started = time.perf_counter()
         scored = engine.score([(expected.prompt_ids, expected.token_ids)], [task], stepwise=stepwise)[0]
         elapsed_s = time.perf_counter() - started
+        watch.after_prompt()
         counters = engine.stats().counters.since(before)
         with torch.no_grad():
             both = [head(states.to(engine.device)).float().cpu() for states in (expected.hidden, scored.hidden)]

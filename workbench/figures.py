@@ -17,18 +17,10 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from workbench.busy import busy_warning
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MEGABYTE = 1e6
-EXACT, LOSSY = "exact (tolerance 0)", "lossy (tolerance > 0)"
-STRATEGY_NAMES = {
-    "frequency": "eMoE: predicted by frequency",
-    "random": "random subset",
-    "lru": "on demand, LRU",
-}
 
 
 def set_style() -> None:
@@ -37,47 +29,6 @@ def set_style() -> None:
     mpl.rcParams.update(
         {"figure.figsize": (7.0, 4.2), "figure.dpi": 96, "axes.spines.top": False, "axes.spines.right": False}
     )
-
-
-def memory_quality_time(runs: pd.DataFrame) -> Figure | None:
-    """Draw what memory costs: perplexity ratio and time per token over measured memory, exact and lossy apart."""
-    if not _has(runs, "fresh_serving_bytes", "stock_serving_bytes", "perplexity_ratio", "tpot_ratio", "strategy"):
-        return None
-    table = runs.dropna(subset=["fresh_serving_bytes"]).sort_values("fresh_serving_bytes")
-    if table.empty:
-        return None
-    figure, axes = _subplots(1, 2, figsize=(11, 4.4))
-    for (strategy, lossy), group in _by_strategy(table):
-        style = _style(strategy, lossy)
-        memory = group["fresh_serving_bytes"] / MEGABYTE
-        ratio = group["perplexity_ratio"]
-        spread = [ratio - group["perplexity_ratio_low"], group["perplexity_ratio_high"] - ratio]
-        axes[0].errorbar(memory, ratio, yerr=np.maximum(spread, 0), capsize=3, **style)
-        axes[1].plot(memory, group["tpot_ratio"], **style)
-        for x, y, budget in zip(memory, group["tpot_ratio"], group["budget"], strict=True):
-            axes[1].annotate(str(budget), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    stock = table["stock_serving_bytes"].median() / MEGABYTE
-    for axis, text in zip(
-        axes, ("perplexity ratio to all-resident", "time per output token, ratio to stock"), strict=True
-    ):
-        axis.axvline(stock, color="0.4", linestyle=":", linewidth=1.2)
-        axis.axhline(1.0, color="0.4", linestyle=":", linewidth=1.2)
-        axis.set_xlabel("measured memory while serving (MB, peak minus control)")
-        axis.set_ylabel(text)
-    axes[0].annotate(
-        "stock transformers, all resident",
-        (stock, axes[0].get_ylim()[1]),
-        rotation=90,
-        va="top",
-        ha="right",
-        fontsize=8,
-        color="0.3",
-    )
-    axes[0].set_title("Quality (95% interval over prompts)", fontsize=11)
-    warning = busy_warning(table["others_cpu_share"].max()) if "others_cpu_share" in table else None
-    axes[1].set_title(warning or "Speed (label: expert budget)", fontsize=9 if warning else 11)
-    _legend_below(figure, axes[1])
-    return figure
 
 
 def served_shares(runs: pd.DataFrame) -> Figure | None:
@@ -244,18 +195,6 @@ def _run_names(table: pd.DataFrame) -> list[str]:
     return names
 
 
-def _by_strategy(table: pd.DataFrame) -> list[tuple[tuple[str, bool], pd.DataFrame]]:
-    keys = [table["strategy"], table["tolerance"].astype(float) > 0]
-    return [((str(key[0]), bool(key[1])), group) for key, group in table.groupby(keys)]
-
-
-def _style(strategy: str, lossy: bool) -> dict[str, Any]:
-    palette = sns.color_palette("colorblind")
-    color = palette[list(STRATEGY_NAMES).index(strategy)] if strategy in STRATEGY_NAMES else palette[7]
-    label = f"{STRATEGY_NAMES.get(strategy, strategy)}, {LOSSY if lossy else EXACT}"
-    return {"label": label, "color": color, "marker": "o" if lossy else "s", "linestyle": "-" if lossy else "--"}
-
-
 def _subplots(rows: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:
     figure = Figure(layout="constrained", dpi=96, figsize=options.pop("figsize"))
     axes = figure.subplots(rows, columns, squeeze=False, **options)
@@ -272,7 +211,6 @@ def _has(runs: pd.DataFrame, *columns: str) -> bool:
 
 
 REPORT_FIGURES: dict[str, Callable[[pd.DataFrame], Figure | None]] = {
-    "Memory against quality and speed": memory_quality_time,
     "Prediction interval and task skipping": interval_and_skipping,
     "How expert requests were served": served_shares,
 }

@@ -7,6 +7,8 @@ memory is the operating system's: it repeats within a few percent; memory that i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # In the order in which tables show them.
 GROUPS = {
     "memory": ("model_bytes", "peak_bytes", "slot_bytes", "slot_share", "dense_bytes", "expert_bytes", "memory"),
@@ -52,3 +54,18 @@ def better_direction(metric: str) -> int:
     if group_of(metric) == "time" and not metric.endswith(("cpu_share", "spread_s")):
         return -1
     return -1 if any(part in metric for part in LOWER_IS_BETTER) else 0
+
+
+def main_metrics(named: Sequence[str], every: Sequence[str]) -> list[str]:
+    """Return the metrics of the main table, in the order of `every`.
+
+    These are the ones that the sweep file named (all when it named none), and every quality metric when one of them is
+    about memory and none about quality.
+    """
+    chosen = set(named) & set(every)
+    if not chosen:
+        return list(every)
+    groups = {group_of(name) for name in chosen}
+    if "memory" in groups and "quality" not in groups:
+        chosen |= {name for name in every if group_of(name) == "quality"}
+    return [name for name in every if name in chosen]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from emoe_core.errors import ExperimentError
 from workbench.environment import git_revision
 from workbench.executors.protocol import Ending, Job
+from workbench.mlflow_view import arrange_view
 from workbench.store import disk_errors, encode
 from workbench.sweep_points import Point, StagePlan
 from workbench.sweep_schema import SweepFile
@@ -107,6 +108,7 @@ class SweepRecord:
             AXES_TAG: ",".join(point.axes),
             METRICS_TAG: ",".join(point.stage.metrics),
             INDEX_TAG: str(point.index),
+            SUPERSEDED_TAG: "false",
             SOURCE_TAG: point.stage.notebook,
         }
         if point.study:
@@ -140,6 +142,8 @@ class SweepRecord:
             self._terminate(run_id, "KILLED")
         self._open.clear()
         self._terminate(self.parent_id, status)
+        with contextlib.suppress(ExperimentError):
+            arrange_view(self._client, self._client.get_run(self.parent_id))
 
     def _terminate(self, run_id: str, status: str) -> None:
         with contextlib.suppress(ExperimentError), disk_errors():

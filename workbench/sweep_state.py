@@ -140,7 +140,7 @@ def reconcile(
             digest = tags.get(DIGEST_TAG, "")
             if status == "FINISHED" and digest in digests and digest not in finished:
                 finished[digest] = item
-                if tags.get(SUPERSEDED_TAG) == "true":
+                if tags.get(SUPERSEDED_TAG) != "false":
                     client.set_tag(item.info.run_id, SUPERSEDED_TAG, "false")
             elif status != "RUNNING" and tags.get(SUPERSEDED_TAG) != "true":
                 client.set_tag(item.info.run_id, SUPERSEDED_TAG, "true")

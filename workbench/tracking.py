@@ -21,7 +21,7 @@ import numbers
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +35,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow.tracking import MlflowClient
 
+    from workbench.request_spans import Span
+
 RUN_VARIABLE = "EMOE_RUN_ID"
 PARENT_TAG = "mlflow.parentRunId"
+EXPERIMENT_TAG = "emoe.experiment"
 FIGURE_FOLDER = "figures"
 DATA_FOLDER = "data"
 NOTEBOOK_FOLDER = "notebook"
@@ -121,6 +124,12 @@ class Run:
         with disk_errors():
             self._client.log_text(self.run_id, text, name)
 
+    def log_traces(self, roots: Sequence[Span]) -> list[str]:
+        """Record traces of requests (`request_spans`) beside the run and return their ids."""
+        from workbench.trace_log import log_traces
+
+        return log_traces(self._client, self.run_id, roots)
+
     def identify(self, **identity: Any) -> None:
         """Complete the environment's `IDENTITY` with what is known only after model and data were loaded."""
         self.environment = replace(self.environment, **identity)
@@ -168,7 +177,7 @@ def run(
     with disk_errors():
         run_id = swept or new_run(client, experiment, name)
     record = Run(client, run_id, environment)
-    record.log_tags({"emoe.experiment": experiment, **(tags or {})})
+    record.log_tags({EXPERIMENT_TAG: experiment, **(tags or {})})
     record.log_params(given)
     try:
         yield record

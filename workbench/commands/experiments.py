@@ -49,26 +49,54 @@ def sweep(
     place = executor_maker(executor, ray_address)
     result = run_sweep(file, fresh=fresh, jobs=jobs, take_over=take_over, console=console, executor=place)
     console.print(_summary(result))
-    console.print(f"Look at the runs: [bold]{ui_command()}[/]\n(the sweep's name, tab Runs)", soft_wrap=True)
+    console.print(f"Look at the runs: [bold]{ui_command()}[/]\nthen {_view(result.parent_run_id)}", soft_wrap=True)
     raise typer.Exit(result.exit_code)
 
 
 def report(
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("reports/report.html"),
+    out: Annotated[Path, typer.Option(help="Folder to write; a report that is there is replaced.")] = Path(
+        "reports/report"
+    ),
     sweep: Annotated[list[str] | None, typer.Option(help="Only this sweep; may be given several times.")] = None,
     hints: Annotated[bool, typer.Option("--hints", help="Also say how to open the notebooks and the runs.")] = False,
 ) -> None:
-    """Write one self-contained HTML page from the newest run of every sweep."""
+    """Write a static site from the newest run of every sweep, and of every notebook that was run by hand.
+
+    It opens from the disk, without a server: fronts of memory, quality and time with their bounds, the paper's figures
+    beside ours, who was resident in which layer, where every run comes from, and all data as files.
+    """
     from workbench.report import write_report
     from workbench.store import project_root, ui_command
 
-    path = write_report(out if out.is_absolute() else project_root() / out, sweeps=sweep or None)
+    with Console(stderr=True).status("Reading the store ...") as status:
+        tell = lambda line: status.update(escape(line))  # noqa: E731
+        path = write_report(out if out.is_absolute() else project_root() / out, sweeps=sweep or None, tell=tell)
     console = Console(soft_wrap=True)
     console.print(f"Report:      [bold]{escape(str(path))}[/]")
     if hints:
         console.print("Notebooks:   [bold]make lab[/]  (.venv/bin/jupyter lab notebooks)")
         console.print(f"MLflow runs: [bold]make ui[/]   ({ui_command()})")
-        console.print("             then http://127.0.0.1:5000/#/experiments, the sweep's name, tab Runs")
+        for name, parent_id in _sweeps(sweep):
+            console.print(f"             {escape(name)}: {_view(parent_id)}")
+
+
+def _sweeps(names: list[str] | None) -> list[tuple[str, str]]:
+    """Return (name, id of the parent run) of these sweeps, or of all, newest first."""
+    from workbench.store import open_store
+    from workbench.sweep_state import SWEEP_TAG, parents
+
+    found = [(item.data.tags[SWEEP_TAG], item.info.run_id) for item in parents(open_store())]
+    return [(name, parent_id) for name, parent_id in found if not names or name in names]
+
+
+def _view(parent_id: str) -> str:
+    """Return the address in the MLflow interface where a sweep's runs are arranged for comparison."""
+    from workbench.mlflow_view import view_address
+    from workbench.store import open_store, server_uri
+
+    experiment = open_store().get_run(parent_id).info.experiment_id
+    server = server_uri()
+    return view_address(experiment, server) if server else view_address(experiment)
 
 
 def _summary(result: SweepResult) -> str:

@@ -1,4 +1,4 @@
-"""The runs of one notebook as the report shows them: a table, figures across runs, figures of single runs.
+"""The runs of one notebook as the report shows them: a table, and figures across runs.
 
 Terms: parameters that differ between runs become *columns*, the others are stated once. Metric columns are grouped into
 memory, quality, time and other, in this order, so that a saving stands beside what it cost. The main table holds the
@@ -8,39 +8,24 @@ everything. A column has one unit, in its heading.
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.figures import REPORT_FIGURES
-from workbench.metric_groups import group_of, rank_of
+from workbench.metric_groups import group_of, main_metrics, rank_of
 from workbench.quantities import column_texts, words_of
+from workbench.report.pictures import Picture, draw_picture
+from workbench.report.run_page import RunPage
 from workbench.results import frame_of
 from workbench.store import decode
 from workbench.sweep_points import short
-from workbench.sweep_state import AXES_TAG, ERROR_TAG, METRICS_TAG
-from workbench.tracking import FIGURE_FOLDER
+from workbench.sweep_state import AXES_TAG, METRICS_TAG
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
     from mlflow.entities import Run as MlflowRun
-    from mlflow.tracking import MlflowClient
-
-MAX_RUNS_WITH_FIGURES = 24
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image of the page: its title and its address as a data URI."""
-
-    title: str
-    address: str
 
 
 @dataclass(frozen=True)
@@ -51,16 +36,6 @@ class Column:
     heading: str
     group: str
     texts: list[str]
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a table shows of a run beside its columns."""
-
-    name: str
-    status: str
-    error: str
-    pictures: list[Picture]
 
 
 @dataclass(frozen=True)
@@ -90,17 +65,27 @@ class Section:
     """
 
     notebook: str
-    rows: list[Row]
+    rows: list[RunPage]
     main: Table
     full: Table | None
     fixed: list[tuple[str, str]]
     pictures: list[Picture]
     unjudged: bool
-    hidden_figures: int
 
 
-def read_section(client: MlflowClient, notebook: str, runs: list[MlflowRun]) -> Section:
-    """Gather the runs of one notebook."""
+def read_section(notebook: str, runs: list[MlflowRun], pages: list[RunPage], site: Path, name: str) -> Section:
+    """Gather the runs of one notebook.
+
+    Parameters
+    ----------
+    notebook : str
+    runs : list of run
+        As MLflow gave them.
+    pages : list of RunPage
+        The pages of the runs, in the same order.
+    site : Path
+        Folder of the site; figures are drawn into it under names that start with `name`.
+    """
     texts = [{name: short(decode(text)) for name, text in item.data.params.items()} for item in runs]
     names = list(dict.fromkeys(name for row in texts for name in row))
     axes = list(dict.fromkeys(a for item in runs for a in item.data.tags.get(AXES_TAG, "").split(",") if a))
@@ -114,46 +99,16 @@ def read_section(client: MlflowClient, notebook: str, runs: list[MlflowRun]) -> 
     every.sort(key=lambda name: (rank_of(name), named.index(name) if name in named else len(named)))
     chosen = main_metrics(named, every)
     columns = {name: _metric_column(name, runs) for name in every}
-    rows = [
-        Row(
-            name=item.info.run_name or item.info.run_id,
-            status=item.info.status.lower(),
-            error=item.data.tags.get(ERROR_TAG, ""),
-            pictures=_run_pictures(client, item.info.run_id) if position < MAX_RUNS_WITH_FIGURES else [],
-        )
-        for position, item in enumerate(runs)
-    ]
     groups = {group_of(name) for name in every}
     return Section(
         notebook=notebook,
-        rows=rows,
+        rows=pages,
         main=Table(parameters + [columns[name] for name in chosen]),
         full=Table(parameters + list(columns.values())) if len(chosen) < len(every) else None,
         fixed=[(name, next(row[name] for row in texts if name in row)) for name in names if name not in varying],
-        pictures=_cross_run_pictures(frame_of(runs)),
+        pictures=_pictures(runs, site, name),
         unjudged="memory" in groups and "quality" not in groups,
-        hidden_figures=max(0, len(runs) - MAX_RUNS_WITH_FIGURES),
     )
-
-
-def main_metrics(named: Sequence[str], every: Sequence[str]) -> list[str]:
-    """Return the metrics of the main table, in the order of `every`.
-
-    These are the ones that the sweep file named (all when it named none), and every quality metric when one of them is
-    about memory and none about quality.
-    """
-    chosen = set(named) & set(every)
-    if not chosen:
-        return list(every)
-    groups = {group_of(name) for name in chosen}
-    if "memory" in groups and "quality" not in groups:
-        chosen |= {name for name in every if group_of(name) == "quality"}
-    return [name for name in every if name in chosen]
-
-
-def data_uri(png: bytes) -> str:
-    """Return a PNG image as an address that needs no file."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _metric_column(name: str, runs: list[MlflowRun]) -> Column:
@@ -161,26 +116,13 @@ def _metric_column(name: str, runs: list[MlflowRun]) -> Column:
     return Column(name, f"{words_of(name)} ({unit})" if unit else words_of(name), group_of(name), texts)
 
 
-def _run_pictures(client: MlflowClient, run_id: str) -> list[Picture]:
-    found = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for item in client.list_artifacts(run_id, FIGURE_FOLDER):
-            if item.path.endswith(".png"):
-                content = Path(client.download_artifacts(run_id, item.path, scratch)).read_bytes()
-                found.append(Picture(Path(item.path).stem.replace("_", " "), data_uri(content)))
-    return found
-
-
-def _cross_run_pictures(frame: pd.DataFrame) -> list[Picture]:
+def _pictures(runs: list[MlflowRun], site: Path, name: str) -> list[Picture]:
+    frame = frame_of(runs)
     finished = frame[frame["status"] == "FINISHED"].reset_index(drop=True)
-    drawn = [(title, draw(finished)) for title, draw in REPORT_FIGURES.items()] if len(finished) else []
-    return [Picture(title, data_uri(_png(figure))) for title, figure in drawn if figure is not None]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)
-    return buffer.getvalue()
+    if finished.empty:
+        return []
+    drawn = [
+        draw_picture(title, partial(draw, finished), site, f"{name}-{number}")
+        for number, (title, draw) in enumerate(REPORT_FIGURES.items(), start=1)
+    ]
+    return [picture for picture in drawn if picture is not None]
