@@ -74,6 +74,18 @@ class ForwardPasses:
         """Refuse further passes and requests."""
         self._closed = True
 
+    def require_idle(self) -> None:
+        """Raise IntegrationError while admitted requests run."""
+        self._require_open()
+        self._end_anonymous()
+        if self._control.running:
+            raise IntegrationError("requests are running on this engine: finish them first")
+
+    def restart(self, control: ControlLoop, tolerance: float, cache_bias: float) -> None:
+        """Go on with another control loop and other tolerances; no request may be running."""
+        self.cache_bias = cache_bias
+        self._control, self._tolerance, self._assigned = control, tolerance, None
+
     def tolerance_of(self, task: str, layer: int) -> float:
         """Miss tolerance of a (task, layer) in [0, 1]."""
         if self._quality is not None:
