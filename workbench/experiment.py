@@ -121,7 +121,7 @@ def run_experiment(
             engine.control.predictor = OraclePredictor(future, window)
         if warm is not None:
             engine.warm_start(warm)
-        rows = _score_all(engine, prompts, told, reference, config.stepwise, progress)
+        rows = score_prompts(engine, prompts, told, reference, config.stepwise, progress)
         answers = _answer(engine, prompts[: config.answers], told, reference, config.max_new_tokens)
         stats = engine.stats().to_dict()
         predicted = {} if engine.quality is None else dict(engine.quality.predicted_loss)
@@ -185,7 +185,7 @@ def _stored_profile(checkpoint: str | Path) -> Profile:
     return stored_profile(checkpoint)
 
 
-def _score_all(
+def score_prompts(
     engine: emoe_core.Engine,
     prompts: list[Prompt],
     told: list[str],
@@ -193,6 +193,7 @@ def _score_all(
     stepwise: bool,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
+    """Score prompts by teacher forcing on their references' continuations; return one row a prompt, for a table."""
     head = engine.model.get_output_embeddings()
     rows = []
     for place, (prompt, task, expected) in enumerate(zip(prompts, told, reference.outputs, strict=True)):
