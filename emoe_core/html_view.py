@@ -37,7 +37,8 @@ def table(rows: Iterable[tuple[str, object]]) -> str:
         f"<td style='text-align:right'>{escape(f'{value:.4g}' if isinstance(value, float) else str(value))}</td></tr>"
         for term, value in rows
     )
-    return f"<table>{cells}</table>"
+    # Pages without a doctype do not let tables take the colour around them.
+    return f"<table style='color:inherit'>{cells}</table>"
 
 
 def heading(name: str, rest: str = "") -> str:
@@ -87,7 +88,7 @@ def layer_map(values: np.ndarray, marked: np.ndarray | None, label: str, note: s
     Parameters
     ----------
     values : np.ndarray
-        [layers, experts], 0 or more; a cell is the darker the closer it comes to the largest.
+        [layers, experts], 0 or more; a cell is the fuller the closer it comes to the largest.
     marked : np.ndarray or None
         Bool [layers, experts]: cells that get a frame.
     label : str

@@ -51,7 +51,7 @@ class Plan:
             planned = np.zeros(self.demand.shape, dtype=bool)
             for layer, experts in enumerate(self.experts):
                 planned[layer, list(experts)] = True
-            note = f"Darker: more tokens expected (up to {self.demand.max():,.0f}). Framed: planned to be resident."
+            note = f"The fuller, the more tokens expected (up to {self.demand.max():,.0f}). Framed: planned."
             html += layer_map(self.demand, planned, "expected tokens per expert, planned experts framed", note)
         rows = [(f"layer {layer}", ", ".join(map(str, who)) or "kept") for layer, who in enumerate(self.experts)]
         return html + folded("experts by expected tokens", table(rows))

@@ -115,7 +115,7 @@ class RoutingTrace:
             html += served_bar(outcomes.sum(axis=0).tolist(), "choices")
         if len(self):
             shares = np.mean(list(self.shares().values()), axis=0)
-            note = f"Darker: chosen more often (up to {shares.max():.0%} of a layer's choices, mean over requests)."
+            note = f"The fuller, the more often chosen: up to {shares.max():.0%} of a layer's choices."
             html += layer_map(shares, None, "how often each layer chose each expert", note)
         return html
 

@@ -13,10 +13,11 @@ tolerance: float = 0.5  # miss tolerance: 0 is exact, 1 replaces every absent ex
 strategy: str = "frequency"  # who chooses residents: frequency, random, lru (on demand)
 interval: int = 1  # p: predict before every p-th prompt
 replan: str = "interval"  # when to plan: interval or admission
-n_prompts: int = 3  # prompts that are scored, and the first of them answered, at every point
+n_prompts: int = 3  # prompts that are scored at every point; the first of them is also answered
+stepwise: bool = True  # score token by token, so that experts are asked for as while generating
 source: str = "fixture"  # prompts: fixture (20 of our own), embedded (prepared data sets), hub
 warm_prompts: int = 6  # profile prompts that the predictor learns from first
-max_new_tokens: int = 16  # tokens of the all-resident continuation that are scored, and of the answer
+max_new_tokens: int = 12  # tokens of the all-resident continuation that are scored, and of the answer
 dtype: str = "float32"  # "auto" is the checkpoint's own
 device: str = "auto"
 seed: int = 0
@@ -33,8 +34,8 @@ from workbench.explore.token_view import count_steps, step_grid, step_table, ste
 
 config = ExperimentConfig(
     model=model, budget=budget, tolerance=tolerance, strategy=strategy, interval=interval, replan=replan,
-    n_prompts=n_prompts, source=source, warm_prompts=warm_prompts, max_new_tokens=max_new_tokens, dtype=dtype,
-    device=device, seed=seed,
+    n_prompts=n_prompts, stepwise=stepwise, source=source, warm_prompts=warm_prompts, max_new_tokens=max_new_tokens,
+    dtype=dtype, device=device, seed=seed,
 )
 
 # %% [markdown]

@@ -53,12 +53,11 @@ def readout(seen: Observation) -> str:
     whole = max(metrics["all_resident_bytes"], metrics["computed_bytes"])
     dense, slots = seen.stats.dense_bytes, metrics["slot_bytes"]
     rest = metrics["computed_bytes"] - dense - slots
-    saved = whole - metrics["computed_bytes"]
     parts = [
         Part("dense weights", dense / whole, show("bytes_", dense), GREY),
         Part("slots", slots / whole, show("bytes_", slots), BLUE),
         Part("cache and workspace", rest / whole, show("bytes_", rest), ORANGE),
-        Part("", saved / whole, f"{show('bytes_', saved)} less than all resident", "transparent"),
+        Part("saved", 1 - metrics["computed_bytes"] / whole, f"{1 - metrics['computed_bytes'] / whole:.0%}", "#ddd"),
     ]
     memory = (
         f"{show('bytes_', metrics['measured_bytes'])} measured, {show('bytes_', metrics['computed_bytes'])} computed; "
@@ -104,5 +103,5 @@ def points_table(observations: Sequence[Observation]) -> str:
     )
     return (
         f"{heading('Points tried', 'the latest first')}<div style='overflow-x:auto'>"
-        f"<table style='font-variant-numeric:tabular-nums'><tr>{''.join(heads)}</tr>{body}</table></div>"
+        f"<table style='color:inherit;font-variant-numeric:tabular-nums'><tr>{''.join(heads)}</tr>{body}</table></div>"
     )

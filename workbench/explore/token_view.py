@@ -5,8 +5,8 @@ prompt, each later one the token before it. Within a step, a layer's *choices* a
 hit, loaded, or rerouted to other experts (`emoe_core.metrics`).
 
 `count_steps` counts them, `steps_table` and `step_table` list them, `step_grid` draws layers (down) by steps (across)
-as SVG: a cell is split in proportion to its choices, by colour and by pattern (hits plain, loads hatched, reroutes
-dotted), with a letter where there is room. All text is escaped.
+as SVG: a cell is split in proportion to its choices, by colour and by a letter, or by a pattern where there is no room
+for one. All text is escaped.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from emoe_core.html_view import SERVED, served_bar
 from emoe_core.routing import HIT, LOAD, REROUTE, RoutingTrace
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _LETTER = 30, 13, 62, 78, 9
+_HEAD = "text-anchor='start' font-size='11'"
 _PATTERNS = (
     "",
     "<path d='M0 4L4 0M-1 1L1 -1M3 5L5 3' stroke='#000' stroke-width='.8'/>",
@@ -93,38 +94,29 @@ def step_grid(trace: RoutingTrace, pieces: Sequence[str], request: int | None = 
         )
     # Every picture has its own patterns: a page drops them with the picture they came with.
     key = hashlib.sha256(counts.tobytes() + repr(list(pieces)).encode()).hexdigest()[:8]
-    drawn = [_patterns(key)]
-    totals = counts.sum(axis=0)
+    columns = []
     for step, piece in enumerate(pieces):
-        x = _LEFT + step * _WIDTH
-        name = f"prompt, then {piece!r}" if step == 0 else repr(piece)
-        drawn.append(_column_name(x, name, _visible(piece)))
-        for layer in range(layers):
-            tip = f"layer {layer}, {name}: {_words(counts[step, layer])}"
-            if len(rows[step]) == 1:
-                tip += f": {_choices(trace, rows[step][0], layer)}"
-            drawn.append(_cell(key, x, layer, counts[step, layer], tip))
-        drawn.append(
-            _cell(
-                key,
-                x,
-                layers + 0.6,
-                counts[step].sum(axis=0),
-                f"all layers, {name}: {_words(counts[step].sum(axis=0))}",
-            )
-        )
-    x = _LEFT + (steps + 0.4) * _WIDTH
-    drawn.append(_column_name(x, "all steps", "all steps"))
-    for layer in range(layers):
-        drawn.append(_row_name(layer, f"layer {layer}"))
-        drawn.append(_cell(key, x, layer, totals[layer], f"layer {layer}, all steps: {_words(totals[layer])}"))
-    drawn.append(_row_name(layers + 0.6, "all"))
-    width, height = x + _WIDTH + 4, _TOP + (layers + 1.6) * _HEIGHT + 4
+        row = rows[step][0] if len(rows[step]) == 1 else None
+        tips = [_words(counts[step, layer]) if row is None else _choices(trace, row, layer) for layer in range(layers)]
+        cells = [_cell(key, layer, counts[step, layer], f"layer {layer}: {tips[layer]}") for layer in range(layers)]
+        total = counts[step].sum(axis=0)
+        cells.append(_cell(key, layers + 1, total, f"all layers: {_words(total)}"))
+        name = f"the prompt, then {piece!r}" if step == 0 else f"step {step}: {piece!r}"
+        columns.append(_column(step, name, _visible(piece), cells))
+    totals = counts.sum(axis=0)
+    cells = [_cell(key, layer, totals[layer], f"layer {layer}: {_words(totals[layer])}") for layer in range(layers)]
+    columns.append(_column(steps + 0.5, "all steps", "all steps", cells))
+    names = "".join(
+        _row_name(row, name) for row, name in [*((n, f"layer {n}") for n in range(layers)), (layers + 1, "all")]
+    )
+    width, height = _LEFT + (steps + 1.5) * _WIDTH + 4, _TOP + (layers + 2) * _HEIGHT
     label = f"{steps} steps by {layers} layers: {_words(counts.sum(axis=(0, 1)))}"
     return (
-        f"{served_bar(counts.sum(axis=(0, 1)).tolist(), 'choices')}<div style='overflow-x:auto'>"
-        f"<svg role='img' aria-label='{escape(label)}' width='{width:.0f}' height='{height:.0f}' font-size='9' "
-        f"font-family='monospace' fill='currentColor'>{''.join(drawn)}</svg></div>"
+        f"{served_bar(counts.sum(axis=(0, 1)).tolist(), 'choices')}"
+        "<div style='font-size:12px'>Where no letter has room: plain is hit, hatched loaded, dotted rerouted."
+        f"</div><div style='overflow-x:auto'><svg role='img' aria-label='{escape(label)}' width='{width:.0f}' "
+        f"height='{height}' font-family='monospace' font-size='9' fill='currentColor' text-anchor='middle'>"
+        f"{_patterns(key)}<g text-anchor='end'>{names}</g>{''.join(columns)}</svg></div>"
     )
 
 
@@ -154,47 +146,45 @@ def _choices(trace: RoutingTrace, row: int, layer: int, places: np.ndarray | Non
     return ", ".join(texts)
 
 
-def _cell(key: str, x: float, row: float, counts: np.ndarray, tip: str) -> str:
+def _column(place: float, name: str, shown: str, cells: Sequence[str]) -> str:
+    head = f"<text transform='translate({_WIDTH / 2 + 3:g} {_TOP - 5}) rotate(-90)' {_HEAD}>{escape(shown[:10])}</text>"
+    return (
+        f"<g transform='translate({_LEFT + place * _WIDTH:g} 0)'><g><title>{escape(name)}</title>{head}</g>"
+        f"<g fill='#000'>{''.join(cells)}</g></g>"
+    )
+
+
+def _cell(key: str, row: int, counts: np.ndarray, tip: str) -> str:
     y, total, left, parts = _TOP + row * _HEIGHT, max(1, int(counts.sum())), 0.0, []
     for kind, ((name, color), count) in enumerate(zip(SERVED, counts.tolist(), strict=True)):
         width = (_WIDTH - 2) * count / total
         if not count:
             continue
-        place = f"x='{x + left:.1f}' y='{y:.1f}' width='{width:.1f}' height='{_HEIGHT - 2}'"
-        parts.append(f"<rect {place} fill='{color}'/>")
-        if _PATTERNS[kind]:
-            parts.append(f"<rect {place} fill='url(#emoe-{key}-{kind})'/>")
-        if width >= _LETTER:
-            parts.append(_letter(x + left + width / 2, y, name[0].upper(), color))
+        lettered = width >= _LETTER
+        fill = color if lettered or not _PATTERNS[kind] else f"url(#{_pattern(key, kind)})"
+        parts.append(f"<path fill='{fill}' d='M{left:.3g} {y}h{width:.3g}v{_HEIGHT - 2}h-{width:.3g}z'/>")
+        if lettered:
+            parts.append(f"<text x='{left + width / 2:.3g}' y='{y + _HEIGHT - 4}'>{name[0].upper()}</text>")
         left += width
     return f"<g><title>{escape(tip)}</title>{''.join(parts)}</g>"
 
 
-def _letter(x: float, y: float, letter: str, color: str) -> str:
-    # A stroke in the part's colour keeps the pattern away from the letter.
-    look = f"fill='#000' stroke='{color}' stroke-width='2.5' paint-order='stroke'"
-    return f"<text x='{x:.1f}' y='{y + _HEIGHT - 4:.1f}' text-anchor='middle' {look}>{letter}</text>"
-
-
-def _column_name(x: float, name: str, shown: str) -> str:
-    middle = x + _WIDTH / 2 + 2
-    return (
-        f"<g><title>{escape(name)}</title><text transform='translate({middle:.1f} {_TOP - 5}) rotate(-90)' "
-        f"font-size='11'>{escape(shown[:10])}</text></g>"
-    )
-
-
-def _row_name(row: float, name: str) -> str:
-    return f"<text x='{_LEFT - 6}' y='{_TOP + row * _HEIGHT + _HEIGHT - 4:.1f}' text-anchor='end'>{name}</text>"
+def _row_name(row: int, name: str) -> str:
+    return f"<text x='{_LEFT - 6}' y='{_TOP + row * _HEIGHT + _HEIGHT - 4}'>{name}</text>"
 
 
 def _patterns(key: str) -> str:
     made = "".join(
-        f"<pattern id='emoe-{key}-{kind}' width='4' height='4' patternUnits='userSpaceOnUse'>{drawing}</pattern>"
-        for kind, drawing in enumerate(_PATTERNS)
+        f"<pattern id='{_pattern(key, kind)}' width='4' height='4' patternUnits='userSpaceOnUse'>"
+        f"<path fill='{color}' d='M0 0h4v4h-4z'/>{drawing}</pattern>"
+        for kind, ((_, color), drawing) in enumerate(zip(SERVED, _PATTERNS, strict=True))
         if drawing
     )
     return f"<defs>{made}</defs>"
+
+
+def _pattern(key: str, kind: int) -> str:
+    return f"emoe-{key}-{kind}"
 
 
 def _words(counts: np.ndarray) -> str:
