@@ -88,6 +88,7 @@ class Explorer:
     def __init__(self) -> None:
         self.engine: emoe_core.Engine | None = None
         self._held_bytes = 0
+        self._checkpoint: str | Path | None = None
         self._warm: dict[ExperimentConfig, RoutingTrace | None] = {}
 
     def observe(self, config: ExperimentConfig, progress: Progress | None = None) -> Observation:
@@ -176,7 +177,7 @@ class Explorer:
         """Return the engine as a fresh load of a configuration would make it."""
         options = config.engine_options() | {"record": True}
         engine = self.engine
-        if engine is not None and engine.index.path == Path(checkpoint):
+        if engine is not None and checkpoint == self._checkpoint:
             wanted = EngineConfig(**options)
             # Refused here, a budget leaves the engine that is there.
             plan, _ = plan_engine(engine.index, wanted)
@@ -189,7 +190,7 @@ class Explorer:
         gc.collect()
         return_free_memory()
         self._held_bytes = status_bytes("VmRSS") or 0
-        self.engine = emoe_core.load(checkpoint, **options)
+        self.engine, self._checkpoint = emoe_core.load(checkpoint, **options), checkpoint
         return self.engine
 
     def _warm_trace(

@@ -57,7 +57,12 @@ def readout(seen: Observation) -> str:
         Part("dense weights", dense / whole, show("bytes_", dense), GREY),
         Part("slots", slots / whole, show("bytes_", slots), BLUE),
         Part("cache and workspace", rest / whole, show("bytes_", rest), ORANGE),
-        Part("saved", 1 - metrics["computed_bytes"] / whole, f"{1 - metrics['computed_bytes'] / whole:.0%}", "#ddd"),
+        Part(
+            "not resident",
+            1 - metrics["computed_bytes"] / whole,
+            f"{1 - metrics['computed_bytes'] / whole:.0%}",
+            "#ddd",
+        ),
     ]
     memory = (
         f"{show('bytes_', metrics['measured_bytes'])} measured, {show('bytes_', metrics['computed_bytes'])} computed; "
