@@ -119,9 +119,10 @@ class Panel:
         except (EmoeError, OSError, MemoryError) as error:
             self._refused = str(error) or type(error).__name__
             told = " ".join(self._refused.split())
+            told += " The figures below are still those of the point before." if self.observations else ""
             self.message.value = (
                 f"<p role='alert' style='border-left:4px solid #d55e00;padding-left:8px'><b>Not possible.</b> "
-                f"{escape(told)} The figures below are still those of the point before.</p>"
+                f"{escape(told)}</p>"
             )
         else:
             self.observations.append(seen)

@@ -53,16 +53,12 @@ def readout(seen: Observation) -> str:
     whole = max(metrics["all_resident_bytes"], metrics["computed_bytes"])
     dense, slots = seen.stats.dense_bytes, metrics["slot_bytes"]
     rest = metrics["computed_bytes"] - dense - slots
+    absent = 1 - metrics["computed_bytes"] / whole
     parts = [
         Part("dense weights", dense / whole, show("bytes_", dense), GREY),
         Part("slots", slots / whole, show("bytes_", slots), BLUE),
         Part("cache and workspace", rest / whole, show("bytes_", rest), ORANGE),
-        Part(
-            "not resident",
-            1 - metrics["computed_bytes"] / whole,
-            f"{1 - metrics['computed_bytes'] / whole:.0%}",
-            "#ddd",
-        ),
+        Part("not resident", absent, f"{absent:.0%}", "#ddd"),
     ]
     memory = (
         f"{show('bytes_', metrics['measured_bytes'])} measured, {show('bytes_', metrics['computed_bytes'])} computed; "
