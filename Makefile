@@ -6,7 +6,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: run test lab ui clean
+.PHONY: run test lab pair ui clean
 .DEFAULT_GOAL = run
 
 run: $(READY)
@@ -27,6 +27,10 @@ endif
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
+
+# Notebooks and their Python files in notebooks/source hold the same cells: the newer of each pair wins.
+pair: $(READY)
+	cd notebooks && $(CURDIR)/$(BIN)/jupytext --quiet --sync *.ipynb
 
 ui: $(READY)
 	@echo "Opens at http://127.0.0.1:5000; '$(BIN)/emoe report --hints' names the address of each sweep's runs, arranged."

@@ -15,32 +15,32 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import experts, generation
 from .attachment import attach_layers, attach_lookahead, refuse_misuse
-from .budget import SlotPlan, plan_given, plan_slots
 from .cache import cache_dir
 from .checkpoint import CheckpointIndex, open_checkpoint
 from .control import ControlLoop
 from .demand_table import make_table
+from .engine_plan import plan_engine
 from .errors import OptionError, UnsupportedFamilyError
 from .footprint import MemoryBreakdown, memory_breakdown
 from .forward_passes import ForwardPasses
 from .heap import trim_during_prompts
+from .html_view import heading, layer_map
 from .interval import make_interval
 from .loader import ExpertLoader
 from .lookahead import Lookahead
 from .metrics import RunStats
 from .options import EngineConfig, resolve_device
 from .pack import Progress, ensure_pack
-from .predictor import make_predictor
-from .quality_target import QualityPlan, choose
+from .predictor import Predictor, make_predictor
 from .routing import RoutingTrace, TraceRecorder
 from .storage import HostMemory, PackedFile
 from .timeline import Timeline
@@ -77,6 +77,10 @@ def load(checkpoint: str | Path, *, progress: Progress | None = None, **options:
     return Engine(index, config, progress)
 
 
+# What `Engine.restart` changes: nothing that weights, files or slots depend on.
+RESTARTABLE = ("tolerance", "cache_bias", "interval", "min_coverage", "replan")
+
+
 class Engine:
     """A loaded model; made by `load`. Use it as a context manager, or call `close`."""
 
@@ -88,9 +92,7 @@ class Engine:
         self.plan, self.quality = plan_engine(index, config)
         layers = index.layers
         num_experts = max(layer.num_experts for layer in layers)
-        predictor = make_predictor(
-            config.predictor, len(layers), num_experts, config.seed, config.predictor_path, index.source_hash
-        )
+        predictor = self._new_predictor()
         pack = ensure_pack(index, config.pack_dir or cache_dir() / "packs", progress)
         table = make_table(self.plan.slots_per_layer, self.plan.spare_slots, config.policy, num_experts)
         storage: PackedFile | HostMemory
@@ -103,10 +105,7 @@ class Engine:
         except BaseException:
             storage.close()
             raise
-        interval = make_interval(config.interval, config.min_coverage)
-        # A quality target decides by itself who may reroute; of the profile, output lengths remain.
-        profile = config.profile if config.profile is None or self.quality is None else config.profile.without_masks()
-        self.control = ControlLoop(self.loader, predictor, interval, config.replan, profile)
+        self.control = self._new_control(predictor)
         self.recorder = TraceRecorder(len(layers), num_experts) if config.record else None
         self.passes = ForwardPasses(
             self.loader, self.control, self.recorder, self.tolerance, config.cache_bias, self.quality
@@ -148,6 +147,38 @@ class Engine:
     ) -> list[generation.Scored]:
         """Return teacher-forced log-probabilities of given continuations; see `generation.score`."""
         return generation.score(self, sequences, tasks, stepwise)
+
+    def restart(self, **changes: Any) -> None:
+        """Begin anew, as a fresh load with changed options would, without reading the model again.
+
+        Slots are emptied; counters, history and recorded routing are forgotten.
+
+        Parameters
+        ----------
+        **changes
+            Options of `EngineConfig` that are in `RESTARTABLE`; the others stay as they are.
+
+        Raises
+        ------
+        OptionError
+            An option that needs a new load, or a value out of range; the engine is as before.
+        IntegrationError
+            Requests are running.
+        """
+        fixed = sorted(set(changes) - set(RESTARTABLE))
+        if fixed:
+            raise OptionError(f"{', '.join(fixed)} needs a new load; restart changes {', '.join(RESTARTABLE)}")
+        config = replace(self.config, **changes)
+        self._require_reroutable(config)
+        self.passes.require_idle()
+        self.config, self.tolerance = config, config.tolerance
+        num_experts = max(layer.num_experts for layer in self.index.layers)
+        self.loader.empty(make_table(self.plan.slots_per_layer, self.plan.spare_slots, config.policy, num_experts))
+        self.control = self._new_control(self._new_predictor())
+        self.passes.restart(self.control, config.tolerance, config.cache_bias)
+        self.forget_trace()
+        if self.lookahead is not None:
+            self.lookahead.trust = 1.0
 
     def warm_start(self, trace: RoutingTrace) -> int:
         """Teach the predictor a recorded workload, request by request; return how many it saw."""
@@ -235,8 +266,12 @@ class Engine:
 
     def _repr_html_(self) -> str:
         told = f"{self.index.path.name}, {self.index.dtype}, {self.device}, budget {self.plan.budget.text}"
-        head = f"<b>{escape(self.index.model_type)}</b> {escape(told)}, tolerance {self.tolerance}"
-        return f"<p>{head}</p>{self.stats()._repr_html_()}"
+        head = heading(self.index.model_type, f"{told}, tolerance {self.tolerance}")
+        resident = np.zeros((len(self.plan.num_experts), max(self.plan.num_experts)))
+        for entry in self.loader.table.entries():
+            resident[entry.layer, entry.expert] = 1
+        residents = layer_map(resident, None, "which experts are resident", "Filled: resident.")
+        return head + self.memory()._repr_html_() + residents + self.stats()._repr_html_()
 
     def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
         """Admit requests whose rows the next prefill will hold; see `ForwardPasses.admit`."""
@@ -246,18 +281,26 @@ class Engine:
         """End admitted requests."""
         self.passes.finish(numbers)
 
+    def _new_predictor(self) -> Predictor | None:
+        layers, config = self.index.layers, self.config
+        num_experts = max(layer.num_experts for layer in layers)
+        return make_predictor(
+            config.predictor, len(layers), num_experts, config.seed, config.predictor_path, self.index.source_hash
+        )
+
+    def _new_control(self, predictor: Predictor | None) -> ControlLoop:
+        config, profile = self.config, self.config.profile
+        # A quality target decides by itself who may reroute; of the profile, output lengths remain.
+        if profile is not None and self.quality is not None:
+            profile = profile.without_masks()
+        interval = make_interval(config.interval, config.min_coverage)
+        return ControlLoop(self.loader, predictor, interval, config.replan, profile)
+
     def _attach(self) -> None:
         handles = attach_layers(self.model, self.index, self.loader, self.passes)
-        unexplained = [self.index.layers[handle.layer].name for handle in handles if not handle.explained]
-        self.reroutable = not unexplained
-        profile = self.control.profile
-        skips = profile is not None and not all(all(task.sensitive) for task in profile.tasks.values())
-        skips = skips or bool(self.config.max_quality_loss)
-        if unexplained and (skips or self.tolerance > 0):
-            raise UnsupportedFamilyError(
-                f"{self.index.model_type} is served exactly only: no known routing rule explains the router of "
-                f"{unexplained[0]}. Load with tolerance=0 and no profile."
-            )
+        self._unexplained = [self.index.layers[handle.layer].name for handle in handles if not handle.explained]
+        self.reroutable = not self._unexplained
+        self._require_reroutable(self.config)
         if self.config.lookahead:
             self.lookahead = attach_lookahead(self.model, self.index, handles, self.config.lookahead)
         trim_during_prompts([self.model.get_submodule(layer.name) for layer in self.index.layers])
@@ -265,23 +308,12 @@ class Engine:
         self.model.register_forward_hook(self.passes.end, always_call=True)
         refuse_misuse(self.model)
 
-
-def plan_engine(index: CheckpointIndex, config: EngineConfig) -> tuple[SlotPlan, QualityPlan | None]:
-    """Return the slots that options come to, and what their quality target, if any, allows.
-
-    Raises
-    ------
-    BudgetError, ProfileError, OptionError
-        As `load`.
-    """
-    profile, target = config.profile, config.max_quality_loss
-    if profile is not None:
-        profile.require_model(index.source_hash)
-    budget = "100%" if config.budget is None and target is None else config.budget
-    given = None if budget is None else plan_slots(index, budget)
-    if profile is None or target is None:
-        assert given is not None
-        return given, None
-    experts = [layer.num_experts for layer in index.layers]
-    quality = choose(profile, target, experts, index.top_k, None if given is None else given.slots_per_layer)
-    return given or plan_given(index, quality.slots_per_layer, f"a quality loss of at most {target:.2%}"), quality
+    def _require_reroutable(self, config: EngineConfig) -> None:
+        profile = self.control.profile
+        skips = profile is not None and not all(all(task.sensitive) for task in profile.tasks.values())
+        skips = skips or bool(config.max_quality_loss)
+        if self._unexplained and (skips or config.tolerance > 0):
+            raise UnsupportedFamilyError(
+                f"{self.index.model_type} is served exactly only: no known routing rule explains the router of "
+                f"{self._unexplained[0]}. Load with tolerance=0 and no profile."
+            )

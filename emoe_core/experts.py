@@ -122,7 +122,8 @@ class LayerHandle:
             computed = active
         self._count(wanted, demand, active, absent, rerouted, real)
         if self.session.recorder is not None:
-            self.session.recorder.layer(self.layer, index, weights, served_index)
+            replaced = None if rerouted is None else rerouted.replaced
+            self.session.recorder.layer(self.layer, index, weights, served_index, absent, replaced)
         with self.loader.lease(self.layer, computed or [int(index.flatten()[0])]) as lease:
             if self.lookahead is not None:
                 # What this layer lacks was asked for just now and is read first.

@@ -79,6 +79,18 @@ class ForwardPasses:
         """Refuse further passes and requests."""
         self._closed = True
 
+    def require_idle(self) -> None:
+        """Raise IntegrationError while admitted requests run."""
+        self._require_open()
+        self._end_anonymous()
+        if self._control.running:
+            raise IntegrationError("requests are running on this engine: finish them first")
+
+    def restart(self, control: ControlLoop, tolerance: float, cache_bias: float) -> None:
+        """Go on with another control loop and other tolerances; no request may be running."""
+        self.cache_bias = cache_bias
+        self._control, self._tolerance, self._assigned = control, tolerance, None
+
     def tolerance_of(self, task: str, layer: int) -> float:
         """Miss tolerance of a (task, layer) in [0, 1]."""
         if self._quality is not None:
@@ -179,6 +191,23 @@ class ForwardPasses:
         # After an error there is no output, and what the prompt wanted is not known.
         if step is not None and step.is_prefill and output is not None:
             self._control.prompts_read(step)
+
+    def _admit(
+        self, tasks: Sequence[str], input_tokens: Sequence[int], tolerances: Sequence[float | None] | None = None
+    ) -> list[int]:
+        started = 0.0 if self.timeline is None else time.perf_counter()
+        numbers = self._control.admit(tasks, input_tokens, tolerances)
+        if self.timeline is not None:
+            self._admitted_s |= dict.fromkeys(numbers, started)
+        return numbers
+
+    def _finish(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            started, request = self._admitted_s.pop(number, None), self._control.running.get(number)
+            if self.timeline is not None and started is not None and request is not None:
+                known = {"request": number, "task": request.task, "input_tokens": request.input_tokens}
+                self.timeline.add("request", started, **known)
+        self._control.finish(numbers)
 
     def _start_running(self) -> None:
         thread = threading.current_thread()

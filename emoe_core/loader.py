@@ -221,6 +221,13 @@ class ExpertLoader:
         for layer in range(len(self.layers)):
             self.return_spare(layer)
 
+    def empty(self, table: SlotTable) -> None:
+        """Start over with empty slots, a table of as many, and new counters; between forward passes."""
+        assert table.slots == self.table.slots, (table.slots, self.table.slots)
+        self.recover()
+        self.table = table
+        self.reset_counters()
+
     def return_spare(self, layer: int) -> None:
         """Give back what a layer holds beyond its capacity."""
         while (extra := self.table.overdrawn(layer)) is not None:

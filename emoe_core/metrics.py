@@ -43,7 +43,8 @@ the loader owns one instance and changes it from the thread that runs the model.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from html import escape
+
+from .html_view import bytes_text, folded, heading, served_bar, table
 
 
 @dataclass
@@ -155,9 +156,15 @@ class RunStats:
         return flat
 
     def _repr_html_(self) -> str:
-        shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in self.to_dict().items()}
-        rows = "".join(
-            f"<tr><td>{escape(name)}</td><td style='text-align:right'>{escape(str(text))}</td></tr>"
-            for name, text in shown.items()
-        )
-        return f"<table>{rows}</table>"
+        counters = self.counters
+        rows = [
+            ("expert slots", f"{bytes_text(self.slot_bytes)} of {bytes_text(self.expert_bytes)}"),
+            ("resident experts", f"{self.resident_experts:,} of {self.experts:,}"),
+            ("read from storage", bytes_text(counters.bytes_loaded)),
+            ("waited for experts", f"{counters.stall_s:.3g} s"),
+            ("requests served", self.requests_served),
+        ]
+        served = served_bar([counters.hits, counters.loads, counters.reroutes], "expert requests")
+        told = "no plan yet (cold start)" if self.cold_start else f"predictor {self.predictor}, policy {self.policy}"
+        everything = folded("all figures", table(self.to_dict().items()))
+        return heading("Run", told) + served + table(rows) + everything

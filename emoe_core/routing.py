@@ -1,4 +1,4 @@
-"""Routing traces: which experts each token chose, with what weight, and which served it.
+"""Routing traces: which experts each token chose, with what weight, which served it, and how (hit, load, reroute).
 
 A trace is a set of equally long columns, one row per (request, token); experts and weights are arrays over
 (row, MoE layer, choice). It rests on disk as one compressed npz file with a format version. Recording is off unless
@@ -8,14 +8,17 @@ asked for: it keeps tokens * layers * k * 4 bytes in host memory.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from .context import StepContext
 from .errors import DataError
+from .html_view import heading, layer_map, served_bar, table
 
 FORMAT = 1
 COLUMNS = {
@@ -26,6 +29,8 @@ COLUMNS = {
     "served": "uint16",
     "weight": "float16",
 }
+# How a choice was served, in the terms of `metrics.py`: the values of `RoutingTrace.outcome`.
+HIT, LOAD, REROUTE = range(3)
 MAX_EXPERTS = 1 << 16
 # Recorded routing packs 2 to 20 times smaller.
 MAX_RATIO = 200
@@ -51,6 +56,8 @@ class RoutingTrace:
         Task type of each request id.
     experts : int
         E.
+    outcome : uint8 [n, L, k] or None
+        How each choice was served: `HIT`, `LOAD` or `REROUTE`. None where nobody knows (a trace made otherwise).
     """
 
     request: np.ndarray
@@ -61,6 +68,7 @@ class RoutingTrace:
     weight: np.ndarray
     tasks: dict[int, str]
     experts: int
+    outcome: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.request)
@@ -88,8 +96,32 @@ class RoutingTrace:
             for request, shares in self.shares().items()
         }
 
+    def outcomes(self) -> np.ndarray | None:
+        """Return how many choices of each layer were hits, loads and reroutes, int64 [L, 3]; None where unknown."""
+        if self.outcome is None:
+            return None
+        return np.stack([(self.outcome == kind).sum(axis=(0, 2)) for kind in (HIT, LOAD, REROUTE)], axis=1)
+
+    def _repr_html_(self) -> str:
+        layers, choices = self.chosen.shape[1:]
+        rows = [
+            ("tokens", f"{len(self):,}, {int(self.prefill.sum()):,} of them in prompts"),
+            ("requests", f"{len(self.tasks):,} ({', '.join(sorted(set(self.tasks.values())))})"),
+            ("routed", f"{choices} of {self.experts} experts in each of {layers} layers"),
+        ]
+        html = heading("Routing trace") + table(rows)
+        outcomes = self.outcomes()
+        if outcomes is not None:
+            html += served_bar(outcomes.sum(axis=0).tolist(), "choices")
+        if len(self):
+            shares = np.mean(list(self.shares().values()), axis=0)
+            note = f"The fuller, the more often chosen: up to {shares.max():.0%} of a layer's choices."
+            html += layer_map(shares, None, "how often each layer chose each expert", note)
+        return html
+
     def save(self, path: Path) -> Path:
         """Write the trace as compressed npz."""
+        known: dict[str, Any] = {} if self.outcome is None else {"outcome": self.outcome}
         names = np.array([f"{key}\t{task}" for key, task in self.tasks.items()], dtype=np.str_)
         with Path(path).open("wb") as stream:
             np.savez_compressed(
@@ -103,6 +135,7 @@ class RoutingTrace:
                 weight=self.weight,
                 tasks=names,
                 experts=np.array(self.experts),
+                **known,
             )
         return Path(path)
 
@@ -116,7 +149,8 @@ class RoutingTrace:
                     raise DataError(f"{path} is a trace of format {int(data['format'])}, this version reads {FORMAT}")
                 tasks = {int(key): task for key, task in (str(item).split("\t", 1) for item in data["tasks"])}
                 columns = {name: data[name] for name in COLUMNS}
-                trace = cls(**columns, tasks=tasks, experts=int(data["experts"]))
+                outcome = data.get("outcome")
+                trace = cls(**columns, tasks=tasks, experts=int(data["experts"]), outcome=outcome)
         except DataError:
             raise
         except Exception as error:  # a damaged archive raises many unrelated types
@@ -128,6 +162,10 @@ class RoutingTrace:
         by_token = {trace.request.shape, trace.position.shape, trace.prefill.shape}
         if len(shape) != 3 or {trace.weight.shape, trace.served.shape} != {shape} or by_token != {shape[:1]}:
             raise DataError(f"{path} is damaged: its columns disagree in length. Record it again.")
+        if outcome is not None and (
+            outcome.dtype != "uint8" or outcome.shape != shape or (outcome.size and outcome.max() > REROUTE)
+        ):
+            raise DataError(f"{path} is damaged: its outcomes are not those of its choices. Record it again.")
         if not 0 < trace.experts <= MAX_EXPERTS or not all(shape[1:]):
             raise DataError(f"{path} is damaged: it has no experts or choices. Record it again.")
         if len(trace) and max(int(trace.chosen.max()), int(trace.served.max())) >= trace.experts:
@@ -149,23 +187,39 @@ class TraceRecorder:
     def __init__(self, layers: int, experts: int) -> None:
         self.layers = layers
         self.experts = experts
-        self._pending: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._pending: dict[int, dict[str, np.ndarray]] = {}
         self._parts: list[dict[str, np.ndarray]] = []
         self._tasks: dict[int, str] = {}
         self._next_position: dict[int, int] = {}
 
-    def layer(self, layer: int, chosen: torch.Tensor, weight: torch.Tensor, served: torch.Tensor) -> None:
-        """Take one layer's choice of the current pass: tensors [tokens, k]."""
-        self._pending[layer] = (
-            chosen.cpu().numpy().astype(np.uint16),
-            weight.detach().float().cpu().numpy().astype(np.float16),
-            served.cpu().numpy().astype(np.uint16),
-        )
+    def layer(
+        self,
+        layer: int,
+        chosen: torch.Tensor,
+        weight: torch.Tensor,
+        served: torch.Tensor,
+        absent: Sequence[int] = (),
+        replaced: torch.Tensor | None = None,
+    ) -> None:
+        """Take one layer's choice of the current pass: tensors [tokens, k].
+
+        ``absent`` are the experts that had no slot when the layer was reached, ``replaced`` (bool) the choices that
+        other experts served; what else was absent was loaded.
+        """
+        outcome = np.isin(chosen.cpu().numpy(), list(absent)).astype(np.uint8) * LOAD
+        if replaced is not None:
+            outcome[replaced.cpu().numpy()] = REROUTE
+        self._pending[layer] = {
+            "chosen": chosen.cpu().numpy().astype(np.uint16),
+            "weight": weight.detach().float().cpu().numpy().astype(np.float16),
+            "served": served.cpu().numpy().astype(np.uint16),
+            "outcome": outcome.astype(np.uint8),
+        }
 
     def end_of_pass(self, step: StepContext) -> None:
         """Keep the pass if every layer reported it with the pass's number of tokens; forget it otherwise."""
         pending, self._pending = self._pending, {}
-        if len(pending) != self.layers or any(len(part[0]) != step.tokens for part in pending.values()):
+        if len(pending) != self.layers or any(len(part["chosen"]) != step.tokens for part in pending.values()):
             return
         real = np.ones(step.tokens, dtype=bool) if step.real is None else step.real.numpy()
         rows = step.row_of_token().numpy()
@@ -176,15 +230,15 @@ class TraceRecorder:
             position[here] = first + np.arange(int(here.sum()))
             self._next_position[request] = first + int(here.sum())
             self._tasks[request] = step.tasks[row]
-        stacked = [np.stack([pending[layer][part] for layer in range(self.layers)], axis=1)[real] for part in range(3)]
+        stacked = {
+            name: np.stack([pending[layer][name] for layer in range(self.layers)], axis=1)[real] for name in pending[0]
+        }
         self._parts.append(
             {
                 "request": np.asarray(step.requests, dtype=np.int32)[rows][real],
                 "position": position[real],
                 "prefill": np.full(int(real.sum()), step.is_prefill),
-                "chosen": stacked[0],
-                "weight": stacked[1],
-                "served": stacked[2],
+                **stacked,
             }
         )
 

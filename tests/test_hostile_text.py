@@ -18,6 +18,8 @@ from workbench.sweep_file import read_sweep
 from workbench.sweep_notebook import find_notebook
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;'\""
+# What our own HTML is made of.
+SHOWN = {"b", "details", "div", "p", "path", "span", "summary", "svg", "table", "td", "tr"}
 
 
 class Page(HTMLParser):
@@ -56,14 +58,14 @@ def test_statistics_escape_names_and_texts() -> None:
         extra={HOSTILE: 1.0},
     )
     page = Page(stats._repr_html_())
-    assert page.tags == {"table", "tr", "td"}
+    assert page.tags <= SHOWN
     assert page.words.count(HOSTILE) == 3
 
 
 def test_an_engine_escapes_the_name_of_its_folder(tmp_path: Path) -> None:
     with emoe_core.load(tiny_moe(tmp_path / HOSTILE), budget="50%", pack_dir=tmp_path) as engine:
         page = Page(engine._repr_html_())
-    assert page.tags == {"p", "b", "table", "tr", "td"}
+    assert page.tags <= SHOWN
     assert HOSTILE in page.words
 
 

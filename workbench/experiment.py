@@ -126,7 +126,7 @@ def run_experiment(
         if warm is not None:
             engine.warm_start(warm)
         watch = ResidencyWatch(engine)
-        rows = _score_all(engine, prompts, told, reference, config.stepwise, watch, progress)
+        rows = score_prompts(engine, prompts, told, reference, config.stepwise, watch, progress)
         answers = _answer(engine, prompts[: config.answers], told, reference, config.max_new_tokens)
         stats = engine.stats().to_dict()
         slots = engine.plan.slots_per_layer
@@ -193,15 +193,16 @@ def _stored_profile(checkpoint: str | Path) -> Profile:
     return stored_profile(checkpoint)
 
 
-def _score_all(
+def score_prompts(
     engine: emoe_core.Engine,
     prompts: list[Prompt],
     told: list[str],
     reference: Reference,
     stepwise: bool,
-    watch: ResidencyWatch,
+    watch: ResidencyWatch | None,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
+    """Score prompts by teacher forcing on their references' continuations; return one row a prompt, for a table."""
     head = engine.model.get_output_embeddings()
     rows = []
     for place, (prompt, task, expected) in enumerate(zip(prompts, told, reference.outputs, strict=True)):
@@ -209,7 +210,8 @@ def _score_all(
         started = time.perf_counter()
         scored = engine.score([(expected.prompt_ids, expected.token_ids)], [task], stepwise=stepwise)[0]
         elapsed_s = time.perf_counter() - started
-        watch.after_prompt()
+        if watch is not None:
+            watch.after_prompt()
         counters = engine.stats().counters.since(before)
         with torch.no_grad():
             both = [head(states.to(engine.device)).float().cpu() for states in (expected.hidden, scored.hidden)]

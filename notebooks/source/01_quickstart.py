@@ -1,0 +1,110 @@
+# %% [markdown]
+# # Quickstart: a Mixture-of-Experts model under a memory budget
+#
+# An MoE model keeps many experts in memory and uses a few per token. Here a budget decides how many experts are resident.
+# What is absent is loaded (tolerance 0: exactly the model's own output) or replaced by resident experts (tolerance
+# above 0: less memory traffic, some loss). This notebook loads a model, lets it answer, shows whether the cache worked,
+# and holds quality against the same model with every expert resident.
+
+# %% tags=["parameters"]
+model: str = "reference"  # "reference", a checkpoint directory, or a hub id
+budget: str = "60%"  # expert memory: share, bytes ("300MB") or slots per layer ("3 slots")
+tolerance: float = 1.0  # miss tolerance: 0 is exact, 1 replaces every absent expert
+strategy: str = "frequency"  # who chooses residents: frequency, random, lru (on demand)
+n_prompts: int = 6  # prompts in the stream
+mix: str = "uniform"  # order of tasks: uniform or sticky
+source: str = "fixture"  # prompts: fixture (20 of our own), embedded (prepared data sets), hub
+warm_prompts: int = 6  # profile prompts that the predictor learns from first
+max_new_tokens: int = 16  # tokens of the all-resident continuation that are scored
+answers: int = 1  # prompts also answered freely, for text similarity
+dtype: str = "float32"  # of the quality measurement; "auto" is the checkpoint's own
+device: str = "auto"
+seed: int = 0
+
+# %%
+# %matplotlib inline
+import numpy as np
+from IPython.display import Markdown, display
+
+import emoe_core
+from workbench import figures, tracking
+from workbench.configuration import ExperimentConfig, as_params
+from workbench.experiment import run_experiment
+from workbench.models import resolve_model
+from workbench.progress import stage_bars
+from workbench.quantities import metric_table
+from workbench.workloads import prompt_stream
+
+figures.set_style()
+
+config = ExperimentConfig(
+    model=model, budget=budget, tolerance=tolerance, strategy=strategy, n_prompts=n_prompts, mix=mix, source=source,
+    warm_prompts=warm_prompts, max_new_tokens=max_new_tokens, answers=answers, dtype=dtype, device=device, seed=seed,
+)
+
+# %% [markdown]
+# ## Load and ask
+#
+# The budget is bytes that the slots really take. The plan says how many slots each MoE layer gets.
+
+# %%
+engine = emoe_core.load(resolve_model(model), **{**config.engine_options(), "interval": 1, "record": True})
+print(engine.plan)
+print(engine.memory(max_tokens=1024))
+
+# %%
+prompts = prompt_stream(config.stream())
+for prompt in prompts[:3]:
+    answer = engine.generate([prompt.text], [prompt.task], max_new_tokens=max_new_tokens)[0]
+    display(Markdown(f"**{prompt.task}**: {prompt.text[:160]} ...\n\n> {answer.text or '(no text)'}"))
+
+# %% [markdown]
+# ## Did the cache work?
+#
+# A *request* is one expert that one layer needs in one forward pass. It is a hit, a load on demand, or a reroute.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+counters = engine.stats().counters
+print("hits + loads + reroutes == requests:", counters.hits + counters.loads + counters.reroutes == counters.requests)
+print("slots within the budget:", engine.loader.slot_bytes <= engine.plan.budget_bytes)
+
+# %%
+shares = np.mean(list(engine.trace().shares().values()), axis=0)
+resident = np.zeros(shares.shape, dtype=bool)
+for layer in range(shares.shape[0]):
+    resident[layer, sorted(engine.loader.table.resident(layer))] = True
+residency = figures.residency_heatmap(shares, resident)
+engine.close()
+residency
+
+# %% [markdown]
+# ## What did it cost?
+#
+# Every prompt is scored by teacher forcing on the all-resident model's own continuation. A perplexity ratio of 1 is
+# equal, above 1 is worse.
+
+# %%
+with stage_bars() as progress:
+    result = run_experiment(config, progress=progress)
+metric_table(result.metrics, [
+    "hit_rate", "token_hit_rate", "loads", "reroutes", "slot_bytes", "expert_bytes", "perplexity_ratio",
+    "kl_nats", "top1_agreement",
+])
+
+# %%
+timeline = figures.request_timeline(result.requests)
+timeline
+
+# %%
+result.answers[["task", "all_resident", "answer", "similarity"]] if len(result.answers) else "no free answers asked for"
+
+# %%
+name = f"{budget} {strategy} t={tolerance:g}"
+with tracking.run("quickstart", name, params=as_params(config), **result.identity) as run:
+    run.log_metrics(result.metrics)
+    run.log_frame("requests", result.requests)
+    run.log_frame("answers", result.answers)
+    run.log_figure("residency", residency)
+    run.log_figure("timeline", timeline)
+print("logged")

@@ -1,0 +1,119 @@
+# %% [markdown]
+# # Whom to serve next
+#
+# Latency and kept objectives over the request rate (Fig. 12 of the paper), for order of arrival (FCFS), due first (EDF), eMoE's
+# Algorithm 1, and Algorithm 1 told the true output lengths. Simulated: one engine with a batch limit and KV memory, by costs that were
+# measured on the real one; all schedulers get the same requests. Objectives: first token within 5x, each further one within 2x of a task's
+# unloaded median. The reference load is where FCFS still meets 90% of them.
+#
+# What is simulated is waiting, loading and computing, not quality; `held_mass` is the share of routed choices that residents cover.
+
+# %% tags=["parameters"]
+model: str = "reference"  # whose measured costs: "reference", "tiny" (measured here), or a model after `emoe costs MODEL`
+variants: str = "fcfs,edf,emoe,emoe_oracle"  # also shortest, affine, emoe_no_loading, shortest_oracle
+loads: str = "0.2,0.5,0.8"  # request rates, as shares of what full batches could serve
+arrivals: str = "poisson"  # poisson, gamma (bursty), azure, azure_conv, azure_code, mooncake, or the path of a trace
+burstiness: float = 3.0  # coefficient of variation of the gaps, for gamma
+n_requests: int = 200  # requests of each run
+max_batch: int = 8  # requests that run at once
+kv_tokens: int = 16384  # tokens of KV cache
+interval: int = 40  # p: predict before every p-th admitted request
+replan: str = "admission"  # when to plan: admission or interval
+trace_folder: str = ""  # where the request traces lie; empty is the cache
+seed: int = 0
+
+# %%
+# %matplotlib inline
+from IPython.display import display
+
+from workbench import figures, tracking
+from workbench.comparison import listed
+from workbench.progress import stage_bars
+from workbench.serving import report
+from workbench.serving.comparison import bounds, compare_schedulers, gains, load_at_attainment, reachable_loads, variant
+from workbench.serving.experiment import ServingConfig, as_params, known_trace_folder
+from workbench.serving.measure import costs_of
+
+figures.set_style()
+names = listed(variants)
+base = ServingConfig(
+    arrivals=arrivals, burstiness=burstiness, n_requests=n_requests, max_batch=max_batch, kv_tokens=kv_tokens,
+    interval=interval, replan=replan, trace_folder=known_trace_folder(trace_folder), seed=seed,
+)
+with stage_bars() as progress:
+    costs = costs_of(model, progress)
+    reference_load = load_at_attainment(variant(base, "fcfs"), costs, 0.9, progress)
+    swept = sorted({float(load) for load in listed(loads)} | {reference_load})
+    reachable = reachable_loads(base, costs, names, 0.9, progress)
+    table, results = compare_schedulers(base, costs, names, swept, progress)
+print(report.caveat(costs))
+report.shown(table).style.format(precision=3).hide()
+
+# %%
+# NBVAL_CHECK_OUTPUT
+once = all(sorted(result.requests["number"]) == list(range(len(result.requests))) for result in results.values())
+print("every request was served once:", once)
+same = all(result.requests["output_tokens"].sum() == results[names[0], load].requests["output_tokens"].sum() for (_, load), result in results.items())
+print("all schedulers put out the same tokens:", same)
+
+# %%
+curve = report.service_figure(table, reference_load=reference_load)
+curve
+
+# %% [markdown]
+# ## Gained on FCFS
+#
+# At each rate: change of mean latency and of mean TTFT, goodput over that of FCFS. No scheduler can do better than `bound`: every request alone, all objectives met.
+
+# %%
+gained = gains(table)
+gained.style.format({"load": "{:.2f}", "latency_change": "{:+.1%}", "ttft_change": "{:+.1%}", "goodput_ratio": "{:.2f}", "attainment_share": "{:.1%}", "held_mass": "{:.1%}"}).hide()
+
+# %%
+tasks = results[names[-1], reference_load].tasks
+print(f"{names[-1]} at the reference load, by task")
+tasks.style.format(precision=3).hide()
+
+# %%
+bound = bounds(results["fcfs", reference_load], costs)
+print("bound at the reference load:", {name: round(value, 3) for name, value in bound.items()})
+closing = report.schedulers_beside_paper(gained[gained["load"] == reference_load], reference_load, reachable, bound)
+display(closing.style.hide())
+
+# %%
+params = as_params(base) | {"model": model, "variants": variants, "loads": loads}
+with tracking.run("scheduling", f"{model} {arrivals}", params=params, model_hash=costs.model_hash) as run:
+    run.log_metrics({"reference_load": reference_load} | {f"bound_{name}": value for name, value in bound.items()})
+    run.log_metrics({f"{row['variant']}_reachable_load": row["load"] for row in reachable.to_dict("records")})
+    for row in table[table["load"] == reference_load].to_dict("records"):
+        kept = ("latency_mean_s", "ttft_mean_s", "attainment_share", "goodput_per_s")
+        run.log_metrics({f"{row['variant']}_{name}": row[name] for name in kept})
+    for name, frame in {"services": table, "gains": gained, "reachable": reachable, "tasks": tasks, "beside_paper": closing}.items():
+        run.log_frame(name, frame)
+    run.log_figure("rates", curve)
+print("logged")
+
+# %% [markdown]
+# ## Measured
+#
+# 25 November 2026, simulated, 500 requests, Poisson, batch of 8, plans at admission, p = 40, seed 0. **The costs behind it were taken on a busy
+# machine** (other processes had 87% of it: a prompt of 200 tokens 3.8 s, a step 0.45 s alone and 1.41 s for eight) and are to be measured again alone, so read
+# this as what the schedulers do, not how long anything takes. At load 0.16 FCFS meets 90% of objectives.
+#
+# | load | scheduler | mean latency | P99 | objectives met | goodput against FCFS |
+# |---|---|---|---|---|---|
+# | 0.16 | FCFS | 35.3 s | 99 s | 90.4% | 1.00 |
+# | 0.16 | eMoE | 35.1 s | 91 s | 96.8% | 1.07 |
+# | 0.16 | eMoE, oracle lengths | 35.2 s | 90 s | 97.8% | 1.08 |
+# | 0.5 | FCFS | 59.8 s | 154 s | 36.0% | 1.00 |
+# | 0.5 | eMoE | 96.2 s | 427 s | 51.8% | 1.4 |
+# | 0.5 | eMoE, dE = 0 | 88.9 s | 422 s | 48.6% | 1.4 |
+# | 0.8 | FCFS | 106 s | 272 s | 10.6% | 1.00 |
+# | 0.8 | eMoE | 795 s | 2,237 s | 16.0% | 1.2 |
+#
+# * **No lower mean latency, unlike Fig. 12**: at the reference load it is 0.6% lower, and the aim (17% lower, or 1.3x goodput) is not met there. What Algorithm 1
+#   gains is kept objectives: 6 points more.
+# * Beyond saturation it holds requests back to protect those who run, batches stay small, throughput falls, and latency grows sevenfold at load 0.8. The
+#   paper does not say what happens there.
+# * EDF, shortest first and task-affine batching differ from FCFS by less than 1% until a queue forms: they choose among those who wait, and nobody
+#   does. What breaks objectives here is a whole prompt that runs while others decode.
