@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -195,7 +195,17 @@ class ControlLoop:
         for task in sorted({request.task for request in requests}):
             if task not in self._frequencies:
                 self._frequencies[task] = self.predictor.predict(task)
-        known = {task: shares for task, shares in self._frequencies.items() if shares is not None}
+        return self._plan(requests, {task: f for task, f in self._frequencies.items() if f is not None})
+
+    def wanted(self, task: str) -> Plan | None:
+        """Return the plan of a task alone by what is known of it now, or None where nothing is.
+
+        Neither the cached frequencies nor the residents change.
+        """
+        shares = None if self.predictor is None else self.predictor.predict(task)
+        return None if shares is None else self._plan([RunningRequest(task, 1)], {task: shares})
+
+    def _plan(self, requests: Sequence[RunningRequest], known: Mapping[str, np.ndarray]) -> Plan:
         profile = self.profile
         demand = expected_tokens(
             requests,

@@ -1,15 +1,18 @@
-"""Join a running Ray cluster (extra ``ray``)."""
+"""Join a running Ray cluster (extra ``ray``), whose nodes have the same code installed."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError, OptionError
 
 KNOCK_PATIENCE_S = 10.0
+PACKAGES = (Path(__file__).parent, Path(__file__).parents[1] / "emoe_core")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -54,3 +57,13 @@ def knock(address: str | None) -> None:
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_PATIENCE_S).close()
+
+
+def code_hash() -> str:
+    """Return a hash of the Python sources of both packages."""
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted(package.rglob("*.py")):
+            digest.update(str(file.relative_to(package)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -84,16 +84,20 @@ def make_app(backend: Backend, limits: ServerLimits, api_key: str | None) -> Fas
             return Response(status_code=499)
         wanted = understand(body, chat, served, limits)
         exchange = backend.begin(wanted)
+        streams = False
         try:
             # The first token decides the status, also of a stream.
             first = await _unless_gone(request, exchange.next())
             if wanted.stream:
+                streams = True
                 return _Stream(served, wanted, exchange, first)
             return JSONResponse(await _unless_gone(request, _whole(served, wanted, exchange, first)))
         except (ClientGoneError, asyncio.CancelledError):
-            exchange.close()
             # Nobody reads this.
             return Response(status_code=499)
+        finally:
+            if not streams:
+                exchange.close()
 
     return app
 
