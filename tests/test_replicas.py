@@ -7,20 +7,24 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
+from prometheus_client import Counter as Counted
 from prometheus_client.parser import text_string_to_metric_families
 from server_bench import LONG, PATIENCE_S
 from sweep_bench import wait_for
 
 import emoe_core
 from emoe_core.errors import ExperimentError, OptionError
+from emoe_core.options import EngineConfig
 from workbench.reference_model.tiny import tiny_moe
 from workbench.replicas.residency import Residency, look, missing_for
 
@@ -37,6 +41,8 @@ class ClusterService:
 
     def __init__(self, model: Path, address: str) -> None:
         options = ["--replicas", "2", "--ray-address", address, "--port", "0", "--budget", "3 slots", "--name", "tiny"]
+        # A better fit may have one request more.
+        options += ["--max-batch", "4", "--max-waiting", "2", "--slack", "0.25"]
         command = [sys.executable, "-m", "workbench.cli", "serve-cluster", str(model), *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
         assert self.process.stderr is not None
@@ -63,6 +69,9 @@ class ClusterService:
 
     def finished(self) -> dict[str, float]:
         return {name: one.value for name, one in self.samples("emoe_requests_total", result="finished").items()}
+
+    def busy(self) -> list[str]:
+        return [name for name, one in self.samples("emoe_running_requests").items() if one.value]
 
     def replica_of(self, task: str, **options: Any) -> str:
         """Return the replica that a request of a task goes to."""
@@ -122,6 +131,31 @@ def test_every_node_has_a_replica_and_all_are_ready(service: ClusterService) -> 
     assert [item.id for item in service.client.models.list()] == ["tiny"]
 
 
+def test_a_task_goes_to_the_replica_that_holds_its_experts(service: ClusterService) -> None:
+    body = {
+        "model": "tiny",
+        "prompt": PROMPTS["qa"],
+        "task": "qa",
+        "max_tokens": 16,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    # Side by side they go to different replicas, until each has predicted what its task wants.
+    for _ in range(EngineConfig().interval + 1):
+        with service.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            service.complete(PROMPTS["code"], max_tokens=1, extra_body={"task": "code"})
+            assert list(lines)[-2] == "data: [DONE]"
+
+    def settled() -> bool:
+        """Whether what the replicas hold has come to the router: each task keeps to its own."""
+        found = [service.replica_of(task) for task in ("qa", "code", "code", "qa")]
+        return found[0] == found[3] != found[1] == found[2]
+
+    assert wait_for(settled)
+
+
 def test_answers_are_those_of_offline_generation(service: ClusterService, engine: emoe_core.Engine) -> None:
     messages = [{"role": "user", "content": "Is the sky blue?"}]
     chat = service.client.chat.completions.create(model="tiny", messages=messages, max_tokens=20)
@@ -144,30 +178,25 @@ def test_what_cannot_be_served_is_refused_as_by_one_engine(service: ClusterServi
         service.complete("x", max_tokens=2000)
 
 
-def test_a_task_goes_to_the_replica_that_holds_its_experts(service: ClusterService) -> None:
-    # Side by side they go to different replicas, which then know one task each.
-    stream = iter(service.complete(PROMPTS["qa"], max_tokens=LONG, stream=True, extra_body={"task": "qa"}))
-    next(stream)
-    code = service.replica_of("code", max_tokens=16)
-    assert [chunk.choices[0].finish_reason for chunk in stream][-1]
-
-    def settled() -> bool:
-        """Whether what the replicas hold has come to the router: each task keeps to its own."""
-        found = [service.replica_of(task) for task in ("qa", "code", "code", "qa")]
-        return found[1] == found[2] == code != found[0] == found[3]
-
-    assert wait_for(settled)
+def test_when_all_replicas_are_full_clients_are_told_to_come_back(service: ClusterService) -> None:
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 100, "ignore_eos": True}
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: service.http.post("/v1/completions", json=body), range(16)))
+    statuses = Counter(answer.status_code for answer in answers)
+    assert statuses.keys() == {200, 429} and statuses[200] >= 12
+    assert {answer.json()["error"]["code"] for answer in answers if answer.status_code == 429} == {"queue_full"}
 
 
 def test_a_replica_that_is_killed_loses_its_running_requests_only(
     service: ClusterService, engine: emoe_core.Engine
 ) -> None:
     where = {name: int(one.labels["process"]) for name, one in service.samples("emoe_replica").items()}
-    doomed = service.replica_of("qa")
-    options = {"max_tokens": LONG, "stream": True, "extra_body": {"ignore_eos": True, "task": "qa"}}
-    lost = iter(service.complete(PROMPTS["qa"], **options))
+    options: dict[str, Any] = {"max_tokens": LONG, "stream": True}
+    lost = iter(service.complete(PROMPTS["qa"], **options, extra_body={"ignore_eos": True, "task": "qa"}))
     next(lost)
-    kept = iter(service.complete(PROMPTS["code"], **options))
+    (doomed,) = wait_for(service.busy)
+    # Of a task that nobody knows, hence to the less loaded.
+    kept = iter(service.complete(PROMPTS["code"], **options, extra_body={"ignore_eos": True, "task": "comparison"}))
     text = next(kept).choices[0].text
     os.kill(where[doomed], signal.SIGKILL)
     with pytest.raises(openai.APIError, match="the replica that ran this request ended") as told:
@@ -232,7 +261,7 @@ def test_metrics_of_replicas_stand_side_by_side() -> None:
     reports = []
     for name in ("a", "b"):
         registry = CollectorRegistry()
-        Counter("emoe_things", "Things.", ["kind"], registry=registry).labels("x").inc()
+        Counted("emoe_things", "Things.", ["kind"], registry=registry).labels("x").inc()
         reports.append(ReplicaMetrics(name, "host", 7, list(registry.collect())))
     where, things = together(reports)
     totals = [one.labels for one in things.samples if one.name == "emoe_things_total"]

@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from emoe_core.serving_records import Answer
 from workbench.replicas.replica import ReplicaMetrics
+from workbench.replicas.routing import TASK
 from workbench.server.limits import ApiError, shutting_down
 from workbench.server.protocol import Wanted
 from workbench.server.served_model import ServedModel
@@ -149,7 +150,8 @@ class ReplicaExchange:
 
     def _send(self) -> None:
         self._sendings += 1
-        self._events: Any = self._front.handle.options(stream=True).answer.remote(self._wanted)
+        stream = self._front.handle.options(stream=True)
+        self._events: Any = stream.answer.remote(self._wanted, **{TASK: self._wanted.task})
 
     def _failure(self, error: Exception) -> ApiError:
         if isinstance(error, BackPressureError):

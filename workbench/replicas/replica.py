@@ -97,15 +97,15 @@ class EngineReplica:
         )
         self._worker.start()
 
-    async def answer(self, wanted: Wanted) -> AsyncIterator[Event]:
-        """Yield a request's tokens, then its answer; or an error, which is the last."""
+    async def answer(self, wanted: Wanted, task: str) -> AsyncIterator[Event]:
+        """Yield a request's tokens, then its answer; or an error, which is the last. ``task`` is for the router."""
         exchange = None
         try:
             exchange = WorkerExchange(self._worker, wanted)
             while True:
                 event = await exchange.next()
                 if isinstance(event, Answer):
-                    self._served[wanted.task] += 1
+                    self._served[task] += 1
                 yield event
                 if isinstance(event, Answer):
                     return

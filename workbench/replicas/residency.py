@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from emoe_core.engine import Engine
+# Serve's controller unpickles residencies: it need not wait for torch.
+if TYPE_CHECKING:
+    from emoe_core.engine import Engine
 
 Replica = TypeVar("Replica", bound=Hashable)
 

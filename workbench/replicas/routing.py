@@ -15,10 +15,11 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from workbench.replicas.residency import Residency, missing_for
-from workbench.server.protocol import Wanted
 from workbench.serving.router import Router
 
 RESIDENCY = "residency"
+# Keyword of the call that a request is sent with.
+TASK = "task"
 # A client may go between the choice and the sending, of which Serve tells nothing: then the choice is forgotten.
 UNSENT_S = 30.0
 
@@ -44,7 +45,7 @@ class TaskRouter(RequestRouter):
         task = None
         if pending_request is not None:
             self._ended(pending_request.metadata.internal_request_id)
-            task = next((item.task for item in pending_request.args if isinstance(item, Wanted)), None)
+            task = pending_request.kwargs.get(TASK)
         chosen = self._router.choose(missing_for(task, reports))
         if pending_request is not None:
             # Counted at once: the next request may be routed before this one is sent.

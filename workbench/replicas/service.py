@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,8 @@ def running_replicas(
 
         application = f"emoe-{config.name}"
         tell(f"Starting {placement.replicas} replicas of {config.name}; the first start of a model writes its pack.")
-        quiet = {"log_level": "ERROR"}
+        quiet = {"log_level": "WARNING"}
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled", logging_config=quiet)
         try:
             with _told_why(application):
