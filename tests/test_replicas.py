@@ -21,10 +21,12 @@ from prometheus_client import Counter as Counted
 from prometheus_client.parser import text_string_to_metric_families
 from server_bench import LONG, PATIENCE_S
 from sweep_bench import wait_for
+from typer.testing import CliRunner
 
 import emoe_core
 from emoe_core.errors import ExperimentError, OptionError
 from emoe_core.options import EngineConfig
+from workbench.cli import app
 from workbench.reference_model.tiny import tiny_moe
 from workbench.replicas.residency import Residency, look, missing_for
 
@@ -178,6 +180,15 @@ def test_what_cannot_be_served_is_refused_as_by_one_engine(service: ClusterServi
         service.complete("x", max_tokens=2000)
 
 
+def test_a_client_that_goes_frees_its_place_at_the_replica(service: ClusterService) -> None:
+    stream = service.complete("Why?", max_tokens=LONG, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+    wait_for(lambda: not service.busy())
+    counts = [one.value for one in service.samples("emoe_requests_total", result="cancelled").values()]
+    assert sorted(counts) == [0, 1]
+
+
 def test_when_all_replicas_are_full_clients_are_told_to_come_back(service: ClusterService) -> None:
     body = {"model": "tiny", "prompt": "x", "max_tokens": 100, "ignore_eos": True}
     with ThreadPoolExecutor(16) as pool:
@@ -231,6 +242,22 @@ def test_a_cluster_without_room_is_refused(address: str) -> None:
         require_room(nodes, Placement(replicas=3, cpus=2))
     with pytest.raises(OptionError, match="unknown router"):
         Placement(router="best")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["missing"], "missing does not exist"),
+        (["MODEL", "--budget", "1KB"], "short"),
+        (["MODEL", "--router", "best"], "unknown router 'best'"),
+        (["MODEL", "--host", "0.0.0.0"], "give a key"),
+        (["MODEL", "--ray-address", "127.0.0.1:1"], "ray start --head"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_replica_starts(model: Path, options: list[str], message: str) -> None:
+    arguments = [str(model) if option == "MODEL" else option for option in options]
+    result = CliRunner().invoke(app, ["serve-cluster", *arguments])
+    assert result.exit_code and message in str(result.exception)
 
 
 def test_other_code_on_a_node_is_refused(model: Path) -> None:

@@ -86,6 +86,8 @@ def serve_cluster(
     api_key = read_key(api_key_file)
     require_safe_host(host, api_key)
 
+    from emoe_core.budget import plan_slots
+    from emoe_core.checkpoint import open_checkpoint
     from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler
     from workbench.models import resolve_model
     from workbench.ray_connection import code_hash
@@ -100,16 +102,19 @@ def serve_cluster(
     if Path(checkpoint).is_dir():
         checkpoint = Path(checkpoint).absolute()
     costs = None if scheduler in COSTLESS else stored_costs(checkpoint)
+    memory = memory_options(checkpoint, budget, max_quality_loss)
     # Refused here rather than on every node.
     make_scheduler(scheduler, costs)
     BatchLimits(max_batch, kv_tokens)
+    index = open_checkpoint(checkpoint, dtype).with_expert_dtype(expert_dtype)
+    plan_slots(index, memory["budget"] or "100%")
     called = name or Path(model).name
     engine = {
         "tolerance": tolerance,
         "device": "cpu" if device == "auto" and not gpus else device,
         "dtype": dtype,
         "expert_dtype": expert_dtype,
-        **memory_options(checkpoint, budget, max_quality_loss),
+        **memory,
     }
     config = ReplicaConfig(str(checkpoint), called, engine, scheduler, costs, limits, kv_tokens, code_hash())
     console = Console(stderr=True, highlight=False)

@@ -14,7 +14,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ObjectLostError, RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
@@ -124,7 +124,7 @@ class ReplicaExchange:
         while True:
             try:
                 event = await anext(self._events)
-            except RayActorError as error:
+            except (RayActorError, ObjectLostError) as error:
                 logger.warning("a replica ended: %s", str(error).splitlines()[0])
                 if self._begun or self._sendings >= SENDINGS:
                     self._front.lost.inc()
