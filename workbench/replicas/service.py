@@ -168,6 +168,6 @@ def _told_why(application: str) -> Iterator[None]:
         said = [one.message for one in state.deployments.values()] if state else []
         lines = [line.strip() for line in "\n".join([str(error), *said]).splitlines() if line.strip()]
         raise ExperimentError(
-            f"the replicas did not start: {lines[-1].rstrip('.') if lines else error}. Every node needs the model at the "
-            "same path and the same installation; what a replica printed is in Ray's logs on its node."
+            f"the replicas did not start: {lines[-1].rstrip('.') if lines else error}. Every node needs the model at "
+            "the same path and the same installation; what a replica printed is in Ray's logs on its node."
         ) from error
