@@ -198,29 +198,35 @@ def test_when_all_replicas_are_full_clients_are_told_to_come_back(service: Clust
     assert {answer.json()["error"]["code"] for answer in answers if answer.status_code == 429} == {"queue_full"}
 
 
-def test_a_replica_that_is_killed_loses_its_running_requests_only(
-    service: ClusterService, engine: emoe_core.Engine
-) -> None:
+def test_a_replica_that_is_killed_loses_its_running_requests_only(service: ClusterService) -> None:
     where = {name: int(one.labels["process"]) for name, one in service.samples("emoe_replica").items()}
-    options: dict[str, Any] = {"max_tokens": LONG, "stream": True}
-    lost = iter(service.complete(PROMPTS["qa"], **options, extra_body={"ignore_eos": True, "task": "qa"}))
-    next(lost)
-    (doomed,) = wait_for(service.busy)
-    # Of a task that nobody knows, hence to the less loaded.
-    kept = iter(service.complete(PROMPTS["code"], **options, extra_body={"ignore_eos": True, "task": "comparison"}))
-    text = next(kept).choices[0].text
-    os.kill(where[doomed], signal.SIGKILL)
-    with pytest.raises(openai.APIError, match="the replica that ran this request ended") as told:
-        list(lost)
-    assert told.value.code == "replica_lost"
-    text += "".join(chunk.choices[0].text for chunk in kept)
-    assert service.complete(PROMPTS["qa"]).choices
-    assert service.samples("emoe_requests_lost_total")[""].value == 1
-    (expected,) = engine.generate([PROMPTS["code"]], max_new_tokens=40, chat=False)
-    assert text.startswith(expected.text.rstrip("\ufffd")) and len(text) > len(expected.text)
+    # Of a task that nobody knows, hence in turn: four fill each replica, and one waits there.
+    own = {"task": "comparison", "ignore_eos": True}
+    streams = [iter(service.complete("Why?", max_tokens=LONG, stream=True, extra_body=own)) for _ in range(8)]
+    for stream in streams:
+        next(stream)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(service.complete, "How?", extra_body=own) for _ in range(2)]
+        wait_for(lambda: [one.value for one in service.samples("emoe_queue_length").values()] == [1, 1])
+        doomed = min(where)
+        os.kill(where[doomed], signal.SIGKILL)
+        ends = Counter(end_of(stream) for stream in streams)
+        answers = [request.result().choices[0].text for request in waiting]
+    assert ends == {"length": 4, "replica_lost": 4} and all(answers)
+    assert service.samples("emoe_requests_lost_total")[""].value == 4
+    assert service.samples("emoe_requests_resent_total")[""].value == 1
     # Serve starts another in its place.
     wait_for(lambda: service.http.get("/readyz").json()["replicas"] == 2)
     assert doomed not in service.samples("emoe_replica")
+
+
+def end_of(stream: Iterator[Any]) -> str | None:
+    """Return how a streamed answer ended: its reason, or the code of its error."""
+    try:
+        return [chunk.choices[0].finish_reason for chunk in stream][-1]
+    except openai.APIError as error:
+        assert "the replica that ran this request ended" in str(error)
+        return str(error.code)
 
 
 def test_sigterm_lets_running_requests_finish_and_ends_the_replicas(service: ClusterService) -> None:
@@ -250,6 +256,7 @@ def test_a_cluster_without_room_is_refused(address: str) -> None:
         (["missing"], "missing does not exist"),
         (["MODEL", "--budget", "1KB"], "short"),
         (["MODEL", "--router", "best"], "unknown router 'best'"),
+        (["MODEL", "--device", "cuda"], "--gpus 1"),
         (["MODEL", "--host", "0.0.0.0"], "give a key"),
         (["MODEL", "--ray-address", "127.0.0.1:1"], "ray start --head"),
     ],

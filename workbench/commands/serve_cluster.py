@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from emoe_core.errors import OptionError
 from workbench.commands.checkpoints import (
     BudgetOption,
     ExpertDtypeOption,
@@ -98,6 +99,8 @@ def serve_cluster(
     from workbench.serving.measure import stored_costs
 
     placement = Placement(replicas, router, slack, cpus, gpus)
+    if device.startswith("cuda") and not gpus:
+        raise OptionError(f"--device {device} with --gpus 0 would put all replicas of a node on one GPU: give --gpus 1")
     checkpoint = resolve_model(model)
     if Path(checkpoint).is_dir():
         checkpoint = Path(checkpoint).absolute()
