@@ -6,7 +6,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: run test lab pair ui clean
+.PHONY: run test load lab pair ui clean
 .DEFAULT_GOAL = run
 
 run: $(READY)
@@ -25,6 +25,12 @@ ifneq ($(NOTEBOOKS),)
 	$(BIN)/python -m pytest -p no:xdist -p no:cacheprovider --nbval-lax --nbval-cell-timeout=120 $(NOTEBOOKS)
 endif
 
+# guidellm wants other versions than constraints.txt has, so it gets an environment of its own.
+load: $(READY)
+	test -x .load/bin/guidellm || { $(PYTHON) -m venv .load && \
+	  .load/bin/pip install --quiet guidellm==0.8.1 $$(grep ^torch== constraints.txt); }
+	PATH=$(CURDIR)/.load/bin:$$PATH $(BIN)/python -m pytest -p no:xdist tests/test_load_generator.py
+
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
 
@@ -37,7 +43,7 @@ ui: $(READY)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db
 
 clean:
-	rm -rf .venv build dist reports .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .load build dist reports .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	@echo "Kept: mlruns (your runs) and the cache of built models (see 'emoe cache')."
 
 $(READY): pyproject.toml constraints.txt

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -213,7 +213,17 @@ class ControlLoop:
         assert self.predictor is not None, "on demand there is no plan"
         for task in sorted({request.task for request in requests}):
             self._predict(task)
-        known = {task: shares for task, shares in self._frequencies.items() if shares is not None}
+        return self._plan(requests, {task: f for task, f in self._frequencies.items() if f is not None})
+
+    def wanted(self, task: str) -> Plan | None:
+        """Return the plan of a task alone by what is known of it now, or None where nothing is.
+
+        Neither the cached frequencies nor the residents change.
+        """
+        shares = None if self.predictor is None else self.predictor.predict(task)
+        return None if shares is None else self._plan([RunningRequest(task, 1)], {task: shares})
+
+    def _plan(self, requests: Sequence[RunningRequest], known: Mapping[str, np.ndarray]) -> Plan:
         profile = self.profile
         demand = expected_tokens(
             requests,

@@ -55,6 +55,7 @@ class _Asked:
     tolerance: float | None
     sampling: Sampling | None
     ends: Callable[[int], bool] | None
+    to_limit: bool
 
 
 class ServingLoop:
@@ -140,6 +141,7 @@ class ServingLoop:
         arrival_s: float | None = None,
         sampling: Sampling | None = None,
         ends: Callable[[int], bool] | None = None,
+        to_limit: bool = False,
     ) -> int:
         """Take a request; return its number.
 
@@ -159,6 +161,8 @@ class ServingLoop:
             How tokens are drawn; greedy if not given.
         ends : callable, optional
             Told each token; returns whether the answer ends with it.
+        to_limit : bool
+            Go on past the loop's stop tokens, to ``max_new_tokens``.
 
         Raises
         ------
@@ -181,7 +185,7 @@ class ServingLoop:
         )
         self._limits.require_fit(request)
         self._submitted += 1
-        self._asked[request.number] = _Asked(tuple(prompt_ids), tolerance, sampling, ends)
+        self._asked[request.number] = _Asked(tuple(prompt_ids), tolerance, sampling, ends, to_limit)
         self._queue.add(request)
         return request.number
 
@@ -299,8 +303,9 @@ class ServingLoop:
     def _put_out(self, row: Row, token: int) -> None:
         row.tokens.append(token)
         row.request.generated += 1
-        ends = self._asked[row.request.number].ends
-        row.stopped = token in self._stops or (ends is not None and ends(token))
+        asked = self._asked[row.request.number]
+        at_end = token in self._stops and not asked.to_limit
+        row.stopped = at_end or (asked.ends is not None and asked.ends(token))
         if self._on_token is not None:
             self._on_token(row.request.number, token)
 

@@ -226,6 +226,15 @@ def test_the_budget_is_what_the_limit_leaves(checkpoint: Path) -> None:
     assert 0 < RESERVE_SHARE < 0.1
 
 
+def test_a_limit_that_no_process_could_keep_is_refused_before_anything_is_prepared(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    plan = BenchPlan(str(checkpoint), limit="300KB", systems=("emoe",))
+    with pytest.raises(BudgetError, match=r"dense weights take .* one slot a layer .* Give more than 0\.01GB"):
+        preparation.prepare(plan, tmp_path, None, lambda *stage: pytest.fail(f"began: {stage}"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_smallest_limit_that_the_message_names_works(checkpoint: Path) -> None:
     index = open_checkpoint(checkpoint)
     with pytest.raises(BudgetError) as refused:

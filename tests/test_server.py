@@ -82,9 +82,22 @@ def sampled(service: Service, prompt: str, tokens: int, *, temperature: float, t
     torch.manual_seed(seed)
     output = model.generate(  # type: ignore[operator]
         ids, do_sample=True, temperature=temperature, top_p=top_p, top_k=0, max_new_tokens=tokens,
-        eos_token_id=sorted(service.server.worker.ends), pad_token_id=0,
+        eos_token_id=sorted(service.server.worker.served.ends), pad_token_id=0,
     )  # fmt: skip
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_an_answer_goes_on_past_its_end_where_a_load_generator_asks_for_it(service: Service) -> None:
+    loop = service.server.worker._loop
+    whole = service.complete(max_tokens=40)
+    token = service.engine.tokenizer(whole.choices[0].text)["input_ids"][5]  # type: ignore[misc]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_stops", frozenset({token}))
+        ended = service.complete(max_tokens=40)
+        on = service.complete(max_tokens=40, extra_body={"ignore_eos": True})
+    assert ended.usage is not None and ended.usage.completion_tokens < 40 and ended.choices[0].finish_reason == "stop"
+    assert on.usage is not None and on.usage.completion_tokens == 40 and on.choices[0].finish_reason == "length"
+    assert on.choices[0].text == whole.choices[0].text
 
 
 def test_a_stop_string_ends_an_answer_before_it_and_frees_the_place(service: Service) -> None:
@@ -116,7 +129,7 @@ def test_a_text_in_pieces_is_stopped_where_it_would_be_whole(pieces: list[str], 
 
 def test_the_model_is_listed(service: Service) -> None:
     assert [item.id for item in service.client.models.list()] == ["tiny"]
-    assert service.http.get("/healthz").status_code == service.http.get("/readyz").status_code == 200
+    assert all(service.http.get(path).status_code == 200 for path in ("/healthz", "/health", "/readyz"))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +148,7 @@ def test_the_model_is_listed(service: Service) -> None:
         ({"model": "tiny", "prompt": "x", "stop": ["a", "b", "c", "d", "e"]}, 400, "at most 4"),
         ({"model": "tiny", "prompt": "x", "n": 2}, 400, "one answer"),
         ({"model": "tiny", "prompt": "x", "best_of": 3}, 400, "one answer"),
+        ({"model": "tiny", "prompt": "x", "top_k": 40}, 400, "top_k"),
         ({"model": "tiny", "prompt": "x", "tolerance": 1.5}, 400, "tolerance"),
         ({"model": "tiny", "prompt": "x", "task": "poetry"}, 400, "task types"),
         ({"model": "tiny", "prompt": "x", "slo": {"ttft": 0}}, 400, "slo.ttft"),

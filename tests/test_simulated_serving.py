@@ -16,9 +16,10 @@ from emoe_core.errors import OptionError
 from emoe_core.planner import RunningRequest, expected_tokens, make_plan
 from emoe_core.scheduler import SCHEDULERS, BatchLimits, Objective, RequestTooLargeError, make_scheduler
 from workbench.serving.arrivals import Arrival
-from workbench.serving.cluster import ROUTERS, Cluster
+from workbench.serving.cluster import Cluster
 from workbench.serving.experiment import ServingConfig, capacity_per_s, objectives, simulate_serving
 from workbench.serving.residents import Residents
+from workbench.serving.router import ROUTERS, Router
 from workbench.serving.service_metrics import request_table, service_metrics
 from workbench.serving.simulated_engine import Served, SimulatedEngine
 
@@ -302,6 +303,28 @@ class TestRouters:
     def test_affinity_does_not_pile_a_task_up_at_one_replica(self) -> None:
         found = self.replicas_of("affinity", ["qa"] * 12, slack=0.5)
         assert abs(found.count(0) - found.count(1)) <= 3
+
+    @pytest.mark.parametrize("kind", ROUTERS)
+    def test_a_full_replica_is_passed_over_while_another_has_room(self, kind: str) -> None:
+        router: Router[str] = Router(kind, slack=9.0, batch=4, most=2)
+        router.seat("ab")
+        chosen = []
+        for _ in range(4):
+            chosen.append(router.choose({"a": 0, "b": 5}.__getitem__))
+            router.count(chosen[-1], 1)
+        assert chosen.count("a") == chosen.count("b") == 2
+        assert router.choose({"a": 0, "b": 5}.__getitem__) in "ab"
+
+    @pytest.mark.parametrize("kind", ROUTERS)
+    def test_a_replica_that_goes_is_forgotten_and_the_others_keep_their_requests(self, kind: str) -> None:
+        router: Router[str] = Router(kind)
+        router.seat("ab")
+        router.count("a", 1)
+        router.seat("ac")
+        router.count("b", -1)
+        assert [router.choose(lambda replica: 0) for _ in range(3)].count("b") == 0
+        if kind != "round_robin":
+            assert router.choose(lambda replica: 0) == "c"
 
 
 class TestConfiguration:

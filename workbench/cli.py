@@ -26,6 +26,7 @@ from workbench.commands import (
     material,
     predictors,
     serve,
+    serve_cluster,
     serving,
     simulate,
     soak,
@@ -76,6 +77,7 @@ app.command("profile")(material.profile)
 app.add_typer(predictors.predictor_app, name="predictor")
 app.command("simulate")(simulate.simulate)
 app.command("serve")(serve.serve)
+app.command("serve-cluster")(serve_cluster.serve_cluster)
 app.command("costs")(serving.costs)
 app.command("simulate-serving")(serving.simulate_serving)
 app.command("soak")(soak.soak)

@@ -69,6 +69,26 @@ def limit_budget(index: CheckpointIndex, limit_bytes: int, control_bytes: int, m
     )
 
 
+def require_possible(index: CheckpointIndex, limit_bytes: int, max_tokens: int) -> None:
+    """Refuse at once, from the checkpoint's index alone, a limit that no process could keep.
+
+    Raises
+    ------
+    BudgetError
+        When dense weights, activations and one slot a layer exceed it, with nothing for the process itself.
+    """
+    least = plan_slots(index, "1 slot")
+    terms = memory_breakdown(index, least, max_tokens)
+    other = terms.kv_bytes + terms.workspace_bytes + terms.logits_bytes
+    needed = terms.dense_bytes + other + least.slot_bytes
+    if limit_bytes < needed:
+        raise BudgetError(
+            f"a limit of {limit_bytes:,} bytes is too small for any process: dense weights take {terms.dense_bytes:,}, "
+            f"activations {other:,} and one slot a layer {least.slot_bytes:,}. Give more than "
+            f"{-(-needed // 10**7) / 100:.2f}GB, since the process itself takes some hundred megabytes beside that."
+        )
+
+
 def control_bytes(spec: dict[str, Any], limit_bytes: int, controller: Controller) -> int:
     """Measure the control process; ``spec`` is that of an emoe system, its model is replaced by a tiny one.
 

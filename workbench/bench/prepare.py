@@ -23,7 +23,7 @@ from workbench.baselines.llama_cpp import EXTRA, is_installed
 from workbench.baselines.systems import System
 from workbench.bench.bandwidth import Bandwidths, measure_bandwidths
 from workbench.bench.forced_tokens import ForcedTokens, forced_tokens
-from workbench.bench.limit_budget import control_bytes, limit_budget
+from workbench.bench.limit_budget import control_bytes, limit_budget, require_possible
 from workbench.bench.plan import PREPARED_FILE, BenchPlan
 from workbench.bench.routing_pass import RoutingPass, routing_pass
 from workbench.control_groups import Controller
@@ -113,6 +113,8 @@ def prepare(plan: BenchPlan, folder: Path, controller: Controller | None, report
     systems = plan.found_systems()
     require_llama(systems)
     index = open_checkpoint(resolve_model(plan.model), plan.dtype)
+    if plan.limit_bytes is not None and plan.budget is None:
+        require_possible(index, plan.limit_bytes, plan.max_tokens)
     pack = ensure_pack(index, cache_dir() / "packs", lambda done, total: report("expert pack", done, total))
     gguf = None
     if any(system.adapter == "llama.cpp" for system in systems):

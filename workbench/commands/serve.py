@@ -23,30 +23,46 @@ from workbench.extras import require_extra
 KEY_VARIABLE = "EMOE_API_KEY"
 
 
+ToleranceOption = Annotated[float, typer.Option(help="Where a request brings none: 0 is exact.")]
+HostOption = Annotated[str, typer.Option(help="Address to listen on; another than loopback needs a key.")]
+PortOption = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
+KeyOption = Annotated[
+    Path | None, typer.Option(help=f"File with the key that clients must send; or set {KEY_VARIABLE}.")
+]
+NameOption = Annotated[str | None, typer.Option(help="Model name for clients; MODEL's last part if missing.")]
+SchedulerOption = Annotated[str, typer.Option(help="fcfs, edf, affine; by costs: shortest, emoe, emoe_no_loading.")]
+BatchOption = Annotated[int, typer.Option(help="Requests that run at once in an engine.")]
+WaitingOption = Annotated[int, typer.Option(help="Requests that may wait beside them; more get 429.")]
+KvOption = Annotated[int, typer.Option(help="Tokens of KV cache, prompts and answers of all that run in an engine.")]
+PromptOption = Annotated[int, typer.Option(help="Longest prompt.")]
+OutputOption = Annotated[int, typer.Option(help="Longest answer.")]
+DefaultOutputOption = Annotated[int, typer.Option(help="Longest answer where a request does not say.")]
+BodyOption = Annotated[int, typer.Option(help="Largest request body.")]
+DrainOption = Annotated[float, typer.Option(help="Seconds that running requests may take after SIGTERM.")]
+DeviceOption = Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.")]
+DtypeOption = Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")]
+
+
 def serve(
     model: ModelArgument,
     budget: BudgetOption = None,
     max_quality_loss: QualityOption = None,
-    tolerance: Annotated[float, typer.Option(help="Where a request brings none: 0 is exact.")] = 0.0,
-    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help=f"File with the key that clients must send; or set {KEY_VARIABLE}.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Model name for clients; MODEL's last part if missing.")] = None,
-    scheduler: Annotated[str, typer.Option(help="fcfs, edf, affine; by costs: shortest, emoe, emoe_no_loading.")] = (
-        "fcfs"
-    ),
-    max_batch: Annotated[int, typer.Option(help="Requests that run at once.")] = 4,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait beside them; more get 429.")] = 64,
-    kv_tokens: Annotated[int, typer.Option(help="Tokens of KV cache, prompts and answers of all that run.")] = 16384,
-    max_prompt_tokens: Annotated[int, typer.Option(help="Longest prompt.")] = 4096,
-    max_output_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
-    default_output_tokens: Annotated[int, typer.Option(help="Longest answer where a request does not say.")] = 128,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 1_000_000,
-    drain_s: Annotated[float, typer.Option(help="Seconds that running requests may take after SIGTERM.")] = 30.0,
-    device: Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
+    tolerance: ToleranceOption = 0.0,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    api_key_file: KeyOption = None,
+    name: NameOption = None,
+    scheduler: SchedulerOption = "fcfs",
+    max_batch: BatchOption = 4,
+    max_waiting: WaitingOption = 64,
+    kv_tokens: KvOption = 16384,
+    max_prompt_tokens: PromptOption = 4096,
+    max_output_tokens: OutputOption = 1024,
+    default_output_tokens: DefaultOutputOption = 128,
+    max_body_bytes: BodyOption = 1_000_000,
+    drain_s: DrainOption = 30.0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     expert_dtype: ExpertDtypeOption = "auto",
 ) -> None:
     """Serve a model to OpenAI clients: /v1/completions and /v1/chat/completions, metrics at /metrics."""

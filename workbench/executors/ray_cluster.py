@@ -10,27 +10,24 @@ Nodes that do not share this machine's disk write to an MLflow server (``MLFLOW_
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emoe_core.errors import ExperimentError, OptionError
+from emoe_core.errors import ExperimentError
 from workbench.executors.protocol import Ending, Job, Kind
-from workbench.executors.ray_task import Parcel, carry_out, code_hash
+from workbench.executors.ray_task import Parcel, carry_out
+from workbench.ray_connection import code_hash, connect
 from workbench.store import HOME_VARIABLE, SERVER_VARIABLE, project_root, server_uri
 from workbench.sweep_schema import Needs
 
 POLL_S = 0.2
-KNOCK_PATIENCE_S = 10.0
 NODE_PATIENCE_S = 120.0  # for nodes to come (back) before a sweep gives up
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class RayExecutor:
         tell: Callable[[str], object] = print,
         patience_s: float = NODE_PATIENCE_S,
     ) -> None:
-        self._ray = connect(address)
+        self._ray = connect(address, "--executor ray")
         self._scratch, self._most, self._tell, self._patience_s = scratch, most, tell, patience_s
         self._tasks: dict[str, Task] = {}
         self._place: Node | None = None
@@ -220,42 +217,6 @@ class RayExecutor:
         for name, content in contents.items():
             (folder / name).write_bytes(content)
         return Ending(run_id, files=tuple(folder / name for name in contents), **outcome)
-
-
-def connect(address: str | None) -> Any:
-    """Join a running Ray cluster and return the module.
-
-    Raises
-    ------
-    OptionError
-        When Ray is not installed.
-    ExperimentError
-        When no cluster answers.
-    """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-        import ray.util.scheduling_strategies
-    except ImportError:
-        raise OptionError("--executor ray needs Ray: pip install -c constraints.txt -e '.[ray]'") from None
-    try:
-        knock(address)
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        where = address or "this machine"
-        raise ExperimentError(
-            f"no Ray cluster answers at {where}: {str(error).strip().splitlines()[0]} Start one with "
-            "`ray start --head`, or name its address (--ray-address HOST:PORT)."
-        ) from None
-    return ray
-
-
-def knock(address: str | None) -> None:
-    """Raise `OSError` when nothing listens at an address ``HOST:PORT``; Ray itself would try for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_PATIENCE_S).close()
 
 
 def shared_environment(nodes: list[Node], here: str) -> dict[str, str]:

@@ -7,7 +7,6 @@ notebook and the output of the process come back as bytes. Threads and GPUs are 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.executors.notebook_process import execute_text
-
-PACKAGES = (Path(__file__).parents[1], Path(__file__).parents[2] / "emoe_core")
+from workbench.ray_connection import code_hash
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,3 @@ def carry_out(parcel: Parcel) -> dict[str, Any]:
         )
         contents = {file.name: file.read_bytes() for file in ending.files}
         return {k: v for k, v in asdict(ending).items() if k in ("ok", "error", "traceback")} | {"contents": contents}
-
-
-def code_hash() -> str:
-    """Return a hash of the Python sources of both packages."""
-    digest = hashlib.sha256()
-    for package in PACKAGES:
-        for file in sorted(package.rglob("*.py")):
-            digest.update(str(file.relative_to(package)).encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()

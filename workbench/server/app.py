@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import json
 from collections.abc import AsyncIterator
@@ -15,26 +14,25 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from emoe_core.engine import Engine
 from emoe_core.serving_records import Answer
 from emoe_core.text_stream import TextStream
+from workbench.server.backend import Backend, Exchange
 from workbench.server.limits import ApiError, ServerLimits
-from workbench.server.metrics import ServerMetrics
 from workbench.server.protocol import Wanted, understand
+from workbench.server.served_model import ServedModel
 from workbench.server.stop_strings import StopStrings
-from workbench.server.worker import Event, Job, Worker
 
-OPEN_PATHS = ("/healthz", "/readyz")
+# Without a key. Load generators and proxies made for vLLM look for /health.
+OPEN_PATHS = ("/healthz", "/health", "/readyz")
 
 
 class ClientGoneError(Exception):
     """The client closed its connection before the answer was there."""
 
 
-def make_app(
-    engine: Engine, worker: Worker, metrics: ServerMetrics, limits: ServerLimits, model: str, api_key: str | None
-) -> FastAPI:
-    """Return the application; ``model`` is the name that clients ask for."""
+def make_app(backend: Backend, limits: ServerLimits, api_key: str | None) -> FastAPI:
+    """Return the application."""
+    served = backend.served
 
     async def check_key(request: Request) -> None:
         if api_key is not None and request.url.path not in OPEN_PATHS:
@@ -53,20 +51,23 @@ def make_app(
         return _refusal(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
 
     @app.get("/healthz")
+    @app.get("/health")
     async def health() -> Response:
-        return JSONResponse({"alive": worker.alive}, 200 if worker.alive else 503)
+        state = await backend.alive()
+        return JSONResponse(state, 200 if state["alive"] else 503)
 
     @app.get("/readyz")
     async def ready() -> Response:
-        return JSONResponse({"ready": worker.ready}, 200 if worker.ready else 503)
+        state = await backend.ready()
+        return JSONResponse(state, 200 if state["ready"] else 503)
 
     @app.get("/metrics")
     async def read_metrics() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await backend.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": model, "object": "model", "created": 0, "owned_by": "emoe"}]}
+        return {"object": "list", "data": [{"id": served.name, "object": "model", "created": 0, "owned_by": "emoe"}]}
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
@@ -81,102 +82,67 @@ def make_app(
             body = await _body(request, limits)
         except ClientGoneError:
             return Response(status_code=499)
-        wanted = understand(body, chat, engine, model, limits)
-        exchange = Exchange(worker, wanted)
+        wanted = understand(body, chat, served, limits)
+        exchange = backend.begin(wanted)
+        streams = False
         try:
             # The first token decides the status, also of a stream.
             first = await _unless_gone(request, exchange.next())
             if wanted.stream:
-                return _Stream(engine, exchange, first)
-            return JSONResponse(await _unless_gone(request, _whole(engine, exchange, first)))
+                streams = True
+                return _Stream(served, wanted, exchange, first)
+            return JSONResponse(await _unless_gone(request, _whole(served, wanted, exchange, first)))
         except (ClientGoneError, asyncio.CancelledError):
-            exchange.close()
             # Nobody reads this.
             return Response(status_code=499)
+        finally:
+            if not streams:
+                exchange.close()
 
     return app
 
 
-class Exchange:
-    """One request between the event loop and the worker's thread; made on the event loop."""
-
-    def __init__(self, worker: Worker, wanted: Wanted) -> None:
-        loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-
-        def deliver(event: Event) -> None:
-            # After the event loop nobody is there to hear it.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        self.wanted = wanted
-        self.ends = worker.ends
-        self.answer: Answer | None = None
-        self._worker = worker
-        self._job = Job(
-            wanted.prompt_ids,
-            wanted.task,
-            wanted.max_new_tokens,
-            wanted.objective,
-            wanted.tolerance,
-            deliver,
-            wanted.sampling,
-            wanted.stop,
-        )
-        worker.submit(self._job)
-
-    async def next(self) -> int | Answer:
-        """Return the next token, at last the answer; raises what the request failed of."""
-        event = await self._events.get()
-        if isinstance(event, ApiError):
-            raise event
-        return event
-
-    def close(self) -> None:
-        """Give the place back."""
-        self._worker.cancel(self._job)
+async def _whole(served: ServedModel, wanted: Wanted, exchange: Exchange, event: int | Answer) -> dict[str, Any]:
+    *pieces, answer = [part async for part in _parts(served, wanted, exchange, event)]
+    assert isinstance(answer, Answer)
+    return wanted.whole("".join(str(piece) for piece in pieces), _reason(answer), len(answer.token_ids))
 
 
-async def _whole(engine: Engine, exchange: Exchange, event: int | Answer) -> dict[str, Any]:
-    text = [piece async for piece in _texts(engine, exchange, event)]
-    answer = exchange.answer
-    assert answer is not None
-    return exchange.wanted.whole("".join(text), _reason(answer), len(answer.token_ids))
-
-
-async def _chunks(engine: Engine, exchange: Exchange, event: int | Answer) -> AsyncIterator[str]:
-    wanted = exchange.wanted
+async def _chunks(served: ServedModel, wanted: Wanted, exchange: Exchange, event: int | Answer) -> AsyncIterator[str]:
     try:
-        async for text in _texts(engine, exchange, event):
-            yield _sse(wanted.piece(text))
-        answer = exchange.answer
-        assert answer is not None
-        yield _sse(wanted.piece("", _reason(answer)))
-        if wanted.include_usage:
-            yield _sse(wanted.last(len(answer.token_ids)))
+        async for part in _parts(served, wanted, exchange, event):
+            if isinstance(part, str):
+                yield _sse(wanted.piece(part))
+                continue
+            yield _sse(wanted.piece("", _reason(part)))
+            if wanted.include_usage:
+                yield _sse(wanted.last(len(part.token_ids)))
         yield "data: [DONE]\n\n"
     except ApiError as error:
         # The status is sent already: the error comes as an event, as OpenAI's clients expect.
         yield _sse(error.body())
 
 
-async def _texts(engine: Engine, exchange: Exchange, event: int | Answer) -> AsyncIterator[str]:
-    """Yield the text of an answer as it comes, up to a stop string; at last ``exchange.answer`` is there."""
-    assert engine.tokenizer is not None
-    stream, stops = TextStream(engine.tokenizer, exchange.ends), StopStrings(exchange.wanted.stop)
+async def _parts(
+    served: ServedModel, wanted: Wanted, exchange: Exchange, event: int | Answer
+) -> AsyncIterator[str | Answer]:
+    """Yield the text of an answer as it comes, up to a stop string; at last the answer."""
+    stream = TextStream(served.tokenizer, () if wanted.to_limit else served.ends)
+    stops = StopStrings(wanted.stop)
     while not isinstance(event, Answer):
         if text := stops.push(stream.push(event)):
             yield text
         event = await exchange.next()
     if text := stops.push(stream.finish()) + stops.finish():
         yield text
-    exchange.answer = event
+    yield event
 
 
 class _Stream(StreamingResponse):
     """A streamed answer that gives its place back when the client goes, even before the first chunk was asked for."""
 
-    def __init__(self, engine: Engine, exchange: Exchange, first: int | Answer) -> None:
-        super().__init__(_chunks(engine, exchange, first), media_type="text/event-stream")
+    def __init__(self, served: ServedModel, wanted: Wanted, exchange: Exchange, first: int | Answer) -> None:
+        super().__init__(_chunks(served, wanted, exchange, first), media_type="text/event-stream")
         self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -63,6 +63,9 @@ class ApiError(EmoeError):
         self.code = code
         self.param = param
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ApiError, (self.status, str(self), self.kind, self.code, self.param)
+
     def body(self) -> dict[str, Any]:
         """Return OpenAI's error object."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}

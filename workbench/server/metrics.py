@@ -1,4 +1,4 @@
-"""What Prometheus reads: experts, queue, latencies, objectives met. A registry of its own for each server.
+"""What Prometheus reads: experts, queue, latencies, objectives met. A registry of its own for each engine.
 
 A request has an objective when its ``slo`` promised something; it is met when both its time to first token (from
 arrival) and its mean time per further token stay within it. Cancelled and failed requests are counted apart.
@@ -22,7 +22,7 @@ TPOT_BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
 
 class ServerMetrics(Collector):
-    """Counters of one server; `publish`, `answered` and `ended` are called by its worker."""
+    """Counters of one engine's service; `publish`, `answered` and `ended` are called by its worker."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -67,6 +67,10 @@ class ServerMetrics(Collector):
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def families(self) -> list[Metric]:
+        """Return everything as it can be sent to another process."""
+        return list(self._registry.collect())
 
     def collect(self) -> Iterator[Metric]:
         """Yield what the engine counts; called by the registry."""

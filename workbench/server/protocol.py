@@ -4,7 +4,8 @@ Greedy where ``temperature`` is missing, unlike OpenAI's; with one, tokens are d
 (itself drawn where it is missing).
 
 ``task`` (a task type; found from the words if missing), ``tolerance`` (the request's own miss tolerance) and ``slo``
-(``{"ttft": seconds, "tpot": seconds}``). Other fields that would change the answer are refused; the rest is ignored.
+(``{"ttft": seconds, "tpot": seconds}``). ``ignore_eos``, which load generators send, goes on to the token limit. Other
+fields that would change the answer are refused; the rest is ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import jinja2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emoe_core.classifier import classify
-from emoe_core.engine import Engine
 from emoe_core.errors import OptionError
 from emoe_core.generation import encode, encode_chat
 from emoe_core.sampling import LARGEST_SEED, Sampling
@@ -28,6 +28,7 @@ from emoe_core.scheduler import Objective
 from emoe_core.serving_loop import NO_PROMISE
 from emoe_core.tasks import TASK_TYPES, UNKNOWN
 from workbench.server.limits import ApiError, ServerLimits
+from workbench.server.served_model import ServedModel
 
 # OpenAI's limit; and one of ours, since every token is compared.
 MOST_STOPS = 4
@@ -45,6 +46,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "functions": (None, []),
     "response_format": (None, {"type": "text"}),
+    # Not OpenAI's: what vLLM's clients may send.
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0),
+    "repetition_penalty": (None, 1),
+    "min_tokens": (None, 0),
+    "stop_token_ids": (None, []),
 }
 
 
@@ -69,6 +76,7 @@ class _Common(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
     stop: str | list[str] | None = None
+    ignore_eos: bool | None = False
 
 
 class _Part(BaseModel):
@@ -99,7 +107,7 @@ class ChatRequest(_Common):
 
 @dataclass(frozen=True)
 class Wanted:
-    """A request that was understood; ``name`` is the answer's id."""
+    """A request that was understood; ``name`` is the answer's id. It can be sent to another process."""
 
     model: str
     chat: bool
@@ -112,6 +120,7 @@ class Wanted:
     include_usage: bool
     sampling: Sampling | None = None
     stop: tuple[str, ...] = ()
+    to_limit: bool = False
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -151,7 +160,7 @@ class Wanted:
         return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
 
 
-def understand(body: bytes, chat: bool, engine: Engine, model: str, limits: ServerLimits) -> Wanted:
+def understand(body: bytes, chat: bool, served: ServedModel, limits: ServerLimits) -> Wanted:
     """Return what a request asks for; `ApiError` 400 or 404 when it cannot be served."""
     kind = ChatRequest if chat else CompletionRequest
     try:
@@ -160,8 +169,8 @@ def understand(body: bytes, chat: bool, engine: Engine, model: str, limits: Serv
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ApiError(400, f"{place or 'the body'}: {first['msg']}", param=place or None) from None
-    if asked.model != model:
-        raise ApiError(404, f"there is no model {asked.model!r} here, only {model!r}", code="model_not_found")
+    if asked.model != served.name:
+        raise ApiError(404, f"there is no model {asked.model!r} here, only {served.name!r}", code="model_not_found")
     for name, values in NEUTRAL.items():
         if (asked.model_extra or {}).get(name) not in values:
             raise ApiError(
@@ -170,19 +179,19 @@ def understand(body: bytes, chat: bool, engine: Engine, model: str, limits: Serv
             )  # fmt: skip
     if asked.task not in (None, UNKNOWN, *TASK_TYPES):
         raise ApiError(400, f"task {asked.task!r}: the task types are {', '.join(TASK_TYPES)}", param="task")
-    if asked.tolerance and not engine.reroutable:
+    if asked.tolerance and not served.reroutable:
         raise ApiError(400, "this model is served exactly only: leave tolerance out", param="tolerance")
     if isinstance(asked, ChatRequest):
-        ids, text = _conversation(engine, asked)
+        ids, text = _conversation(served, asked)
         limit = asked.max_completion_tokens or asked.max_tokens
     else:
-        ids, text = _prompt(engine, asked)
+        ids, text = _prompt(served, asked)
         limit = asked.max_tokens
     return Wanted(
-        model=model,
+        model=served.name,
         chat=chat,
         prompt_ids=ids,
-        max_new_tokens=_output_tokens(engine, len(ids), limit, limits),
+        max_new_tokens=_output_tokens(served, len(ids), limit, limits),
         task=asked.task or classify(text),
         tolerance=asked.tolerance,
         objective=NO_PROMISE if asked.slo is None else _objective(asked.slo),
@@ -190,6 +199,7 @@ def understand(body: bytes, chat: bool, engine: Engine, model: str, limits: Serv
         include_usage=bool((asked.stream_options or {}).get("include_usage")),
         sampling=_sampling(asked),
         stop=_stop(asked.stop),
+        to_limit=bool(asked.ignore_eos),
     )
 
 
@@ -215,36 +225,33 @@ def _objective(slo: Slo) -> Objective:
     return Objective(*(math.inf if promise is None else promise for promise in (slo.ttft, slo.tpot)))
 
 
-def _conversation(engine: Engine, asked: ChatRequest) -> tuple[list[int], str]:
-    assert engine.tokenizer is not None
-    if not engine.tokenizer.chat_template:
+def _conversation(served: ServedModel, asked: ChatRequest) -> tuple[list[int], str]:
+    if not served.tokenizer.chat_template:
         raise ApiError(400, "this model has no chat template: use /v1/completions")
     messages = [{"role": message.role, "content": message.text()} for message in asked.messages]
     said = [message["content"] for message in messages if message["role"] == "user"]
     try:
-        ids = encode_chat(engine.tokenizer, messages)
+        ids = encode_chat(served.tokenizer, messages)
     except (jinja2.TemplateError, ValueError) as error:
         raise ApiError(400, f"the model's chat template refuses these messages: {error}", param="messages") from None
     return ids, said[-1] if said else ""
 
 
-def _prompt(engine: Engine, asked: CompletionRequest) -> tuple[list[int], str]:
-    prompt, tokenizer = asked.prompt, engine.tokenizer
-    assert tokenizer is not None
+def _prompt(served: ServedModel, asked: CompletionRequest) -> tuple[list[int], str]:
+    prompt = asked.prompt
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
         if len(prompt) > 1:
             raise ApiError(400, f"{len(prompt)} prompts in one request: send one each", param="prompt")
         prompt = prompt[0]
     if not isinstance(prompt, str):
-        vocabulary = engine.model.config.get_text_config().vocab_size
         ids = [int(token) for token in prompt]
-        if any(not 0 <= token < vocabulary for token in ids):
-            raise ApiError(400, f"prompt holds token ids outside 0 to {vocabulary - 1}", param="prompt")
-        return ids, str(tokenizer.decode(ids, skip_special_tokens=True))
-    return encode(tokenizer, prompt, chat=False), prompt
+        if any(not 0 <= token < served.vocabulary for token in ids):
+            raise ApiError(400, f"prompt holds token ids outside 0 to {served.vocabulary - 1}", param="prompt")
+        return ids, str(served.tokenizer.decode(ids, skip_special_tokens=True))
+    return encode(served.tokenizer, prompt, chat=False), prompt
 
 
-def _output_tokens(engine: Engine, inputs: int, asked: int | None, limits: ServerLimits) -> int:
+def _output_tokens(served: ServedModel, inputs: int, asked: int | None, limits: ServerLimits) -> int:
     def refuse(message: str, param: str) -> ApiError:
         return ApiError(400, message, code="context_length_exceeded", param=param)
 
@@ -254,7 +261,7 @@ def _output_tokens(engine: Engine, inputs: int, asked: int | None, limits: Serve
         raise refuse(f"the prompt has {inputs:,} tokens, the limit is {limits.max_prompt_tokens:,}", "prompt")
     if asked is not None and asked > limits.max_output_tokens:
         raise refuse(f"max_tokens is {asked:,}, the limit is {limits.max_output_tokens:,}", "max_tokens")
-    context = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context = served.context_tokens
     wanted = asked or int(min(limits.default_output_tokens, limits.max_output_tokens, max(1, context - inputs)))
     if inputs + wanted > context:
         raise refuse(f"{inputs:,} tokens of prompt and {wanted:,} of answer exceed the model's {context:,}", "prompt")

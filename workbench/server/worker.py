@@ -11,14 +11,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from emoe_core.costs import ServingCosts
 from emoe_core.engine import Engine
 from emoe_core.errors import OptionError
-from emoe_core.generation import end_tokens
 from emoe_core.metrics import Counters
 from emoe_core.sampling import Sampling
 from emoe_core.scheduler import BatchLimits, Objective, RequestTooLargeError, Scheduler
@@ -27,6 +28,7 @@ from emoe_core.serving_records import Answer
 from emoe_core.text_stream import TextStream
 from workbench.server.limits import ApiError, ServerLimits, shutting_down
 from workbench.server.metrics import ServerMetrics
+from workbench.server.served_model import ServedModel
 from workbench.server.stop_strings import StopStrings
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Job:
     deliver: Callable[[Event], None]
     sampling: Sampling | None = None
     stop: tuple[str, ...] = ()
+    to_limit: bool = False
     number: int | None = None
     arrival_s: float = field(default_factory=time.perf_counter)
 
@@ -58,6 +61,8 @@ class Worker:
     Parameters
     ----------
     engine : Engine
+    served : ServedModel
+        Of the engine.
     scheduler : Scheduler
     limits : ServerLimits
     batch : BatchLimits
@@ -68,15 +73,14 @@ class Worker:
     def __init__(
         self,
         engine: Engine,
+        served: ServedModel,
         scheduler: Scheduler,
         limits: ServerLimits,
         batch: BatchLimits,
         metrics: ServerMetrics,
         costs: ServingCosts | None = None,
     ) -> None:
-        if engine.tokenizer is None:
-            raise OptionError(f"{engine.index.path} has no tokenizer: save one beside the weights")
-        self.ends = frozenset(end_tokens(engine, engine.tokenizer))
+        self.served = served
         self._engine = engine
         self._metrics = metrics
         self._most = limits.max_batch + limits.max_waiting
@@ -85,7 +89,7 @@ class Worker:
             scheduler,
             batch,
             costs,
-            stop_tokens=self.ends,
+            stop_tokens=served.ends,
             on_token=lambda number, token: self._jobs[number].deliver(token),
             on_failure=self._failed,
         )
@@ -93,6 +97,7 @@ class Worker:
         self._accepted: set[Job] = set()
         self._fresh: list[Job] = []
         self._gone: list[Job] = []
+        self._errands: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._jobs: dict[int, Job] = {}
         self._draining = self._stopping = False
         self._thread = threading.Thread(target=self._run, name="emoe-serve", daemon=True)
@@ -135,6 +140,14 @@ class Worker:
                 self._gone.append(job)
                 self._changed.notify_all()
 
+    def between_turns(self, errand: Callable[[], Any]) -> Future[Any]:
+        """Have something done on the worker's thread while no pass runs: it may look at the engine."""
+        outcome: Future[Any] = Future()
+        with self._changed:
+            self._errands.append((errand, outcome))
+            self._changed.notify_all()
+        return outcome
+
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests, and wait for those accepted; False when some were ended by the timeout."""
         with self._changed:
@@ -158,15 +171,23 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._fresh or self._gone or self._stopping or not self._loop.idle)
+                self._changed.wait_for(self._has_work)
                 if self._stopping:
                     break
                 fresh, self._fresh = self._fresh, []
                 gone, self._gone = self._gone, []
+                errands, self._errands = self._errands, []
+            for errand, outcome in errands:
+                _run_errand(errand, outcome)
             self._turn(fresh, gone)
             self._publish()
         for job in list(self._accepted):
             self._end(job, shutting_down())
+        for _, outcome in self._errands:
+            outcome.cancel()
+
+    def _has_work(self) -> bool:
+        return bool(self._fresh or self._gone or self._errands or self._stopping or not self._loop.idle)
 
     def _turn(self, fresh: list[Job], gone: list[Job]) -> None:
         for job in fresh:
@@ -179,7 +200,8 @@ class Worker:
                     tolerance=job.tolerance,
                     arrival_s=job.arrival_s,
                     sampling=job.sampling,
-                    ends=self._stop_watch(job.stop) if job.stop else None,
+                    ends=self._stop_watch(job) if job.stop else None,
+                    to_limit=job.to_limit,
                 )
             except (OptionError, RequestTooLargeError) as error:
                 self._end(job, ApiError(400, str(error)))
@@ -201,10 +223,10 @@ class Worker:
                 self._loop.cancel(number)
                 self._failed(number, error)
 
-    def _stop_watch(self, stop: tuple[str, ...]) -> Callable[[int], bool]:
+    def _stop_watch(self, job: Job) -> Callable[[int], bool]:
         """Return whether an answer's text has come to a stop string, told its tokens one by one."""
-        assert self._engine.tokenizer is not None
-        stream, stops = TextStream(self._engine.tokenizer, self.ends), StopStrings(stop)
+        stream = TextStream(self.served.tokenizer, () if job.to_limit else self.served.ends)
+        stops = StopStrings(job.stop)
 
         def ended(token: int) -> bool:
             stops.push(stream.push(token))
@@ -229,6 +251,13 @@ class Worker:
     def _publish(self) -> None:
         counters: Counters = replace(self._engine.loader.counters)
         self._metrics.publish(counters, self._loop.waiting, self._loop.running)
+
+
+def _run_errand(errand: Callable[[], Any], outcome: Future[Any]) -> None:
+    try:
+        outcome.set_result(errand())
+    except Exception as error:
+        outcome.set_exception(error)
 
 
 def _failure(error: Exception) -> ApiError:

@@ -26,8 +26,9 @@ from emoe_core.errors import OptionError
 from emoe_core.scheduler import MAX_BYPASSED, SCHEDULERS, BatchLimits, Objective, ServiceRequest, make_scheduler
 from workbench.serving import request_traces
 from workbench.serving.arrivals import PROCESSES, Arrival, at_rate, draw_arrivals
-from workbench.serving.cluster import ROUTERS, Cluster, Progress
+from workbench.serving.cluster import Cluster, Progress
 from workbench.serving.residents import Residents
+from workbench.serving.router import ROUTERS
 from workbench.serving.service_metrics import request_table, service_metrics, task_metrics
 from workbench.serving.simulated_engine import SimulatedEngine
 
