@@ -229,7 +229,7 @@ def plan_layers(layers: tuple[MoeLayer, ...], top_k: int, budget: Budget) -> Slo
     else:
         limit_bytes = int(budget.value)
     if limit_bytes < minimum_bytes:
-        minimum_percent = math.ceil(1000 * minimum_bytes / total_bytes) / 10
+        minimum_percent = _percent_above(minimum_bytes, total_bytes)
         raise BudgetError(
             f"the budget {budget.text} is {limit_bytes:,} bytes; one slot in each of {len(layers)} MoE layers and one "
             f"in flight need {minimum_bytes:,}: {minimum_bytes - limit_bytes:,} bytes short. Pass at least "
@@ -270,6 +270,13 @@ def _even_order(count: int) -> list[int]:
 
 def _number(text: str) -> float:
     return float(text.replace(",", "").replace("_", ""))
+
+
+def _percent_above(count: int, total_bytes: int) -> float:
+    """Return a share in tenths of a percent that comes to at least this many bytes, as `plan_layers` rounds it."""
+    tenths = math.ceil(1000 * count / total_bytes)
+    # Where a tenth is met exactly, the float of the share may come to a byte less.
+    return (tenths if math.floor(tenths / 10 / 100 * total_bytes) >= count else tenths + 1) / 10
 
 
 def _round_number_above(count: int) -> str:
