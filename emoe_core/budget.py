@@ -250,26 +250,23 @@ def _spread(experts: tuple[int, ...], sizes: tuple[int, ...], usable_bytes: int)
     order = _even_order(len(experts))
     slots = [0] * len(experts)
     left_bytes = usable_bytes
-    for round_number in range(max(experts)):
-        for layer in order:
-            if round_number >= experts[layer]:
-                continue
-            if sizes[layer] > left_bytes:
-                return tuple(slots)
-            slots[layer] += 1
-            left_bytes -= sizes[layer]
+    for layer in (layer for turn in range(max(experts)) for layer in order if turn < experts[layer]):
+        if sizes[layer] > left_bytes:
+            break
+        slots[layer] += 1
+        left_bytes -= sizes[layer]
     return tuple(slots)
 
 
 def _even_order(count: int) -> list[int]:
     """Return 0..count-1 so that every prefix is spread over the range (bit-reversed counting)."""
-    bits = max(count - 1, 1).bit_length()
+    bits = count.bit_length()
     reversed_bits = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
     return [number for number in reversed_bits if number < count]
 
 
 def _number(text: str) -> float:
-    return float(text.replace(",", "").replace("_", ""))
+    return float(text.replace(",", ""))
 
 
 def _percent_above(count: int, total_bytes: int) -> float:
