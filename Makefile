@@ -6,7 +6,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: run test lab ui clean
+.PHONY: run test docs lab ui clean
 .DEFAULT_GOAL = run
 
 run: $(READY)
@@ -24,6 +24,10 @@ ifneq ($(NOTEBOOKS),)
 	$(BIN)/emoe model build
 	$(BIN)/python -m pytest -p no:xdist -p no:cacheprovider --nbval-lax --nbval-cell-timeout=120 $(NOTEBOOKS)
 endif
+
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict
+	@echo "Open build/site/index.html"
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
