@@ -27,7 +27,7 @@ endif
 
 docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict
-	@echo "Open build/site/index.html"
+	@echo "Read it at http://127.0.0.1:8001 after: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site 8001"
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

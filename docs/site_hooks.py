@@ -40,5 +40,13 @@ def command_reference() -> str:
     from workbench.cli import app
 
     command = typer.main.get_command(app)
+    _tell_whole_sentences(command)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="emoe", title="Command line")
     return str(text)
+
+
+def _tell_whole_sentences(command: Any) -> None:
+    """Have lists of commands show the first line of each one's help; they would be cut at 45 characters."""
+    for part in getattr(command, "commands", {}).values():
+        part.short_help = part.help.splitlines()[0]
+        _tell_whole_sentences(part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,15 +15,20 @@ import pytest
 import typer
 from markdown_it import MarkdownIt
 
+from emoe_core.checkpoint import open_checkpoint
+from emoe_core.predictor import PREDICTORS
+from emoe_core.tasks import Profile, TaskProfile
 from workbench.cli import app, main
-from workbench.reference_model.tiny import tiny_moe
+from workbench.profiling import profile_path
+from workbench.reference_model.tiny import EXPERTS, LAYERS, tiny_moe
 from workbench.store import HOME_VARIABLE
 from workbench.sweep_file import read_sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Commands that answer in a second or two with a tiny model; others are only parsed.
+# Commands that answer in a second or two with a tiny model; others are only parsed, and so is what has these options.
 QUICK = ("run", "estimate", "pack", "models", "bench-systems", "cache")
+SLOW_OPTIONS = {"--check", "cuda"}
 # What the pages call a model, and the tiny one that the tests put there.
 MODELS = {"path/to/model": "mixtral", "PATH": "mixtral", "reference": "mixtral", "carved": "qwen2_moe"}
 
@@ -68,12 +74,26 @@ def parse(arguments: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the models that pages name, and a cache for their packs."""
+def tiny(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the models that pages name, their profiles, and what else lies in the project's."""
     folder = tmp_path_factory.mktemp("documentation")
-    for name, family in MODELS.items():
-        tiny_moe(folder / name, family)
+    shutil.copytree(empty_store / "mlruns", folder / "mlruns")
+    for name in ("notebooks", "sweeps"):
+        (folder / name).symlink_to(ROOT / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMOE_CACHE", str(folder / "cache"))
+        for name, family in MODELS.items():
+            checkpoint = tiny_moe(folder / name, family)
+            model_hash = open_checkpoint(checkpoint).source_hash
+            profile_of(model_hash).save(profile_path(model_hash))
     return folder
+
+
+def profile_of(model_hash: str) -> Profile:
+    """Return a task profile such as `emoe profile` measures."""
+    covered = (tuple(slots / EXPERTS for slots in range(EXPERTS + 1)),) * LAYERS
+    task = TaskProfile("qa", (True,) * LAYERS, 8.0, layer_kl_nats=(0.01,) * LAYERS, coverage=covered, loss_scale=1.0)
+    return Profile(model_hash, "none", LAYERS, {"qa": task})
 
 
 @pytest.fixture
@@ -83,10 +103,9 @@ def reader(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EMOE_CACHE", str(tiny / "cache"))
     monkeypatch.setenv(HOME_VARIABLE, str(tiny))
     monkeypatch.setenv("COLUMNS", "120")
-    if not (tiny / "notebooks").exists():
-        (tiny / "notebooks").symlink_to(ROOT / "notebooks")
-        (tiny / "sweeps").symlink_to(ROOT / "sweeps")
     monkeypatch.setattr("workbench.models.EMBEDDED", {})  # 'reference' is then the folder of that name
+    # A page adds a predictor; other tests shall not meet it.
+    monkeypatch.setattr("emoe_core.predictor.PREDICTORS", dict(PREDICTORS))
     return tiny
 
 
@@ -108,7 +127,7 @@ def test_what_a_page_shows_works(page: Path, reader: Path, monkeypatch: pytest.M
         elif block.language in ("", "bash", "console"):
             for arguments in commands(block):
                 parse(arguments)
-                if arguments[0] in QUICK or "--dry-run" in arguments:
+                if (arguments[0] in QUICK or "--dry-run" in arguments) and not SLOW_OPTIONS.intersection(arguments):
                     run(arguments, monkeypatch)
 
 
