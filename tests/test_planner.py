@@ -65,7 +65,18 @@ def test_a_task_that_does_not_run_hides_no_other() -> None:
 def test_without_any_prediction_there_is_no_demand_and_the_plan_says_so() -> None:
     nothing = expected_tokens(RUNNING, {}, always, lambda task: 5.0)
     assert nothing.shape == (0, 0)
-    assert make_plan(nothing, [2, 2]).experts == ((), ())
+    plan = make_plan(nothing, [2, 2])
+    assert plan.experts == ((), ())
+    assert plan.demand is nothing
+
+
+def test_any_demand_above_nothing_counts() -> None:
+    assert make_plan(np.array([[0.0, 0.25, 0.5]]), [3]).experts == ((2, 1),)
+
+
+def test_a_demand_for_other_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        make_plan(np.ones((2, 4)), [1])
 
 
 def test_a_plan_keeps_the_demand_it_was_made_from_and_shows_itself() -> None:
