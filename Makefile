@@ -6,7 +6,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: run test load lab pair ui clean
+.PHONY: run test load docs lab pair ui clean
 .DEFAULT_GOAL = run
 
 run: $(READY)
@@ -30,6 +30,10 @@ load: $(READY)
 	test -x .load/bin/guidellm || { $(PYTHON) -m venv .load && \
 	  .load/bin/pip install --quiet guidellm==0.8.1 $$(grep ^torch== constraints.txt); }
 	PATH=$(CURDIR)/.load/bin:$$PATH $(BIN)/python -m pytest -p no:xdist tests/test_load_generator.py
+
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict
+	@echo "Read it at http://127.0.0.1:8001 after: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site 8001"
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

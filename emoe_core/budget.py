@@ -237,7 +237,7 @@ def plan_layers(layers: tuple[MoeLayer, ...], top_k: int, budget: Budget) -> Slo
     else:
         limit_bytes = int(budget.value)
     if limit_bytes < minimum_bytes:
-        minimum_percent = math.ceil(1000 * minimum_bytes / total_bytes) / 10
+        minimum_percent = _percent_above(minimum_bytes, total_bytes)
         raise BudgetError(
             f"the budget {budget.text} is {limit_bytes:,} bytes; one slot in each of {len(layers)} MoE layers and one "
             f"in flight need {minimum_bytes:,}: {minimum_bytes - limit_bytes:,} bytes short. Pass at least "
@@ -258,26 +258,30 @@ def _spread(experts: tuple[int, ...], sizes: tuple[int, ...], usable_bytes: int)
     order = _even_order(len(experts))
     slots = [0] * len(experts)
     left_bytes = usable_bytes
-    for round_number in range(max(experts)):
-        for layer in order:
-            if round_number >= experts[layer]:
-                continue
-            if sizes[layer] > left_bytes:
-                return tuple(slots)
-            slots[layer] += 1
-            left_bytes -= sizes[layer]
+    for layer in (layer for turn in range(max(experts)) for layer in order if turn < experts[layer]):
+        if sizes[layer] > left_bytes:
+            break
+        slots[layer] += 1
+        left_bytes -= sizes[layer]
     return tuple(slots)
 
 
 def _even_order(count: int) -> list[int]:
     """Return 0..count-1 so that every prefix is spread over the range (bit-reversed counting)."""
-    bits = max(count - 1, 1).bit_length()
+    bits = count.bit_length()
     reversed_bits = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
     return [number for number in reversed_bits if number < count]
 
 
 def _number(text: str) -> float:
-    return float(text.replace(",", "").replace("_", ""))
+    return float(text.replace(",", ""))
+
+
+def _percent_above(count: int, total_bytes: int) -> float:
+    """Return a share in tenths of a percent that comes to at least this many bytes, as `plan_layers` rounds it."""
+    tenths = math.ceil(1000 * count / total_bytes)
+    # Where a tenth is met exactly, the float of the share may come to a byte less.
+    return (tenths if math.floor(tenths / 10 / 100 * total_bytes) >= count else tenths + 1) / 10
 
 
 def _round_number_above(count: int) -> str:

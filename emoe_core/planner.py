@@ -91,7 +91,7 @@ def expected_tokens(
     demand = np.zeros(known[0].shape)
 
     def add(task: str, tokens: float, shares: np.ndarray) -> None:
-        mask = np.array([sensitive(task, layer) for layer in range(len(demand))], dtype=float)[:, None]
+        mask = np.array([sensitive(task, layer) for layer in range(len(demand))])[:, None]
         demand[:] += tokens * mask * shares
 
     for task, shares in frequencies.items():
@@ -109,9 +109,10 @@ def make_plan(demand: np.ndarray, capacity: Sequence[int]) -> Plan:
 
     Experts without any demand are never asked for: their slots keep whoever is resident.
     """
+    if not demand.size:
+        return Plan(((),) * len(capacity), demand)
     chosen = []
-    for layer, slots in enumerate(capacity):
-        row = demand[layer] if demand.size else np.zeros(0)
+    for row, slots in zip(demand, capacity, strict=True):
         ranked = np.argsort(-row, kind="stable")[:slots]
         chosen.append(tuple(int(expert) for expert in ranked if row[expert] > 0))
     return Plan(tuple(chosen), demand)

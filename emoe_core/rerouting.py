@@ -100,6 +100,9 @@ def shares_of(weights: torch.Tensor) -> torch.Tensor:
 def substitute(choice: Choice, replace: torch.Tensor, available: torch.Tensor, rule: RoutingRule) -> Rerouted:
     """Replace the marked choices by each token's next-best available experts and renormalise.
 
+    A token with fewer available experts than choices uses all of them; its left-over places get weight 0. The group
+    limit of grouped routers holds while its groups have an available expert left, and is lifted otherwise.
+
     Parameters
     ----------
     choice : Choice
@@ -110,9 +113,6 @@ def substitute(choice: Choice, replace: torch.Tensor, available: torch.Tensor, r
         Bool [E]: experts that are, or are about to be, in slots; at least one.
     rule : RoutingRule
         How logits become order and scores.
-
-    A token with fewer available experts than choices uses all of them; its left-over places get weight 0. The group
-    limit of grouped routers holds while its groups have an available expert left, and is lifted otherwise.
     """
     rows = replace.any(dim=-1)
     logits, chosen, marks = choice.logits[rows].float(), choice.index[rows], replace[rows]

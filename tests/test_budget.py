@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from emoe_core.budget import Budget, memory_breakdown, plan_layers, plan_slots
+from emoe_core.budget import Budget, memory_breakdown, plan_given, plan_layers, plan_slots
 from emoe_core.checkpoint import MoeLayer, open_checkpoint
 from emoe_core.errors import BudgetError, OptionError
 from workbench.reference_model.tiny import FAMILIES, tiny_moe
@@ -46,6 +47,8 @@ def minimum_bytes(layers: tuple[MoeLayer, ...]) -> int:
         ("512kb", "bytes", 512_000),
         ("2048", "bytes", 2048),
         ("1,000,000 B", "bytes", 1_000_000),
+        ("1_000_000", "bytes", 1_000_000),
+        ("101", "bytes", 101),
         (4096, "bytes", 4096),
         ("40%", "share", 0.4),
         ("12.5 %", "share", 0.125),
@@ -75,7 +78,34 @@ def test_other_budgets_are_refused_with_examples(written: object) -> None:
         Budget.parse(written)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("written", "meant"), [("40", "40%"), ("0.4", "40%"), ("100", "100%"), ("1", "100%")])
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        (4096, "4096 bytes"),
+        (0.25, "0.25 of expert bytes"),
+        (" 40 % ", "40 %"),
+        ("3 slots", "3 slots"),
+        (" 1.5 GiB ", "1.5 GiB"),
+    ],
+)
+def test_a_budget_remembers_what_was_written(written: str | int | float, text: str) -> None:
+    assert Budget.parse(written).text == text
+
+
+def test_a_kind_that_does_not_exist_is_named() -> None:
+    with pytest.raises(BudgetError, match="unknown kind of budget 'pages': write bytes"):
+        Budget("pages", 1, "1 page")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("written", ["0", 0, "0%", 0.0])
+def test_nothing_is_no_budget(written: str | int | float) -> None:
+    with pytest.raises(BudgetError, match="is not above zero"):
+        Budget.parse(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("40", "40%"), ("0.4", "40%"), ("100", "100%"), ("1", "100%"), ("2", "2%")]
+)
 def test_a_number_without_a_unit_is_asked_about(written: str, meant: str) -> None:
     with pytest.raises(BudgetError, match=f'did you mean "{meant}"'):
         Budget.parse(written)
@@ -107,6 +137,12 @@ def test_a_larger_budget_never_takes_a_slot_from_a_layer(shapes: list, first: in
     assert all(less <= more for less, more in zip(before, after, strict=True))
 
 
+def test_a_layer_that_is_full_takes_no_turn_from_the_others() -> None:
+    layers = layers_of((8, 1), (8, 1), (1, 1))
+    # Twelve records less the spare.
+    assert plan_layers(layers, 2, Budget.parse(12 * PAGE)).slots_per_layer == (5, 5, 1)
+
+
 @given(even_shapes, st.floats(0.01, 1.0))
 def test_equal_layers_get_equal_slots_up_to_one_and_no_slot_is_wasted(shapes: list, share: float) -> None:
     layers = layers_of(*shapes)
@@ -129,6 +165,8 @@ def test_the_minimum_is_enough_and_one_byte_less_is_refused_by_its_shortfall(sha
         plan_layers(layers, 2, Budget.parse(least - 1))
 
 
+# Of its 375 pages 42 are needed, exactly 11.2%: as a float that is a byte less.
+@example([(2, 6), (4, 1), (9, 5), (9, 6), (13, 2), (13, 6), (14, 2), (16, 1), (16, 1), (16, 6)])
 @given(layer_shapes)
 def test_every_budget_that_a_refusal_suggests_is_accepted(shapes: list) -> None:
     layers = layers_of(*shapes)
@@ -138,6 +176,32 @@ def test_every_budget_that_a_refusal_suggests_is_accepted(shapes: list) -> None:
     assert len(suggestions) == 3
     for suggestion in suggestions:
         plan_layers(layers, 2, Budget.parse(suggestion))
+
+
+@pytest.mark.parametrize(
+    ("records", "size", "suggested"),
+    [
+        # The least of two layers is three records, of one layer two.
+        ((8, 8), 3_333_333, '"10000KB", "18.8%" or "1 slot"'),
+        ((8,), 5_000_000, '"10MB", "25%" or "1 slot"'),
+        ((8,), 40_960, '"82KB", "25%" or "1 slot"'),
+    ],
+)
+def test_a_refusal_says_what_is_short_and_what_would_do(records: tuple[int, ...], size: int, suggested: str) -> None:
+    layers = tuple(MoeLayer(f"layer.{n}", n, experts, (), size) for n, experts in enumerate(records))
+    least = (len(records) + 1) * size
+    with pytest.raises(BudgetError) as refusal:
+        plan_layers(layers, 2, Budget.parse(1000))
+    assert str(refusal.value) == (
+        f"the budget 1000 bytes is 1,000 bytes; one slot in each of {len(records)} MoE layers and one in flight need "
+        f"{least:,}: {least - 1000:,} bytes short. Pass at least {suggested}."
+    )
+
+
+def test_a_share_that_is_met_exactly_is_suggested_a_tenth_above() -> None:
+    shapes = [(2, 6), (4, 1), (9, 5), (9, 6), (13, 2), (13, 6), (14, 2), (16, 1), (16, 1), (16, 6)]
+    with pytest.raises(BudgetError, match=re.escape('"11.3%"')):
+        plan_layers(layers_of(*shapes), 2, Budget.parse(1))
 
 
 @given(layer_shapes, st.integers(1, 20))
@@ -180,6 +244,41 @@ def test_fewer_slots_than_one_token_needs_is_a_warning() -> None:
     assert "k/E = 50.0%" in str(roomy)
 
 
+def test_a_plan_tells_its_terms() -> None:
+    layers = tuple(MoeLayer(f"layer.{n}", n, 8, (), 1_500_000) for n in range(2))
+    plan = plan_layers(layers, 2, Budget.parse("50%"))
+    assert str(plan).splitlines() == [
+        "budget: 50% = 12 MB",
+        "slots per layer: 3 to 4",
+        "spare slots: 1",
+        "slot memory: 12 MB of 24 MB",
+        "experts resident: 43.8% (one token uses k/E = 25.0%)",
+    ]
+    assert dict(plan_layers(layers, 2, Budget.parse("3 slots")).rows())["slots per layer"] == "3"
+    tight = plan_layers(layers, 4, Budget.parse("2 slots"))
+    # Four experts in each of two layers, and the one in flight.
+    assert tight.warning == (
+        "the budget 2 slots gives 2 slots in the smallest layer, below the 4 experts a token uses: results stay exact "
+        "at tolerance 0, but every token loads experts. 13.5 MB would hold one token's experts."
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (999, "999 B"),
+        (1000, "1 KB"),
+        (999_000, "999 KB"),
+        (1_000_000, "1 MB"),
+        (1_000_000_000, "1 GB"),
+        (1_500_000_000, "1.5 GB"),
+    ],
+)
+def test_bytes_are_told_in_the_largest_unit_that_fits(size: int, text: str) -> None:
+    plan = plan_layers((MoeLayer("layer", 0, 1, (), size),), 1, Budget.parse("100%"))
+    assert dict(plan.rows())["budget"] == f"100% = {text}"
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_moe(tmp_path_factory.mktemp(request.param), request.param)
@@ -212,3 +311,32 @@ def test_sizes_below_one_are_refused(checkpoint: Path) -> None:
     index = open_checkpoint(checkpoint)
     with pytest.raises(OptionError, match="max_tokens"):
         memory_breakdown(index, plan_slots(index, "50%"), 0)
+
+
+def test_every_slot_is_as_large_as_the_largest_record(checkpoint: Path) -> None:
+    index = open_checkpoint(checkpoint)
+    first = replace(index.layers[0], record_bytes=3 * index.layers[0].record_bytes)
+    uneven = replace(index, layers=(first, *index.layers[1:]))
+    plan = plan_slots(uneven, "60%")
+    assert plan.record_bytes == (first.record_bytes,) * len(index.layers)
+    assert plan.top_k == index.top_k
+    given_plan = plan_given(uneven, [2] * len(index.layers), "a target")
+    assert given_plan.record_bytes == plan.record_bytes
+    assert given_plan.slot_bytes == given_plan.budget_bytes == (2 * len(index.layers) + 1) * first.record_bytes
+
+
+def test_given_slots_are_taken_as_they_are(checkpoint: Path) -> None:
+    index = open_checkpoint(checkpoint)
+    experts = [layer.num_experts for layer in index.layers]
+    mixed = [1, *experts[1:]]
+    plan = plan_given(index, mixed, "a target")
+    assert (plan.slots_per_layer, plan.spare_slots, plan.top_k) == (tuple(mixed), 1, index.top_k)
+    assert (plan.budget.kind, plan.budget.text) == ("bytes", "a target")
+    assert plan.num_experts == tuple(experts)
+    everything = plan_given(index, experts, "all")
+    assert everything.all_resident
+    assert everything.spare_slots == 0
+    assert everything.slot_bytes == everything.budget_bytes == everything.expert_bytes
+    for wrong in ([1], [0, *experts[1:]], [experts[0] + 1, *experts[1:]]):
+        with pytest.raises(BudgetError, match=re.escape(f"{wrong} slots do not fit {len(experts)} MoE layers: give")):
+            plan_given(index, wrong, "a target")

@@ -56,6 +56,42 @@ def test_no_demand_keeps_the_residents() -> None:
     assert not partly.is_empty
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("slots", [1, 2, 3, 40])
 def test_ties_go_to_the_lower_expert(slots: int) -> None:
-    assert make_plan(np.ones((1, 5)), [slots]).experts == (tuple(range(slots)),)
+    # Many, because short rows are sorted stably by any kind of sort.
+    tied = np.tile([1.0, 2.0], 64)[None]
+    best = [*range(1, 128, 2), *range(0, 128, 2)]
+    assert make_plan(tied, [slots]).experts == (tuple(best[:slots]),)
+
+
+def test_a_task_that_does_not_run_hides_no_other() -> None:
+    only_code = expected_tokens(RUNNING[2:], SHARES, always, lambda task: 20.0)
+    np.testing.assert_allclose(only_code, 120 * SHARES["code"])
+
+
+def test_without_any_prediction_there_is_no_demand_and_the_plan_says_so() -> None:
+    nothing = expected_tokens(RUNNING, {}, always, lambda task: 5.0)
+    assert nothing.shape == (0, 0)
+    plan = make_plan(nothing, [2, 2])
+    assert plan.experts == ((), ())
+    assert plan.demand is nothing
+
+
+def test_any_demand_above_nothing_counts() -> None:
+    assert make_plan(np.array([[0.0, 0.25, 0.5]]), [3]).experts == ((2, 1),)
+
+
+def test_a_demand_for_other_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        make_plan(np.ones((2, 4)), [1])
+
+
+def test_a_plan_keeps_the_demand_it_was_made_from_and_shows_itself() -> None:
+    demand = np.array([[0.0, 3.0, 4.0], [0.0, 0.0, 0.0]])
+    plan = make_plan(demand, [2, 2])
+    assert plan.demand is demand
+    assert plan._repr_html_() == (
+        "<table><tr><th>MoE layer</th><th>experts by expected tokens</th></tr>"
+        "<tr><td>0</td><td style='text-align:left'>2, 1</td></tr>"
+        "<tr><td>1</td><td style='text-align:left'>kept</td></tr></table>"
+    )

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from emoe_core.demand_table import POLICY_NAMES, make_table, require_policy
 from emoe_core.errors import OptionError
-from emoe_core.slots import Entry, SlotTable
+from emoe_core.slots import POLICIES, Entry, SlotTable
 
 
 class AnyUseOfTheTable(RuleBasedStateMachine):
@@ -172,3 +172,84 @@ def test_table_refuses_to_evict_pinned_and_loading_experts() -> None:
     assert table.admit(0, 4) is None, "a full layer of pinned experts has no room"
     entry.pins = 0
     assert table.admit(0, 4) is not None
+
+
+def arrive(table: SlotTable, expert: int) -> Entry:
+    """Admit an expert to layer 0 whose bytes are there and whom nobody uses."""
+    admitted = table.admit(0, expert)
+    assert admitted is not None
+    admitted[0].ready, admitted[0].pins = True, 0
+    return admitted[0]
+
+
+def overfull(policy: str) -> SlotTable:
+    """Return a table of two slots whose layer holds three experts, the last one borrowed; none is pinned."""
+    table = SlotTable([2], 1, policy)
+    first, second = arrive(table, 0), arrive(table, 1)
+    first.pins = second.pins = 1
+    assert arrive(table, 2).borrowed
+    first.pins = second.pins = 0
+    return table
+
+
+def test_a_policy_that_the_table_does_not_know_is_refused() -> None:
+    with pytest.raises(
+        OptionError, match="unknown eviction policy 'clock': choose one of least_stale, lfu, lru, static"
+    ):
+        SlotTable([1], 0, "clock")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_of_nobody_no_policy_chooses_anybody(policy: str) -> None:
+    assert POLICIES[policy]([], 0) is None
+
+
+def test_the_clock_ticks_once_for_each_arrival_and_use() -> None:
+    table = SlotTable([2], 0)
+    assert table.clock == 0
+    table.forward = 5
+    entry = arrive(table, 3)
+    assert (table.clock, entry.arrived, entry.touched, entry.forward, entry.uses) == (1, 1, 1, 5, 0)
+    table.forward = 6
+    table.touch(entry)
+    table.touch(entry)
+    assert (table.clock, entry.arrived, entry.touched, entry.forward, entry.uses) == (3, 1, 3, 6, 2)
+
+
+def test_slots_are_handed_out_from_the_first_and_come_back() -> None:
+    table = SlotTable([2], 1)
+    assert [arrive(table, expert).slot for expert in (4, 5)] == [0, 1]
+    table.evict(table.get(0, 4))
+    assert arrive(table, 6).slot == 0
+
+
+def test_a_policy_that_evicts_decides_also_where_a_slot_is_borrowed() -> None:
+    assert overfull("lru").victim(0).expert == 0
+
+
+def test_static_gives_back_only_what_was_borrowed_and_only_while_the_layer_is_overfull() -> None:
+    table = overfull("static")
+    assert table.victim(0).expert == 2
+    table.get(0, 2).pins = 1
+    assert table.victim(0) is None, "the borrowed one is in use"
+    table.get(0, 2).pins = 0
+    table.evict(table.get(0, 0))
+    assert table.victim(0) is None, "two experts in two slots: nobody has to leave"
+
+
+def test_a_layer_within_its_capacity_owes_nothing() -> None:
+    assert filled("lru").overdrawn(0) is None
+    assert overfull("lru").overdrawn(0).expert == 0
+
+
+def test_a_table_that_contradicts_itself_says_how() -> None:
+    twice, lost, crowded = overfull("lru"), overfull("lru"), overfull("lru")
+    twice.get(0, 1).slot = twice.get(0, 0).slot
+    lost._free.append(7)
+    crowded.spare = 0
+    crowded.capacity = (2, 1)
+    for table, contradiction in ((twice, "two experts in one slot"), (lost, "a slot was lost")):
+        with pytest.raises(AssertionError, match=f"^{contradiction}"):
+            table.check()
+    with pytest.raises(AssertionError, match=r"^more experts than slots"):
+        crowded.check()
