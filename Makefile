@@ -38,9 +38,10 @@ docs: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
 
-# Notebooks and their Python files in notebooks/source hold the same cells: the newer of each pair wins.
+# Notebooks and their Python files in notebooks/source hold the same cells. The notebook wins: which one is newer means
+# nothing after git has written both.
 pair: $(READY)
-	cd notebooks && $(CURDIR)/$(BIN)/jupytext --quiet --sync *.ipynb
+	cd notebooks && $(CURDIR)/$(BIN)/jupytext --quiet --to source//py:percent *.ipynb
 
 ui: $(READY)
 	@echo "Opens at http://127.0.0.1:5000; '$(BIN)/emoe report --hints' names the address of each sweep's runs, arranged."

@@ -30,12 +30,12 @@ def test_no_notebook_and_no_source_stands_alone() -> None:
 def test_a_notebook_and_its_source_hold_the_same_cells(notebook: Path) -> None:
     source = jupytext.read(pair_of(notebook), fmt="py:percent")
     content = read_notebook(notebook)
-    assert cells_of(source) == cells_of(content), "run `make pair`: it brings the older of both up to date"
+    assert cells_of(source) == cells_of(content), "run `make pair`: it writes the source from the notebook"
     # Its size, and the state of a kernel that is gone.
     assert "widgets" not in content["metadata"]
 
 
-def test_pairing_takes_over_an_edited_source_and_keeps_outputs(tmp_path: Path) -> None:
+def test_synchronising_takes_over_an_edited_source_and_keeps_outputs(tmp_path: Path) -> None:
     notebook = tmp_path / NOTEBOOKS[0].name
     pair_of(notebook).parent.mkdir()
     shutil.copy(FOLDER / "jupytext.toml", tmp_path)

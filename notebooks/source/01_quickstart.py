@@ -33,6 +33,7 @@ from workbench.experiment import run_experiment
 from workbench.models import resolve_model
 from workbench.progress import stage_bars
 from workbench.quantities import metric_table
+from workbench.request_spans import request_spans
 from workbench.workloads import prompt_stream
 
 figures.set_style()
@@ -45,7 +46,8 @@ config = ExperimentConfig(
 # %% [markdown]
 # ## Load and ask
 #
-# The budget is bytes that the slots really take. The plan says how many slots each MoE layer gets.
+# The budget is bytes that the slots really take. The plan says how many slots each MoE layer gets. What the engine does
+# while it answers (predict, load, compute) is logged below as one trace a request: the tab Traces of the run in MLflow.
 
 # %%
 engine = emoe_core.load(resolve_model(model), **{**config.engine_options(), "interval": 1, "record": True})
@@ -54,9 +56,12 @@ print(engine.memory(max_tokens=1024))
 
 # %%
 prompts = prompt_stream(config.stream())
-for prompt in prompts[:3]:
-    answer = engine.generate([prompt.text], [prompt.task], max_new_tokens=max_new_tokens)[0]
-    display(Markdown(f"**{prompt.task}**: {prompt.text[:160]} ...\n\n> {answer.text or '(no text)'}"))
+asked, answered = {}, {}
+with engine.timeline() as happened:
+    for prompt in prompts[:3]:
+        answer = engine.generate([prompt.text], [prompt.task], max_new_tokens=max_new_tokens)[0]
+        asked[answer.request], answered[answer.request] = {"task": prompt.task, "prompt": prompt.text}, answer.text
+        display(Markdown(f"**{prompt.task}**: {prompt.text[:160]} ...\n\n> {answer.text or '(no text)'}"))
 
 # %% [markdown]
 # ## Did the cache work?
@@ -104,7 +109,9 @@ name = f"{budget} {strategy} t={tolerance:g}"
 with tracking.run("quickstart", name, params=as_params(config), **result.identity) as run:
     run.log_metrics(result.metrics)
     run.log_frame("requests", result.requests)
+    run.log_frame("residency", result.residency)
     run.log_frame("answers", result.answers)
     run.log_figure("residency", residency)
+    run.log_traces(request_spans(happened, asked, answered))
     run.log_figure("timeline", timeline)
 print("logged")

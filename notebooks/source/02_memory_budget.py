@@ -87,6 +87,7 @@ name = f"{budget} {strategy} t={tolerance:g}"
 with tracking.run("memory budget", name, params=as_params(config) | {"timing_dtype": timing_dtype, "timing_tokens": timing_tokens}, **result.identity) as run:
     run.log_metrics(result.metrics)
     run.log_frame("requests", result.requests)
+    run.log_frame("residency", result.residency)
     if len(result.answers):
         run.log_frame("answers", result.answers)
     if terms is not None:

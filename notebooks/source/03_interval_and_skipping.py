@@ -59,6 +59,7 @@ name = f"p={interval} {replan}{' skipping' if skipping else ''} {budget}"
 with tracking.run("interval and skipping", name, params=as_params(config), **result.identity) as run:
     run.log_metrics(result.metrics)
     run.log_frame("requests", result.requests)
+    run.log_frame("residency", result.residency)
     if len(result.answers):
         run.log_frame("answers", result.answers)
     run.log_figure("timeline", timeline)

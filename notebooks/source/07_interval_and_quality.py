@@ -77,7 +77,7 @@ with tracking.run("interval and quality", f"{model} {budget} {replan}", params=p
     for row in found.summary.to_dict("records"):
         name = row["label"].replace(", p=", "_p")
         run.log_metrics({f"{name}_{key}": row[key] for key in ("perplexity_ratio", "kl_nats", "bytes_loaded")})
-    frames = {"summary": found.summary.astype({"interval": str}), "requests": found.requests, "overhead": overhead, "beside_paper": closing}
+    frames = {"summary": found.summary.astype({"interval": str}), "requests": found.requests, "residency": found.residency, "overhead": overhead, "beside_paper": closing}
     for name, frame in frames.items():
         run.log_frame(name, frame)
     run.log_figure("interval", curve)

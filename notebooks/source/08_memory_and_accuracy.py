@@ -117,7 +117,7 @@ with tracking.run("memory and accuracy", f"{model} {budgets} {mix}", params=para
     for row in found.summary.to_dict("records"):
         name = row["label"].replace("%", "pct").replace(" ", "_")
         run.log_metrics({f"{name}_{key}": row[key] for key in ("perplexity_ratio", "kl_nats", "similarity") if pd.notna(row.get(key))})
-    frames = {"summary": found.summary.astype({"interval": str}), "requests": found.requests, "answers": found.answers, "noise_floor": floor, "times": times, "beside_paper": closing}
+    frames = {"summary": found.summary.astype({"interval": str}), "requests": found.requests, "residency": found.residency, "answers": found.answers, "noise_floor": floor, "times": times, "beside_paper": closing}
     for name, frame in frames.items():
         if frame is not None and len(frame):
             run.log_frame(name, frame)

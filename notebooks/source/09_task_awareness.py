@@ -89,7 +89,7 @@ with tracking.run("task awareness", f"{model} {budget}{' skipping' if skipping e
     for row in found.summary.to_dict("records"):
         name = row["label"].replace("%", "pct").replace(", ", "_").replace(" ", "_").replace("-", "_")
         run.log_metrics({f"{name}_{key}": row[key] for key in ("perplexity_ratio", "kl_nats", "bytes_loaded")})
-    for name, frame in (("summary", found.summary.astype({"interval": str})), ("requests", found.requests), ("tasks", tasks), ("beside_paper", closing)):
+    for name, frame in (("summary", found.summary.astype({"interval": str})), ("requests", found.requests), ("residency", found.residency), ("tasks", tasks), ("beside_paper", closing)):
         run.log_frame(name, frame)
     run.log_figure("awareness", awareness)
     run.log_figure("wrong_labels", wrong)

@@ -19,6 +19,10 @@ max_batch: int = 8  # requests that run at once
 kv_tokens: int = 16384  # tokens of KV cache
 interval: int = 40  # p: predict before every p-th admitted request
 replan: str = "admission"  # when to plan: admission or interval
+throughput_requests: int = 4  # requests that every system serves for real, at once; 0: not at all
+throughput_repeats: int = 1  # how often
+throughput_systems: str = "emoe,on demand"  # also emoe exact, all resident
+throughput_source: str = "fixture"  # prompts: "fixture" (20 of ours), "embedded" or "hub"
 trace_folder: str = ""  # where the request traces lie; empty is the cache
 seed: int = 0
 
@@ -27,12 +31,14 @@ seed: int = 0
 from IPython.display import display
 
 from workbench import figures, tracking
+from workbench.busy import busy_warning
 from workbench.comparison import listed
 from workbench.progress import stage_bars
 from workbench.serving import report
 from workbench.serving.comparison import bounds, compare_schedulers, gains, load_at_attainment, reachable_loads, variant
 from workbench.serving.experiment import ServingConfig, as_params, known_trace_folder
-from workbench.serving.measure import costs_of
+from workbench.serving.measure import costs_of, model_path
+from workbench.serving.throughput import ThroughputConfig, measure_throughput, summary
 
 figures.set_style()
 names = listed(variants)
@@ -74,10 +80,29 @@ tasks = results[names[-1], reference_load].tasks
 print(f"{names[-1]} at the reference load, by task")
 tasks.style.format(precision=3).hide()
 
+# %% [markdown]
+# ## Throughput at equal memory
+#
+# Served by the real loop, not simulated: the same requests, all waiting from the start, by the engine as it serves (tolerance 1), and by LRU on demand with the same
+# expert memory. `ratio` is against on demand within the same round. What replacing experts costs in quality is notebook 08's question.
+
+# %%
+throughput = None
+if throughput_requests:
+    config = ThroughputConfig(
+        str(model_path(model)), costs.settings.get("budget", "60%"), tuple(listed(throughput_systems)), throughput_requests, max_batch,
+        repeats=throughput_repeats, source=throughput_source, seed=seed,
+    )
+    with stage_bars() as progress:
+        served = measure_throughput(config, progress)
+    throughput = summary(served)
+    print(busy_warning(served["others_cpu_share"].max()) or "the machine was quiet")
+    display(throughput.style.format(precision=2).format("{:.1%}", subset=["hit_rate", "stall_share"]).format("{:,.0f}", subset="slot_bytes").hide())
+
 # %%
 bound = bounds(results["fcfs", reference_load], costs)
 print("bound at the reference load:", {name: round(value, 3) for name, value in bound.items()})
-closing = report.schedulers_beside_paper(gained[gained["load"] == reference_load], reference_load, reachable, bound)
+closing = report.schedulers_beside_paper(gained[gained["load"] == reference_load], reference_load, reachable, bound, throughput)
 display(closing.style.hide())
 
 # %%
@@ -88,6 +113,9 @@ with tracking.run("scheduling", f"{model} {arrivals}", params=params, model_hash
     for row in table[table["load"] == reference_load].to_dict("records"):
         kept = ("latency_mean_s", "ttft_mean_s", "attainment_share", "goodput_per_s")
         run.log_metrics({f"{row['variant']}_{name}": row[name] for name in kept})
+    if throughput is not None:
+        run.log_metrics({f"{row['system'].replace(' ', '_')}_tokens_per_s": row["tokens_per_s"] for row in throughput.to_dict("records")})
+        run.log_frame("throughput", served)
     for name, frame in {"services": table, "gains": gained, "reachable": reachable, "tasks": tasks, "beside_paper": closing}.items():
         run.log_frame(name, frame)
     run.log_figure("rates", curve)
