@@ -59,9 +59,3 @@ class StepContext:
     def row_of_token(self) -> torch.Tensor:
         """Return the batch row of each token, int64 [batch * length]."""
         return torch.arange(self.batch).repeat_interleave(self.length)
-
-    def tokens_of_rows(self) -> list[int]:
-        """Return how many tokens of each batch row are no padding."""
-        if self.real is None:
-            return [self.length] * self.batch
-        return [int(count) for count in self.real.view(self.batch, self.length).sum(dim=1).tolist()]

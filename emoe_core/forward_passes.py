@@ -188,9 +188,6 @@ class ForwardPasses:
             seen = {"requests": step.requests, "prefill": step.is_prefill, "tokens": step.tokens}
             self.timeline.add("pass", self._begun_s, **seen)
             self._begun_s = 0.0
-        # After an error there is no output, and what the prompt wanted is not known.
-        if step is not None and step.is_prefill and output is not None:
-            self._control.prompts_read(step)
 
     def _admit(
         self, tasks: Sequence[str], input_tokens: Sequence[int], tolerances: Sequence[float | None] | None = None

@@ -157,9 +157,8 @@ def score(
     tasks : sequence of str or None, optional
         Task type of each sequence; None is "unknown".
     stepwise : bool
-        False: one forward pass per sequence, or two where the engine plans anew once a prompt has been read. True: a
-        pass for the prompt, then one for each token of the continuation, so that experts are asked for as they are
-        while generating.
+        False: one forward pass per sequence. True: a pass for the prompt, then one for each token of the continuation,
+        so that experts are asked for as they are while generating.
     """
     if tasks is not None and len(tasks) != len(sequences):
         raise OptionError(f"{len(sequences)} sequences came with {len(tasks)} task types: give one each, or none")
@@ -177,23 +176,21 @@ def score(
             lambda _, args, seen=seen: seen.append(args[0])
         )
         # The first pass ends with the prompt's last token, or with the whole sequence; the last row predicts nothing.
-        cached = stepwise or engine.control.replan == "prompt"
-        first = len(prompt) if cached else ids.shape[1]
-        last = ids.shape[1] - 1
-        later = [(place, place + 1) for place in range(first, last)] if stepwise else [(first, last)]
-        parts, cache = [], None
+        first = len(prompt) if stepwise else ids.shape[1]
+        rows, parts, cache = first - len(prompt) + 1, [], None
         try:
             with torch.no_grad():
-                for start, end in [(0, first), *(span for span in later if span[1] > span[0])]:
-                    rows = end - max(start, len(prompt) - 1)
+                for start, end in [(0, first), *((place, place + 1) for place in range(first, ids.shape[1] - 1))]:
                     extra: dict[str, Any] = {"logits_to_keep": rows} if "logits_to_keep" in accepts else {}
-                    output = engine.model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=cached, **extra)
+                    output = engine.model(
+                        input_ids=ids[:, start:end], past_key_values=cache, use_cache=stepwise, **extra
+                    )
                     parts.append((output.logits[0, -rows:].float().cpu(), seen[-1][0, -rows:].cpu()))
-                    cache = output.past_key_values if cached else None
-                    if cached and cache is None:
+                    rows, cache = 1, output.past_key_values if stepwise else None
+                    if stepwise and cache is None:
                         raise UnsupportedFamilyError(
-                            f"{type(engine.model).__name__} keeps no cache, so it cannot be scored in several passes: "
-                            f"use stepwise=False, and replan 'admission' or 'interval'"
+                            f"{type(engine.model).__name__} keeps no cache, so it cannot be scored step by step: use "
+                            f"stepwise=False"
                         )
         finally:
             watch.remove()

@@ -39,7 +39,7 @@ class EngineConfig:
         With "adaptive": predict when, over the last requests, the plan's experts cover less than this share of what
         the best sets of the same size would have covered.
     replan : str
-        "admission", "prompt" or "interval" (see `control.py`).
+        "admission" or "interval" (see `control.py`).
     lookahead : int
         While a MoE layer computes, fetch what the one this many layers further on is guessed to want (see
         `lookahead.py`); 0 is off.

@@ -8,16 +8,13 @@ with W_j the input tokens of request j, n_T the number of running requests of th
 tokens, s in {0, 1} the sensitivity of (T, l), and f_i the predicted frequency. N is summed over tasks and the top L
 experts of the layer are kept, L being the layer's slots. A layer without demand keeps its residents.
 
-A request whose prompt has been read may bring shares of its own in place of its task's (not in the paper). Its prompt
-is behind it then, so it adds W_o tokens and no input.
-
 The planner decides; it does not load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,14 +25,10 @@ DEFAULT_OUTPUT_TOKENS = 64.0
 
 @dataclass(frozen=True)
 class RunningRequest:
-    """A request that the plan must serve: its task type and input length W_j in tokens.
-
-    ``shares`` [layers, experts] are its own, known once its prompt has been read; None: those of its task.
-    """
+    """A request that the plan must serve: its task type and input length W_j in tokens."""
 
     task: str
     input_tokens: int
-    shares: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -77,30 +70,23 @@ def expected_tokens(
     running : sequence of RunningRequest
         Requests that run until the next plan.
     frequencies : mapping
-        Predicted shares f [layers, experts] per task; tasks without a prediction add nothing, unless by requests that
-        bring their own.
+        Predicted shares f [layers, experts] per task; tasks without a prediction add nothing.
     sensitive : callable
         s(task, layer).
     output_tokens : callable
         W_o(task).
     """
-    own = [request for request in running if request.shares is not None]
-    known = [*frequencies.values(), *(request.shares for request in own if request.shares is not None)]
-    if not known:
+    if not frequencies:
         return np.zeros((0, 0))
-    demand = np.zeros(known[0].shape)
-
-    def add(task: str, tokens: float, shares: np.ndarray) -> None:
-        mask = np.array([sensitive(task, layer) for layer in range(len(demand))])[:, None]
-        demand[:] += tokens * mask * shares
-
+    shape = next(iter(frequencies.values())).shape
+    demand = np.zeros(shape)
     for task, shares in frequencies.items():
-        inputs = [request.input_tokens for request in running if request.task == task and request.shares is None]
-        if inputs:
-            add(task, sum(inputs) + len(inputs) * output_tokens(task), shares)
-    for request in own:
-        assert request.shares is not None
-        add(request.task, output_tokens(request.task), request.shares)
+        inputs = [request.input_tokens for request in running if request.task == task]
+        if not inputs:
+            continue
+        tokens = sum(inputs) + len(inputs) * output_tokens(task)
+        mask = np.array([sensitive(task, layer) for layer in range(shape[0])])[:, None]
+        demand += tokens * mask * shares
     return demand
 
 

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 import emoe_core
-from emoe_core.control import PRIOR_TOKENS
-from emoe_core.planner import DEFAULT_OUTPUT_TOKENS
 from workbench.reference_model.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 
 
@@ -106,52 +104,6 @@ def test_after_a_swap_the_plan_is_resident(model: Path, tmp_path: Path) -> None:
         engine.finish(numbers)
         counters = engine.stats().counters
         assert counters.prefetches == 3 * LAYERS and counters.loads == 0
-
-
-def test_a_read_prompt_decides_whom_its_own_answer_finds_in_place(model: Path, tmp_path: Path) -> None:
-    with load(model, tmp_path, tolerance=1.0, replan="prompt", record=True) as engine, torch.no_grad():
-        prompt, _ = sequence(1)
-        numbers = engine.admit(["qa"], [6])
-        engine.model(input_ids=torch.tensor([prompt]), use_cache=True)
-        engine.loader.settle()
-        best = np.argsort(-engine.trace().counts(0), axis=1, kind="stable")
-        counts = np.take_along_axis(engine.trace().counts(0), best, axis=1)
-        for layer in range(LAYERS):
-            # Experts that the prompt did not want are kept as they are.
-            wanted = set(best[layer, : min(3, int((counts[layer] > 0).sum()))].tolist())
-            assert wanted <= engine.loader.table.resident(layer)
-        engine.finish(numbers)
-        # The next one starts from what was predicted, and ends with its own.
-        before = engine.stats().counters.swaps
-        engine.score([sequence(7)], ["qa"])
-        assert engine.stats().counters.swaps > before
-
-
-def test_a_prompts_own_shares_are_blended_with_the_prediction_by_its_length(model: Path, tmp_path: Path) -> None:
-    with load(model, tmp_path, tolerance=1.0, replan="prompt", interval=1) as engine, torch.no_grad():
-        engine.score([sequence(1)], ["qa"])
-        learned = engine.control.predictor.predict("qa")
-        numbers = engine.admit(["qa"], [6])
-        engine.model(input_ids=torch.tensor([sequence(2)[0]]))
-        counts = engine.control.running[numbers[0]].counts
-        plan = engine.control.plan
-    own = counts / counts.sum(axis=1, keepdims=True)
-    blended = (6 * own + PRIOR_TOKENS * learned) / (6 + PRIOR_TOKENS)
-    np.testing.assert_allclose(plan.demand, DEFAULT_OUTPUT_TOKENS * blended)
-
-
-def test_planning_by_prompts_is_exact_at_tolerance_zero(model: Path, tmp_path: Path) -> None:
-    ids = torch.tensor([sequence(3)[0]])
-    answers = []
-    for options in ({"replan": "prompt"}, {"budget": "100%"}):
-        with load(model, tmp_path, **options) as engine:
-            answers.append(
-                engine.model.generate(
-                    ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True
-                )
-            )
-    assert torch.equal(answers[0].sequences, answers[1].sequences)
-    assert all(torch.equal(one, other) for one, other in zip(answers[0].logits, answers[1].logits, strict=True))
 
 
 def test_the_predictor_learns_what_the_router_wanted_not_what_it_got(model: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def forward(engine: emoe_core.Engine, ids: torch.Tensor = IDS) -> torch.Tensor:
         ({"tolerance": float("nan")}, OptionError, r"must lie in \[0, 1\]"),
         ({"tolerance": "high"}, OptionError, r"must lie in \[0, 1\]"),
         ({"interval": 0}, OptionError, "1 or more requests"),
-        ({"replan": "never"}, OptionError, "admission, prompt, interval"),
+        ({"replan": "never"}, OptionError, "admission, interval"),
         ({"tier": "tape"}, OptionError, "'disk' or 'host'"),
         ({"verify": "maybe"}, OptionError, "'first', 'always' or 'never'"),
         ({"threads": 0}, OptionError, "at least one thread"),

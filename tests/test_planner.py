@@ -40,13 +40,6 @@ def test_a_task_without_running_requests_or_prediction_adds_nothing() -> None:
     np.testing.assert_allclose(unpredicted, 50 * SHARES["qa"])
 
 
-def test_a_request_with_shares_of_its_own_adds_its_expected_answer_by_them() -> None:
-    own = np.array([[0.0, 0.0, 0.0, 1.0], [0.25, 0.25, 0.25, 0.25]])
-    demand = expected_tokens([RUNNING[0], RunningRequest("qa", 30, own)], SHARES, always, lambda task: 5.0)
-    np.testing.assert_allclose(demand, (10 + 5) * SHARES["qa"] + 5 * own)
-    np.testing.assert_allclose(expected_tokens([RunningRequest("qa", 30, own)], {}, always, lambda task: 5.0), 5 * own)
-
-
 def test_no_demand_keeps_the_residents() -> None:
     nothing = make_plan(np.zeros((2, 4)), [2, 2])
     assert nothing.is_empty
