@@ -132,7 +132,7 @@ def page(lab: tuple[str, Path]) -> Iterator[Any]:
 
 
 def saved(notebook: Path) -> tuple[list[dict[str, Any]], str]:
-    """Return the notebook's code cells, once all of them were saved with what they gave, and the pair saved after it."""
+    """Return the notebook's code cells, once all were saved with what they gave, and the pair saved after it."""
     pair = notebook.parent / "source" / f"{notebook.stem}.py"
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
