@@ -102,6 +102,7 @@ def test_a_moved_slider_shows_another_point_and_a_refusal_is_one_line(
     assert panel.figures.value != before
     assert panel.tokens.value != grid
     assert "perplexity ratio 1.000" in panel.figures.value
+    assert re.search(r"Speed</b> [\d.,]+ tokens/s", panel.figures.value)
     assert panel.points.value.count("<tr") == 3
 
     shown = panel.figures.value

@@ -131,13 +131,14 @@ def page(lab: tuple[str, Path]) -> Iterator[Any]:
         browser.close()
 
 
-def saved(notebook: Path) -> list[dict[str, Any]]:
-    """Return the notebook's code cells, once all of them were saved with what they gave."""
+def saved(notebook: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return the notebook's code cells, once all were saved with what they gave, and the pair saved after it."""
+    pair = notebook.parent / "source" / f"{notebook.stem}.py"
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
-        if all(cell["execution_count"] for cell in cells):
-            return cells
+        if all(cell["execution_count"] for cell in cells) and pair.exists():
+            return cells, pair.read_text()
         time.sleep(0.2)
     pytest.fail("the notebook was not saved with all of its cells run")
 
@@ -150,11 +151,10 @@ def slide(page: Any, name: str, key: str) -> None:
 
 def test_all_cells_run_without_an_error_and_the_pair_is_written(lab: tuple[str, Path], page: Any) -> None:
     _, notebook = lab
-    cells = saved(notebook)
+    cells, pair = saved(notebook)
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"] == []
     assert cells[-1]["outputs"][0]["text"] == ["logged\n"]
-    pair = (notebook.parent / "source" / "00_explore.py").read_text()
     assert "panel = Panel(config)" in pair
     assert "logged\n" not in pair
 

@@ -44,7 +44,8 @@ config = ExperimentConfig(
 # The same point twice gives the same figures, times apart: residents, counters and history start anew each time, and the
 # model is only read again when the budget changes. A budget that cannot work says so in one line. In the picture, a
 # column is a token of the answer and a row a layer; a cell shows how the experts that the token wanted there were
-# served. The first column is the pass over the whole prompt.
+# served. The first column is the pass over the whole prompt. Measured memory is the peak of this kernel while it serves,
+# minus what it held before the model was loaded; libraries that the first model brings along count for it.
 
 # %%
 panel = Panel(config)

@@ -132,14 +132,15 @@ class Explorer:
         held = process_peak_bytes() if in_peak else status_bytes("VmRSS") or 0
         longest = max(len(output.prompt_ids) for output in reference.outputs) + config.max_new_tokens
         on_cuda = engine.device.type == "cuda"
+        computed_bytes = engine.memory(longest).total_bytes
         metrics = quality_metrics(requests) | {
-            "computed_bytes": float(engine.memory(longest).total_bytes),
+            "computed_bytes": float(computed_bytes),
             "measured_bytes": float(torch.cuda.max_memory_allocated() if on_cuda else held - self._held_bytes),
-            "all_resident_bytes": float(stats.dense_bytes + stats.expert_bytes),
+            "all_resident_bytes": float(computed_bytes - stats.slot_bytes + stats.expert_bytes),
             "slot_bytes": float(stats.slot_bytes),
             "ttft_s": answer.ttft_s,
             "tpot_s": answer.tpot_s if answer.tpot_s is not None else float("nan"),
-            "tokens_per_s": 1 / answer.tpot_s if answer.tpot_s else float("nan"),
+            "answer_tokens_per_s": 1 / answer.tpot_s if answer.tpot_s else float("nan"),
             "others_cpu_share": others_share,
             "hit_rate": answering.hit_rate,
             "loads": float(answering.loads),

@@ -66,7 +66,8 @@ class Panel:
         options = tasks if begun in tasks else (begun, *tasks)
         self.task = _slider(widgets.SelectionSlider, "task", begun, options=options)
         self.sliders = (self.budget, self.tolerance, self.interval, self.task)
-        self.step = _slider(widgets.IntSlider, "token", 0, min=0, max=0)
+        # Never from 0 to 0: a slider that was made so does not move later.
+        self.step = _slider(widgets.IntSlider, "token", 0, min=0, max=max(1, start.max_new_tokens - 1))
         self._bar = widgets.IntProgress(layout=widgets.Layout(width="160px"))
         self._stage = widgets.Label()
         self.message = widgets.HTML()
@@ -155,7 +156,7 @@ class Panel:
             heading("Answer", told) + f"<blockquote>{escape(seen.answer.text) or '(no text)'}</blockquote>"
         )
         self.tokens.value = heading("Token by token", "hover a cell, or slide") + step_grid(seen.trace, seen.pieces)
-        self.step.max = len(seen.pieces) - 1
+        self.step.max = max(1, len(seen.pieces) - 1)
         self._show_step(None)
 
     def _show_step(self, change: Any) -> None:

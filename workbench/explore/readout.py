@@ -19,7 +19,7 @@ ALL_TASKS = "all tasks"
 SHOWN = (
     ("computed_bytes", "memory, computed"),
     ("measured_bytes", "memory, measured"),
-    ("tokens_per_s", "speed"),
+    ("answer_tokens_per_s", "speed"),
     ("ttft_s", "first token"),
     ("perplexity_ratio", "perplexity ratio"),
     ("top1_agreement", "top-1 agreement"),
@@ -50,10 +50,10 @@ def points_frame(observations: Sequence[Observation]) -> pd.DataFrame:
 def readout(seen: Observation) -> str:
     """Return an observation's memory as a bar against all experts resident, then its speed and quality."""
     metrics = seen.metrics
-    whole = max(metrics["all_resident_bytes"], metrics["computed_bytes"])
+    whole = metrics["all_resident_bytes"]
     dense, slots = seen.stats.dense_bytes, metrics["slot_bytes"]
     rest = metrics["computed_bytes"] - dense - slots
-    absent = 1 - metrics["computed_bytes"] / whole
+    absent = max(0.0, 1 - metrics["computed_bytes"] / whole)
     parts = [
         Part("dense weights", dense / whole, show("bytes_", dense), GREY),
         Part("slots", slots / whole, show("bytes_", slots), BLUE),
@@ -64,7 +64,8 @@ def readout(seen: Observation) -> str:
         f"{show('bytes_', metrics['measured_bytes'])} measured, {show('bytes_', metrics['computed_bytes'])} computed; "
         f"all resident {show('bytes_', metrics['all_resident_bytes'])}"
     )
-    speed = f"{show('tokens_per_s', metrics['tokens_per_s'])}, first token after {show('ttft_s', metrics['ttft_s'])}"
+    rate, first = (show(name, metrics[name]) for name in ("answer_tokens_per_s", "ttft_s"))
+    speed = f"{rate}, first token after {first}"
     doubt = busy_warning(metrics["others_cpu_share"])
     quality = (
         f"perplexity ratio {metrics['perplexity_ratio']:.3f}, top-1 agreement {metrics['top1_agreement']:.1%}, KL "
