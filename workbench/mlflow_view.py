@@ -35,6 +35,7 @@ PAIRS = (
     ("slot_share", "kl_nats"),
     ("tpot_ratio", "perplexity_ratio"),
 )
+NAME_COLUMN = "attributes.`Run Name`"
 MOST_BARS = 24  # a section
 MOST_LETTERS = 5000  # of a tag, in every database that MLflow writes to
 SHOW_ALL_RUNS = 100
@@ -70,6 +71,7 @@ def view_of(runs: Sequence[MlflowRun], most_bars: int = MOST_BARS) -> dict[str, 
     metrics.sort(key=lambda name: (rank_of(name), named.index(name) if name in named else len(named)))
     axes = list(_listed(runs, AXES_TAG))
     shown = [name for name in main_metrics(named, metrics) if name in named or group_of(name) == "quality"]
+    columns = [f"params.`{name}`" for name in axes] + [f"metrics.`{name}`" for name in shown or metrics[:8]]
     pairs = [pair for pair in PAIRS if set(pair) <= set(metrics)]
     charts = [_scatter(*pair) for pair in pairs]
     charts += [chart for notebook in _notebooks(runs) if (chart := _paths(notebook, runs))]
@@ -88,12 +90,9 @@ def view_of(runs: Sequence[MlflowRun], most_bars: int = MOST_BARS) -> dict[str, 
         ),
         "orderByKey": "tags.`mlflow.runName`",
         "orderByAsc": True,
-        "selectedColumns": [
-            *(f"params.`{name}`" for name in axes),
-            *(f"metrics.`{name}`" for name in shown or metrics[:8]),
-            "attributes.`Duration`",
-        ],
-        "columnWidths": {"attributes.`Run Name`": 380},
+        "selectedColumns": columns,
+        "columnOrder": [NAME_COLUMN, *columns],
+        "columnWidths": {NAME_COLUMN: 380},
         "compareRunCharts": charts,
         "compareRunSections": [section for section in sections if section["uuid"] in used],
         "isAccordionReordered": True,
