@@ -46,7 +46,7 @@ def arrange_view(client: MlflowClient, parent: MlflowRun) -> None:
     runs = current_runs(client, parent)
     if runs:
         with disk_errors():
-            client.set_experiment_tag(parent.info.experiment_id, VIEW_TAG, encoded_view(runs))
+            client.set_experiment_tag(parent.info.experiment_id, VIEW_TAG, encoded_view(runs, parent.info.run_id))
 
 
 def view_address(experiment: str, server: str = "http://127.0.0.1:5000") -> str:
@@ -54,17 +54,17 @@ def view_address(experiment: str, server: str = "http://127.0.0.1:5000") -> str:
     return f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey={KEY}"
 
 
-def encoded_view(runs: Sequence[MlflowRun]) -> str:
+def encoded_view(runs: Sequence[MlflowRun], parent_id: str) -> str:
     """Return the view of some runs as the interface reads it: deflated JSON, shortened until it fits a tag."""
     for bars in range(MOST_BARS, -1, -4):
-        text = json.dumps(view_of(runs, bars), separators=(",", ":"))
+        text = json.dumps(view_of(runs, parent_id, bars), separators=(",", ":"))
         packed = "deflate;" + base64.b64encode(zlib.compress(text.encode(), 9)).decode()
         if len(packed) <= MOST_LETTERS:
             break
     return packed
 
 
-def view_of(runs: Sequence[MlflowRun], most_bars: int = MOST_BARS) -> dict[str, Any]:
+def view_of(runs: Sequence[MlflowRun], parent_id: str, most_bars: int = MOST_BARS) -> dict[str, Any]:
     """Return the view of some runs as the interface's state."""
     metrics = sorted({name for item in runs for name in item.data.metrics}, key=lambda name: (rank_of(name), name))
     named = list(_listed(runs, METRICS_TAG))
@@ -82,12 +82,7 @@ def view_of(runs: Sequence[MlflowRun], most_bars: int = MOST_BARS) -> dict[str, 
         charts += [_bar(name, group) for name in own]
     used = {chart["metricSectionId"] for chart in charts}
     return {
-        "searchFilter": " and ".join(
-            (
-                f"tags.`{SUPERSEDED_TAG}` = 'false'",
-                *(f"tags.`{PARENT_TAG}` = '{item.data.tags[PARENT_TAG]}'" for item in runs[:1]),
-            )
-        ),
+        "searchFilter": f"tags.`{SUPERSEDED_TAG}` = 'false' and tags.`{PARENT_TAG}` = '{parent_id}'",
         "orderByKey": "tags.`mlflow.runName`",
         "orderByAsc": True,
         "selectedColumns": columns,
