@@ -11,7 +11,10 @@ from collections.abc import Sequence
 
 # In the order in which tables show them.
 GROUPS = {
-    "memory": ("model_bytes", "peak_bytes", "slot_bytes", "slot_share", "dense_bytes", "expert_bytes", "memory"),
+    "memory": (
+        *("model_bytes", "peak_bytes", "serving_bytes", "slot_bytes", "slot_share", "dense_bytes", "expert_bytes"),
+        "memory",
+    ),
     "quality": ("perplexity", "kl_", "agreement", "similarity", "accuracy", "identical"),
     "time": ("ttft", "tpot", "stall", "_s", "per_s", "cpu_share"),
 }

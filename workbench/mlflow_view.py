@@ -35,6 +35,7 @@ PAIRS = (
     ("slot_share", "kl_nats"),
     ("tpot_ratio", "perplexity_ratio"),
 )
+NAME_COLUMN = "attributes.`Run Name`"
 MOST_BARS = 24  # a section
 MOST_LETTERS = 5000  # of a tag, in every database that MLflow writes to
 SHOW_ALL_RUNS = 100
@@ -45,7 +46,7 @@ def arrange_view(client: MlflowClient, parent: MlflowRun) -> None:
     runs = current_runs(client, parent)
     if runs:
         with disk_errors():
-            client.set_experiment_tag(parent.info.experiment_id, VIEW_TAG, encoded_view(runs))
+            client.set_experiment_tag(parent.info.experiment_id, VIEW_TAG, encoded_view(runs, parent.info.run_id))
 
 
 def view_address(experiment: str, server: str = "http://127.0.0.1:5000") -> str:
@@ -53,23 +54,24 @@ def view_address(experiment: str, server: str = "http://127.0.0.1:5000") -> str:
     return f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey={KEY}"
 
 
-def encoded_view(runs: Sequence[MlflowRun]) -> str:
+def encoded_view(runs: Sequence[MlflowRun], parent_id: str) -> str:
     """Return the view of some runs as the interface reads it: deflated JSON, shortened until it fits a tag."""
     for bars in range(MOST_BARS, -1, -4):
-        text = json.dumps(view_of(runs, bars), separators=(",", ":"))
+        text = json.dumps(view_of(runs, parent_id, bars), separators=(",", ":"))
         packed = "deflate;" + base64.b64encode(zlib.compress(text.encode(), 9)).decode()
         if len(packed) <= MOST_LETTERS:
             break
     return packed
 
 
-def view_of(runs: Sequence[MlflowRun], most_bars: int = MOST_BARS) -> dict[str, Any]:
+def view_of(runs: Sequence[MlflowRun], parent_id: str, most_bars: int = MOST_BARS) -> dict[str, Any]:
     """Return the view of some runs as the interface's state."""
     metrics = sorted({name for item in runs for name in item.data.metrics}, key=lambda name: (rank_of(name), name))
     named = list(_listed(runs, METRICS_TAG))
     metrics.sort(key=lambda name: (rank_of(name), named.index(name) if name in named else len(named)))
     axes = list(_listed(runs, AXES_TAG))
     shown = [name for name in main_metrics(named, metrics) if name in named or group_of(name) == "quality"]
+    columns = [f"params.`{name}`" for name in axes] + [f"metrics.`{name}`" for name in shown or metrics[:8]]
     pairs = [pair for pair in PAIRS if set(pair) <= set(metrics)]
     charts = [_scatter(*pair) for pair in pairs]
     charts += [chart for notebook in _notebooks(runs) if (chart := _paths(notebook, runs))]
@@ -80,20 +82,12 @@ def view_of(runs: Sequence[MlflowRun], most_bars: int = MOST_BARS) -> dict[str, 
         charts += [_bar(name, group) for name in own]
     used = {chart["metricSectionId"] for chart in charts}
     return {
-        "searchFilter": " and ".join(
-            (
-                f"tags.`{SUPERSEDED_TAG}` = 'false'",
-                *(f"tags.`{PARENT_TAG}` = '{item.data.tags[PARENT_TAG]}'" for item in runs[:1]),
-            )
-        ),
+        "searchFilter": f"tags.`{SUPERSEDED_TAG}` = 'false' and tags.`{PARENT_TAG}` = '{parent_id}'",
         "orderByKey": "tags.`mlflow.runName`",
         "orderByAsc": True,
-        "selectedColumns": [
-            *(f"params.`{name}`" for name in axes),
-            *(f"metrics.`{name}`" for name in shown or metrics[:8]),
-            "attributes.`Duration`",
-        ],
-        "columnWidths": {"attributes.`Run Name`": 380},
+        "selectedColumns": columns,
+        "columnOrder": [NAME_COLUMN, *columns],
+        "columnWidths": {NAME_COLUMN: 380},
         "compareRunCharts": charts,
         "compareRunSections": [section for section in sections if section["uuid"] in used],
         "isAccordionReordered": True,
