@@ -239,7 +239,7 @@ def test_sigterm_lets_running_requests_finish_and_ends_the_replicas(service: Clu
     wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
 
 
-def test_a_cluster_without_room_is_refused(address: str) -> None:
+def test_a_cluster_without_room_is_refused() -> None:
     from workbench.replicas.service import Placement, require_room
 
     nodes = [{"Alive": True, "Resources": {"CPU": 3.0}}, {"Alive": False, "Resources": {"CPU": 9.0}}]
