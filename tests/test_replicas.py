@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +108,21 @@ def address(model: Path) -> Iterator[str]:
         # Inherited by the nodes and what runs on them.
         patch.setenv("EMOE_CACHE", str(model.parent))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        made = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
-        made.add_node(**NODE)
+        head = NODE | agent_ports() | {"include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=head)
+        made.add_node(**NODE, **agent_ports())
         yield made.address
         made.shutdown()
+
+
+def agent_ports() -> dict[str, int]:
+    """Return free ports: a node that has to learn what its agents took gives up after 15 s on a busy machine."""
+    with ExitStack() as stack:
+        listening = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        ports = [one.getsockname()[1] for one in listening]
+    return dict(
+        zip(("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port"), ports, strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +252,7 @@ def test_sigterm_lets_running_requests_finish_and_ends_the_replicas(service: Clu
     wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
 
 
-def test_a_cluster_without_room_is_refused(address: str) -> None:
+def test_a_cluster_without_room_is_refused() -> None:
     from workbench.replicas.service import Placement, require_room
 
     nodes = [{"Alive": True, "Resources": {"CPU": 3.0}}, {"Alive": False, "Resources": {"CPU": 9.0}}]
