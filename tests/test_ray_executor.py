@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray_bench import agent_ports
 from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError
@@ -27,9 +28,11 @@ def cluster() -> Iterator[Any]:
     """Return a cluster whose head carries out nothing, with two nodes that do."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "include_dashboard": False})
+    made = Cluster(
+        initialize_head=True, head_node_args=NODE | agent_ports() | {"num_cpus": 0, "include_dashboard": False}
+    )
     for _ in range(2):
-        made.add_node(**NODE)
+        made.add_node(**NODE, **agent_ports())
     yield made
     made.shutdown()
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client import Counter as Counted
 from prometheus_client.parser import text_string_to_metric_families
+from ray_bench import agent_ports
 from server_bench import LONG, PATIENCE_S
 from sweep_bench import wait_for
 from typer.testing import CliRunner
@@ -45,8 +44,7 @@ class ClusterService:
 
     def __init__(self, model: Path, address: str) -> None:
         options = ["--replicas", "2", "--ray-address", address, "--port", "0", "--budget", "3 slots", "--name", "tiny"]
-        # A better fit may have one request more.
-        options += ["--max-batch", "4", "--max-waiting", "2", "--slack", "0.25"]
+        options += ["--max-batch", "4", "--max-waiting", "2"]
         command = [sys.executable, "-m", "workbench.cli", "serve-cluster", str(model), *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
         assert self.process.stderr is not None
@@ -113,16 +111,6 @@ def address(model: Path) -> Iterator[str]:
         made.add_node(**NODE, **agent_ports())
         yield made.address
         made.shutdown()
-
-
-def agent_ports() -> dict[str, int]:
-    """Return free ports: a node that has to learn what its agents took gives up after 15 s on a busy machine."""
-    with ExitStack() as stack:
-        listening = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        ports = [one.getsockname()[1] for one in listening]
-    return dict(
-        zip(("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port"), ports, strict=True)
-    )
 
 
 @pytest.fixture(scope="module")
