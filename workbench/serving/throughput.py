@@ -3,7 +3,7 @@
 All requests wait from the start, so the engine is never idle and the batch is full until the last ones run: this is
 throughput, not latency. Each system serves the same requests with the same lengths, in order of arrival, by the real
 loop. Systems take turns, so that a machine that slows down slows all of them; each is loaded anew and serves a prompt
-of every task first, unmeasured.
+of every task first, unmeasured. By these it predicts, and again before every sixth request: what swaps cost is in.
 
 =============  ====================================================================================================
 system         what runs
@@ -38,8 +38,8 @@ from workbench.serving.task_loads import cut, task_tokens
 Progress = Callable[[str, int, int], None]
 ON_DEMAND, RESIDENT = "on demand", "all resident"
 SYSTEMS: dict[str, dict[str, Any]] = {
-    "emoe": {"tolerance": 1.0},
-    "emoe exact": {"tolerance": 0.0},
+    "emoe": {"tolerance": 1.0, "interval": len(TASK_TYPES)},
+    "emoe exact": {"tolerance": 0.0, "interval": len(TASK_TYPES)},
     ON_DEMAND: {"tolerance": 0.0, "predictor": None, "policy": "lru"},
     RESIDENT: {"budget": "100%"},
 }
