@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from emoe_core.budget import plan_slots
 from emoe_core.checkpoint import open_checkpoint
@@ -31,6 +33,7 @@ from workbench.bench.roofline import roofline
 from workbench.bench.routing_pass import RoutingPass, routing_pass
 from workbench.bench.runner import read_results, run_bench, schedule
 from workbench.bench.summary import summarise
+from workbench.commands.bench import _systems
 from workbench.control_groups import Controller, find_controller
 from workbench.reference_model.tiny import tiny_moe
 from workbench.simulate_accesses import accesses_of
@@ -122,6 +125,13 @@ def test_llama_cpp_without_its_package_is_refused_with_the_extra_named(monkeypat
     with pytest.raises(OptionError, match=r"the extra 'llama'.*pip install"):
         preparation.require_llama(find_systems(["emoe", "llama.cpp:no-limit"]))
     preparation.require_llama(find_systems(["emoe"]))
+
+
+def test_the_notice_of_what_is_left_out_names_the_extra_as_it_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.baselines.llama_cpp.is_installed", lambda: False)
+    said = Console(file=io.StringIO(), width=300)
+    assert not any(name.startswith("llama.cpp") for name in _systems(None, said))
+    assert "'.[llama]'" in said.file.getvalue()
 
 
 def test_systems_take_turns_and_each_round_starts_with_another() -> None:

@@ -115,7 +115,7 @@ def _systems(names: str | None, console: Console) -> tuple[str, ...]:
         return tuple(name.strip() for name in names.split(",") if name.strip())
     if is_installed():
         return DEFAULT_SYSTEMS
-    console.print(f"[yellow]llama.cpp is left out: {EXTRA}[/]")
+    console.print(f"[yellow]llama.cpp is left out: {escape(EXTRA)}[/]")
     return tuple(name for name in DEFAULT_SYSTEMS if not name.startswith("llama.cpp"))
 
 
