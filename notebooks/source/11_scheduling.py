@@ -124,7 +124,7 @@ print("logged")
 # %% [markdown]
 # ## Measured
 #
-# 25 November 2026 on a quiet machine (2 cores of an AMD EPYC with AVX2; costs of `reference`, 60% of experts, bfloat16, tolerance 1: a prompt of 200 tokens 0.46 s, a
+# 25 November 2026 on a quiet machine (2 cores of an AMD EPYC with AVX-512 and native bfloat16; costs of `reference`, 60% of experts, bfloat16, tolerance 1: a prompt of 200 tokens 0.46 s, a
 # step 63 ms alone and 165 ms for eight). Simulated, 500 requests, Poisson, batch of 8, plans at admission, p = 40, seed 0. At load 0.15 FCFS meets 90% of objectives.
 #
 # | load | scheduler | mean latency | P99 | objectives met | goodput against FCFS |

@@ -97,6 +97,6 @@ print("logged")
 # %% [markdown]
 # ## Measured
 #
-# 25 November 2026, quiet machine (2 cores of an AMD EPYC with AVX2): `reference`, 60% of experts, bfloat16, tolerance 1, batch of 8, 30 requests of up to 48 + 24 tokens at load 0.6, seed 0. Simulated over
+# 25 November 2026, quiet machine (2 cores of an AMD EPYC with AVX-512 and native bfloat16): `reference`, 60% of experts, bfloat16, tolerance 1, batch of 8, 30 requests of up to 48 + 24 tokens at load 0.6, seed 0. Simulated over
 # real, by times measured just before: FCFS mean latency 0.96, P99 0.99, mean TTFT 0.98; eMoE 0.95, 0.89, 0.97. So within the aim of 15%. On a machine that does
 # something else meanwhile it has been off by a third: the measured times no longer hold.
