@@ -148,7 +148,7 @@ class ControlLoop:
             self._frequencies.clear()
             self._predicted = True
             self.loader.counters.predictions += self.predictor is not None
-        if self._predicted and (due or self.replan != "interval"):
+        if self._predicted and (due or self.replan == "admission"):
             self._make_plan()
         return numbers
 
@@ -202,7 +202,8 @@ class ControlLoop:
         """
         assert self.predictor is not None, "on demand there is no plan"
         for task in sorted({request.task for request in requests}):
-            self._predict(task)
+            if task not in self._frequencies:
+                self._frequencies[task] = self.predictor.predict(task)
         return self._plan(requests, {task: f for task, f in self._frequencies.items() if f is not None})
 
     def wanted(self, task: str) -> Plan | None:
@@ -226,13 +227,6 @@ class ControlLoop:
             ),
         )
         return make_plan(demand * self._exists if demand.size else demand, self.loader.table.capacity)
-
-    def _predict(self, task: str) -> np.ndarray | None:
-        """Return a task's predicted shares, which hold until the next prediction."""
-        assert self.predictor is not None
-        if task not in self._frequencies:
-            self._frequencies[task] = self.predictor.predict(task)
-        return self._frequencies[task]
 
     def _make_plan(self) -> None:
         if self.predictor is None:

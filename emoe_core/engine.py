@@ -42,6 +42,7 @@ from .options import EngineConfig, resolve_device
 from .pack import Progress, ensure_pack
 from .predictor import Predictor, make_predictor
 from .routing import RoutingTrace, TraceRecorder
+from .slots import SlotTable
 from .storage import HostMemory, PackedFile
 from .timeline import Timeline
 from .tokenizer import load_tokenizer
@@ -91,10 +92,9 @@ class Engine:
         self.device = resolve_device(config.device)
         self.plan, self.quality = plan_engine(index, config)
         layers = index.layers
-        num_experts = max(layer.num_experts for layer in layers)
         predictor = self._new_predictor()
         pack = ensure_pack(index, config.pack_dir or cache_dir() / "packs", progress)
-        table = make_table(self.plan.slots_per_layer, self.plan.spare_slots, config.policy, num_experts)
+        table = self._new_table()
         storage: PackedFile | HostMemory
         if config.tier == "disk":
             storage = PackedFile(pack, config.direct, config.verify)  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ class Engine:
             storage.close()
             raise
         self.control = self._new_control(predictor)
-        self.recorder = TraceRecorder(len(layers), num_experts) if config.record else None
+        self.recorder = TraceRecorder(len(layers), self._most_experts) if config.record else None
         self.passes = ForwardPasses(
             self.loader, self.control, self.recorder, self.tolerance, config.cache_bias, self.quality
         )
@@ -172,13 +172,18 @@ class Engine:
         self._require_reroutable(config)
         self.passes.require_idle()
         self.config, self.tolerance = config, config.tolerance
-        num_experts = max(layer.num_experts for layer in self.index.layers)
-        self.loader.empty(make_table(self.plan.slots_per_layer, self.plan.spare_slots, config.policy, num_experts))
+        self.loader.empty(self._new_table())
         self.control = self._new_control(self._new_predictor())
         self.passes.restart(self.control, config.tolerance, config.cache_bias)
         self.forget_trace()
         if self.lookahead is not None:
             self.lookahead.trust = 1.0
+
+    def load_all(self) -> None:
+        """Load every expert now, where each has a slot: on demand they would come one by one, long after loading."""
+        if self.plan.all_resident:
+            self.loader.swap([range(count) for count in self.plan.num_experts])
+            self.loader.settle()
 
     def warm_start(self, trace: RoutingTrace) -> int:
         """Teach the predictor a recorded workload, request by request; return how many it saw."""
@@ -267,7 +272,7 @@ class Engine:
     def _repr_html_(self) -> str:
         told = f"{self.index.path.name}, {self.index.dtype}, {self.device}, budget {self.plan.budget.text}"
         head = heading(self.index.model_type, f"{told}, tolerance {self.tolerance}")
-        resident = np.zeros((len(self.plan.num_experts), max(self.plan.num_experts)))
+        resident = np.zeros((len(self.plan.num_experts), self._most_experts))
         for entry in self.loader.table.entries():
             resident[entry.layer, entry.expert] = 1
         residents = layer_map(resident, None, "which experts are resident", "Filled: resident.")
@@ -281,11 +286,18 @@ class Engine:
         """End admitted requests."""
         self.passes.finish(numbers)
 
+    @property
+    def _most_experts(self) -> int:
+        """Experts of the largest layer."""
+        return max(self.plan.num_experts)
+
+    def _new_table(self) -> SlotTable:
+        return make_table(self.plan.slots_per_layer, self.plan.spare_slots, self.config.policy, self._most_experts)
+
     def _new_predictor(self) -> Predictor | None:
-        layers, config = self.index.layers, self.config
-        num_experts = max(layer.num_experts for layer in layers)
+        config, layers = self.config, len(self.index.layers)
         return make_predictor(
-            config.predictor, len(layers), num_experts, config.seed, config.predictor_path, self.index.source_hash
+            config.predictor, layers, self._most_experts, config.seed, config.predictor_path, self.index.source_hash
         )
 
     def _new_control(self, predictor: Predictor | None) -> ControlLoop:

@@ -73,9 +73,9 @@ class RoutingTrace:
     def __len__(self) -> int:
         return len(self.request)
 
-    def counts(self, request: int) -> np.ndarray:
-        """Return how many tokens of a request chose each expert, float64 [L, E]."""
-        chosen = self.chosen[self.request == request]
+    def counts(self, request: int | None = None) -> np.ndarray:
+        """Return how many tokens of a request (of all when missing) chose each expert, float64 [L, E]."""
+        chosen = self.chosen if request is None else self.chosen[self.request == request]
         layers = chosen.shape[1]
         return np.stack(
             [np.bincount(chosen[:, layer].ravel(), minlength=self.experts) for layer in range(layers)]
@@ -96,11 +96,15 @@ class RoutingTrace:
             for request, shares in self.shares().items()
         }
 
-    def outcomes(self) -> np.ndarray | None:
-        """Return how many choices of each layer were hits, loads and reroutes, int64 [L, 3]; None where unknown."""
+    def outcomes(self, rows: np.ndarray | None = None) -> np.ndarray | None:
+        """Return how many choices of each layer were hits, loads and reroutes, int64 [L, 3]; None where unknown.
+
+        ``rows`` of the trace; all when missing.
+        """
         if self.outcome is None:
             return None
-        return np.stack([(self.outcome == kind).sum(axis=(0, 2)) for kind in (HIT, LOAD, REROUTE)], axis=1)
+        outcome = self.outcome if rows is None else self.outcome[rows]
+        return np.stack([(outcome == kind).sum(axis=(0, 2)) for kind in (HIT, LOAD, REROUTE)], axis=1)
 
     def _repr_html_(self) -> str:
         layers, choices = self.chosen.shape[1:]

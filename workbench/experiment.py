@@ -34,7 +34,7 @@ from workbench.models import resolve_model
 from workbench.predictor_training import stored_predictor
 from workbench.quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio
 from workbench.reference_outputs import Reference, reference_outputs
-from workbench.residency import ResidencyWatch, replayed_hit_rates, wanted_counts
+from workbench.residency import ResidencyWatch, replayed_hit_rates
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 
 
@@ -153,7 +153,7 @@ def run_experiment(
     metrics |= replayed_hit_rates(reference, slots, config.seed)
     metrics |= {f"predicted_loss_{task}": value for task, value in predicted.items()}
     metrics |= {f"exact_layers_{task}": float(count) for task, count in exact_layers.items()}
-    residency = watch.frame(wanted_counts(reference))
+    residency = watch.frame(reference.trace.counts())
     return Result(config, metrics, requests, answers, stats, identity, residency, memory, stock)
 
 

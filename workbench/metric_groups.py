@@ -7,7 +7,7 @@ memory is the operating system's: it repeats within a few percent; memory that i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # In the order in which tables show them.
 GROUPS = {
@@ -43,6 +43,12 @@ def group_of(metric: str) -> str:
 def rank_of(metric: str) -> int:
     """Return the place of a metric's group in tables."""
     return [*GROUPS, OTHER].index(group_of(metric))
+
+
+def in_order(metrics: Iterable[str], named: Sequence[str]) -> list[str]:
+    """Return metrics by group; within one, those that the sweep file names come first, in its order."""
+    places = {name: place for place, name in enumerate(named)}
+    return sorted(metrics, key=lambda name: (rank_of(name), places.get(name, len(named)), name))
 
 
 def is_measured_memory(metric: str) -> bool:

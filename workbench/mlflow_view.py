@@ -15,9 +15,9 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from workbench.metric_groups import GROUPS, OTHER, group_of, main_metrics, rank_of
+from workbench.metric_groups import GROUPS, OTHER, group_of, in_order, main_metrics
 from workbench.store import disk_errors
-from workbench.sweep_state import AXES_TAG, METRICS_TAG, NOTEBOOK_TAG, SUPERSEDED_TAG, current_runs
+from workbench.sweep_state import AXES_TAG, METRICS_TAG, NOTEBOOK_TAG, SUPERSEDED_TAG, current_runs, listed_in
 from workbench.tracking import PARENT_TAG
 
 if TYPE_CHECKING:
@@ -66,10 +66,8 @@ def encoded_view(runs: Sequence[MlflowRun], parent_id: str) -> str:
 
 def view_of(runs: Sequence[MlflowRun], parent_id: str, most_bars: int = MOST_BARS) -> dict[str, Any]:
     """Return the view of some runs as the interface's state."""
-    metrics = sorted({name for item in runs for name in item.data.metrics}, key=lambda name: (rank_of(name), name))
-    named = list(_listed(runs, METRICS_TAG))
-    metrics.sort(key=lambda name: (rank_of(name), named.index(name) if name in named else len(named)))
-    axes = list(_listed(runs, AXES_TAG))
+    named, axes = listed_in(runs, METRICS_TAG), listed_in(runs, AXES_TAG)
+    metrics = in_order({name for item in runs for name in item.data.metrics}, named)
     shown = [name for name in main_metrics(named, metrics) if name in named or group_of(name) == "quality"]
     columns = [f"params.`{name}`" for name in axes] + [f"metrics.`{name}`" for name in shown or metrics[:8]]
     pairs = [pair for pair in PAIRS if set(pair) <= set(metrics)]
@@ -96,11 +94,6 @@ def view_of(runs: Sequence[MlflowRun], parent_id: str, most_bars: int = MOST_BAR
     }
 
 
-def _listed(runs: Iterable[MlflowRun], tag: str) -> dict[str, None]:
-    """Return the names that a tag of the runs lists, each once, in order."""
-    return dict.fromkeys(name for item in runs for name in item.data.tags.get(tag, "").split(",") if name)
-
-
 def _notebooks(runs: Iterable[MlflowRun]) -> list[str]:
     return list(dict.fromkeys(item.data.tags.get(NOTEBOOK_TAG, "") for item in runs))
 
@@ -108,8 +101,8 @@ def _notebooks(runs: Iterable[MlflowRun]) -> list[str]:
 def _paths(notebook: str, runs: Sequence[MlflowRun]) -> dict[str, Any] | None:
     """Return parallel coordinates of a notebook's runs: what varies, then what came of it."""
     own = [item for item in runs if item.data.tags.get(NOTEBOOK_TAG, "") == notebook]
-    axes = list(_listed(own, AXES_TAG))
-    known = [name for name in _listed(own, METRICS_TAG) if any(name in item.data.metrics for item in own)]
+    axes = listed_in(own, AXES_TAG)
+    known = [name for name in listed_in(own, METRICS_TAG) if any(name in item.data.metrics for item in own)]
     if len(own) < 2 or not axes or not known:
         return None
     settings = {"selectedParams": axes, "selectedMetrics": known, "showAllRuns": True}

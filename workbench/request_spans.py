@@ -12,7 +12,7 @@ less what it waited for experts. A batch runs as one: each of its requests gets 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,13 +75,11 @@ def _request(timeline: Timeline, request: Event, inputs: Any, outputs: Any) -> S
     prefills = [event for event in passes if event.details["prefill"]]
     tokens = [event for event in passes if not event.details["prefill"]]
     for event in prefills:
-        root.children.append(_pass("prefill", event, stalls, loads, early))
+        root.children.append(_pass("prefill", event, stalls, loads, early, _by_layer))
     if tokens:
         decode = Span("decode", "CHAIN", tokens[0].started_s + early, tokens[-1].ended_s + early)
         for place, event in enumerate(tokens, start=2):
-            span = _pass(f"token {place}", event, stalls, loads, early)
-            span.children = _together(_asked_in(loads, event), early)
-            decode.children.append(span)
+            decode.children.append(_pass(f"token {place}", event, stalls, loads, early, _together))
         decode.attributes = _sums(decode.children) | {"tokens": len(tokens)}
         root.children.append(decode)
     root.children.sort(key=lambda span: span.started_s)
@@ -108,7 +106,14 @@ def _plain(name: str, kind: str, event: Event, early: float, attributes: Mapping
     return Span(name, kind, event.started_s + early, event.ended_s + early, dict(attributes))
 
 
-def _pass(name: str, event: Event, stalls: list[Event], loads: list[Event], early: float) -> Span:
+def _pass(
+    name: str,
+    event: Event,
+    stalls: list[Event],
+    loads: list[Event],
+    early: float,
+    below: Callable[[list[Event], float], list[Span]],
+) -> Span:
     asked = _asked_in(loads, event)
     waited_s = sum(stall.seconds for stall in stalls if _within(stall, event))
     told = {
@@ -119,7 +124,7 @@ def _pass(name: str, event: Event, stalls: list[Event], loads: list[Event], earl
         "bytes_loaded": sum(load.details["bytes"] for load in asked),
     }
     span = _plain(name, "LLM", event, early, told)
-    span.children = _by_layer(asked, early)
+    span.children = below(asked, early)
     return span
 
 

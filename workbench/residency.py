@@ -68,14 +68,6 @@ class ResidencyWatch:
         )
 
 
-def wanted_counts(reference: Reference) -> np.ndarray:
-    """Return how many (token, choice) pairs each expert got from the all-resident model, float64 [layers, experts]."""
-    chosen = reference.trace.chosen
-    return np.stack(
-        [np.bincount(chosen[:, layer].ravel(), minlength=reference.trace.experts) for layer in range(chosen.shape[1])]
-    ).astype(float)
-
-
 def replayed_hit_rates(reference: Reference, slots_per_layer: Sequence[int], seed: int = 0) -> dict[str, float]:
     """Return hits per request on demand as ``replayed_NAME_hit_rate``: LRU, Belady's MIN (the best possible), random.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -92,6 +92,11 @@ def find_parent(client: MlflowClient, name: str | None = None) -> MlflowRun | No
 def children(client: MlflowClient, parent: MlflowRun) -> list[MlflowRun]:
     """Return all children of a sweep, newest first."""
     return search(client, f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'", [str(parent.info.experiment_id)])
+
+
+def listed_in(runs: Iterable[MlflowRun], tag: str) -> list[str]:
+    """Return the names that a tag of the runs lists (`AXES_TAG`, `METRICS_TAG`), each once, in order."""
+    return list(dict.fromkeys(name for item in runs for name in item.data.tags.get(tag, "").split(",") if name))
 
 
 def current_runs(client: MlflowClient, parent: MlflowRun) -> list[MlflowRun]:

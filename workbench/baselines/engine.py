@@ -21,10 +21,7 @@ class EngineDecoder(TorchDecoder):
         self.engine = emoe_core.load(spec["checkpoint"], device="cpu", dtype=spec["dtype"], **spec["options"])
         self.model = self.engine.model
         self._request: list[int] = []
-        if self.engine.plan.all_resident:
-            # On demand, experts would come one by one long after loading.
-            self.engine.loader.swap([range(count) for count in self.engine.plan.num_experts])
-            self.engine.loader.settle()
+        self.engine.load_all()
         if spec.get("warm_trace"):
             self.engine.warm_start(RoutingTrace.load(Path(spec["warm_trace"])))
 

@@ -43,13 +43,14 @@ def sweep(
         _show_plan(file)
         return
     from workbench.executors.choice import executor_maker
-    from workbench.store import ui_command
+    from workbench.store import open_store, ui_command
     from workbench.sweep import run_sweep
 
     place = executor_maker(executor, ray_address)
     result = run_sweep(file, fresh=fresh, jobs=jobs, take_over=take_over, console=console, executor=place)
     console.print(_summary(result))
-    console.print(f"Look at the runs: [bold]{ui_command()}[/]\nthen {_view(result.parent_run_id)}", soft_wrap=True)
+    experiment = open_store().get_run(result.parent_run_id).info.experiment_id
+    console.print(f"Look at the runs: [bold]{ui_command()}[/]\nthen {_view(experiment)}", soft_wrap=True)
     raise typer.Exit(result.exit_code)
 
 
@@ -76,25 +77,24 @@ def report(
     if hints:
         console.print("Notebooks:   [bold]make lab[/]  (.venv/bin/jupyter lab notebooks)")
         console.print(f"MLflow runs: [bold]make ui[/]   ({ui_command()})")
-        for name, parent_id in _sweeps(sweep):
-            console.print(f"             {escape(name)}: {_view(parent_id)}")
+        for name, experiment in _sweeps(sweep):
+            console.print(f"             {escape(name)}: {_view(experiment)}")
 
 
 def _sweeps(names: list[str] | None) -> list[tuple[str, str]]:
-    """Return (name, id of the parent run) of these sweeps, or of all, newest first."""
+    """Return (name, id of the experiment) of these sweeps, or of all, newest first."""
     from workbench.store import open_store
     from workbench.sweep_state import SWEEP_TAG, parents
 
-    found = [(item.data.tags[SWEEP_TAG], item.info.run_id) for item in parents(open_store())]
-    return [(name, parent_id) for name, parent_id in found if not names or name in names]
+    found = [(item.data.tags[SWEEP_TAG], item.info.experiment_id) for item in parents(open_store())]
+    return [(name, experiment) for name, experiment in found if not names or name in names]
 
 
-def _view(parent_id: str) -> str:
+def _view(experiment: str) -> str:
     """Return the address in the MLflow interface where a sweep's runs are arranged for comparison."""
     from workbench.mlflow_view import view_address
-    from workbench.store import open_store, server_uri
+    from workbench.store import server_uri
 
-    experiment = open_store().get_run(parent_id).info.experiment_id
     server = server_uri()
     return view_address(experiment, server) if server else view_address(experiment)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -88,14 +89,20 @@ def serve(
     called = name or Path(model).name
     options = {"tolerance": tolerance, "device": device, "dtype": dtype, "expert_dtype": expert_dtype}
     with open_engine(checkpoint, budget, max_quality_loss, console, **options) as engine:
-
-        def say(taken: int) -> None:
-            # On a line of its own for those who start servers by program.
-            console.print(f"Serving {escape(called)} at http://{host}:{taken}/v1", soft_wrap=True)
-
+        say = announcer(console, called, host)
         EmoeServer(
             engine, chosen, limits, batch, called, host, port, api_key, costs, drain_s, on_listening=say
         ).run_until_stopped()
+
+
+def announcer(console: Console, name: str, host: str) -> Callable[[int], None]:
+    """Return what tells people the port that was taken."""
+
+    def say(taken: int) -> None:
+        # On a line of its own for those who start servers by program.
+        console.print(f"Serving {escape(name)} at http://{host}:{taken}/v1", soft_wrap=True)
+
+    return say
 
 
 def read_key(path: Path | None) -> str | None:

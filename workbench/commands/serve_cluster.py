@@ -34,6 +34,7 @@ from workbench.commands.serve import (
     SchedulerOption,
     ToleranceOption,
     WaitingOption,
+    announcer,
     read_key,
 )
 from workbench.extras import require_extra
@@ -122,13 +123,9 @@ def serve_cluster(
     config = ReplicaConfig(str(checkpoint), called, engine, scheduler, costs, limits, kv_tokens, code_hash())
     console = Console(stderr=True, highlight=False)
 
-    def say(taken: int) -> None:
-        # On a line of its own for those who start servers by program.
-        console.print(f"Serving {escape(called)} at http://{host}:{taken}/v1", soft_wrap=True)
-
     def tell(sentence: str) -> None:
         console.print(escape(sentence), soft_wrap=True)
 
     with running_replicas(config, placement, ray_address, drain_s, tell) as front:
         app = make_app(front, limits, api_key)
-        DrainingServer(app, host, port, front.drain, drain_s, on_listening=say).run()
+        DrainingServer(app, host, port, front.drain, drain_s, on_listening=announcer(console, called, host)).run()

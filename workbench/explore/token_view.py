@@ -46,14 +46,8 @@ def count_steps(trace: RoutingTrace, request: int | None = None) -> np.ndarray:
     DataError
         No outcomes in the trace, or it is not clear whose steps are meant.
     """
-    rows = _steps(trace, request)
-    assert trace.outcome is not None
-    return np.stack(
-        [
-            np.stack([(trace.outcome[step] == kind).sum(axis=(0, 2)) for kind in (HIT, LOAD, REROUTE)], axis=1)
-            for step in rows
-        ]
-    )
+    found = [trace.outcomes(step) for step in _steps(trace, request)]
+    return np.stack([counts for counts in found if counts is not None])
 
 
 def steps_table(counts: np.ndarray, pieces: Sequence[str]) -> pd.DataFrame:

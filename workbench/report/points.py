@@ -40,12 +40,11 @@ NAMES = {
 def points_of(record: RunRecord) -> pd.DataFrame:
     """Return the operating points of one run, columns `COLUMNS`; empty where it lacks memory or quality."""
     summary = record.table("summary")
-    if summary is not None and {"strategy", "perplexity_ratio"} <= set(summary.columns):
-        rows = summary.assign(memory_share=expert_memory_share(summary)).to_dict("records")
-    elif {"perplexity_ratio", "slot_share"} <= set(record.metrics):
-        rows = [{**record.params, **record.metrics, "memory_share": _share(record)}]
-    else:
-        return pd.DataFrame(columns=list(COLUMNS))
+    if summary is None or not {"strategy", "perplexity_ratio"} <= set(summary.columns):
+        if not {"perplexity_ratio", "slot_share"} <= set(record.metrics):
+            return pd.DataFrame(columns=list(COLUMNS))
+        summary = pd.DataFrame([{**record.params, **record.metrics}])
+    rows = summary.assign(memory_share=expert_memory_share(summary)).to_dict("records")
     found = [_point(record, row) for row in rows]
     return pd.DataFrame([row for row in found if np.isfinite(row["memory_share"])], columns=list(COLUMNS))
 
@@ -97,10 +96,6 @@ def _point(record: RunRecord, row: dict[str, Any]) -> dict[str, Any]:
         "measured_bytes": row.get("fresh_serving_bytes"),
         "stock_bytes": row.get("stock_serving_bytes"),
     }
-
-
-def _share(record: RunRecord) -> float:
-    return float(record.metrics["slot_share"]) * (0.5 if record.params.get("expert_dtype") == "int8" else 1.0)
 
 
 def _beaten(values: np.ndarray, eligible: np.ndarray, place: int) -> bool:

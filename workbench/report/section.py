@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.figures import REPORT_FIGURES
-from workbench.metric_groups import group_of, main_metrics, rank_of
+from workbench.metric_groups import group_of, in_order, main_metrics
 from workbench.quantities import column_texts, words_of
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.run_page import RunPage
 from workbench.results import frame_of
 from workbench.store import decode
 from workbench.sweep_points import short
-from workbench.sweep_state import AXES_TAG, METRICS_TAG
+from workbench.sweep_state import AXES_TAG, METRICS_TAG, listed_in
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
@@ -88,15 +88,12 @@ def read_section(notebook: str, runs: list[MlflowRun], pages: list[RunPage], sit
     """
     texts = [{name: short(decode(text)) for name, text in item.data.params.items()} for item in runs]
     names = list(dict.fromkeys(name for row in texts for name in row))
-    axes = list(dict.fromkeys(a for item in runs for a in item.data.tags.get(AXES_TAG, "").split(",") if a))
+    axes = listed_in(runs, AXES_TAG)
     # A run that was cut short has not said everything: what it lacks is no difference.
     varying = axes + [n for n in names if n not in axes and len({row[n] for row in texts if n in row}) > 1]
     parameters = [Column(n, n.replace("_", " "), "parameter", [row.get(n, "–") for row in texts]) for n in varying]
-    tags = [item.data.tags.get(METRICS_TAG, "") for item in runs]
-    named = list(dict.fromkeys(name for text in tags for name in text.split(",") if name))
-    every = sorted({name for item in runs for name in item.data.metrics})
-    # Within a group, what the sweep file names comes first and in its order.
-    every.sort(key=lambda name: (rank_of(name), named.index(name) if name in named else len(named)))
+    named = listed_in(runs, METRICS_TAG)
+    every = in_order({name for item in runs for name in item.data.metrics}, named)
     chosen = main_metrics(named, every)
     columns = {name: _metric_column(name, runs) for name in every}
     groups = {group_of(name) for name in every}

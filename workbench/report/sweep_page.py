@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from workbench.quantities import show_seconds
-from workbench.report.files import Download, write_table
+from workbench.report.files import Download, as_tables, write_table
 from workbench.report.front_part import FrontPart, read_fronts, read_points
 from workbench.report.paper import paper_rows
 from workbench.report.provenance import page_cache_statement, provenance
@@ -129,7 +129,7 @@ def _page(
             *write_table(site, f"{file}-runs", _runs_table(runs, records), "runs: parameters, metrics, environment"),
             *(write_table(site, f"{file}-points", points, "operating points") if len(points) else []),
         ],
-        paper=_paper(records, name),
+        paper=as_tables([paper_rows(record, name) for record in records if record.status == "FINISHED"]),
     )
 
 
@@ -145,11 +145,6 @@ def _runs_table(runs: list[MlflowRun], records: list[RunRecord]) -> pd.DataFrame
         flat = {f"env_{key}": value for key, value in found.items() if isinstance(value, str | int | float | bool)}
         described.append(flat | {f"env_{key}": value for key, value in found.get("packages", {}).items()})
     return pd.concat([frame_of(runs), pd.DataFrame(described, index=range(len(runs)))], axis=1)
-
-
-def _paper(records: list[RunRecord], name: str) -> pd.DataFrame:
-    found = [rows for record in records if record.status == "FINISHED" and len(rows := paper_rows(record, name))]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
 def _free_name(site: Path, name: str) -> str:

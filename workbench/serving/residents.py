@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from emoe_core.control import REPLANS
 from emoe_core.errors import OptionError
 from emoe_core.planner import RunningRequest
 
@@ -49,7 +50,7 @@ class Residents:
         interval: int = 40,
         replan: str = "admission",
     ) -> None:
-        if replan not in ("admission", "interval") or interval < 1:
+        if replan not in REPLANS or interval < 1:
             raise OptionError("replan is 'admission' or 'interval', and the interval 1 request or more")
         self._tasks = {task: place for place, task in enumerate(sorted(shares))}
         self._shares = np.array([shares[task] for task in sorted(shares)], dtype=float)

@@ -131,10 +131,7 @@ def _serve(config: ThroughputConfig, options: dict[str, Any]) -> dict[str, float
     common: dict[str, Any] = {"budget": config.budget, "dtype": config.dtype, "device": config.device}
     with emoe_core.load(resolve_model(config.model), seed=config.seed, **common | options) as engine:
         texts = task_tokens(engine, config.source, "test", config.seed)
-        if engine.plan.all_resident:
-            # On demand, experts would come one by one long after loading.
-            engine.loader.swap([range(count) for count in engine.plan.num_experts])
-            engine.loader.settle()
+        engine.load_all()
         loop = ServingLoop(engine, make_scheduler("fcfs", None), BatchLimits(config.max_batch, 10**9))
         for task in TASK_TYPES:
             loop.submit(cut(texts[task], config.input_tokens), task, 2)
