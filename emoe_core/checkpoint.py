@@ -184,7 +184,7 @@ def open_checkpoint(path: str | Path, dtype: str | torch.dtype = "auto") -> Chec
     OptionError
         When the dtype is unknown.
     """
-    requested = dtype if isinstance(dtype, torch.dtype) else _parse_dtype(dtype)
+    requested = parse_dtype(dtype)
     folder = find_model(path)
     config = read_config(folder)
     shards, metadata = find_shards(folder)
@@ -219,7 +219,10 @@ def open_checkpoint(path: str | Path, dtype: str | torch.dtype = "auto") -> Chec
     )
 
 
-def _parse_dtype(name: str) -> str | torch.dtype:
+def parse_dtype(name: str | torch.dtype) -> str | torch.dtype:
+    """Return the dtype that a name stands for, "auto" as it is; OptionError when it names none."""
+    if isinstance(name, torch.dtype):
+        return name
     if name not in _DTYPE_NAMES:
         raise OptionError(f"unknown dtype {name!r}: choose one of {', '.join(_DTYPE_NAMES)}")
     return name if name == "auto" else getattr(torch, name)

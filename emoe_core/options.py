@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import EXPERT_DTYPES
+from .budget import Budget
+from .checkpoint import EXPERT_DTYPES, parse_dtype
 from .control import REPLANS
 from .demand_table import require_policy
 from .errors import OptionError
@@ -98,6 +99,9 @@ class EngineConfig:
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
+        if self.budget is not None:
+            Budget.parse(self.budget)
+        parse_dtype(self.dtype)
         if not isinstance(self.tolerance, int | float) or not 0.0 <= self.tolerance <= 1.0:
             raise OptionError(f"tolerance is {self.tolerance}: it must lie in [0, 1], 0 being exact")
         if not isinstance(self.cache_bias, int | float) or not 0.0 <= self.cache_bias < float("inf"):

@@ -152,8 +152,10 @@ def test_what_a_run_needs_follows_its_parameters(project: Path) -> None:
 def test_broken_or_missing_files_are_named(project: Path) -> None:
     with pytest.raises(ExperimentError, match="is not YAML"):
         read_sweep(write(project, "a: [1"))
-    with pytest.raises(ExperimentError, match="not a usable sweep file"):
+    with pytest.raises(ExperimentError, match="not a usable sweep file: it holds no keys"):
         read_sweep(write(project, "just words"))
+    with pytest.raises(ExperimentError, match=r"it is empty\. Give at least name, notebook and kind"):
+        read_sweep(write(project, "# nothing\n"))
     with pytest.raises(ExperimentError, match="no sweep file at"):
         read_sweep(project / "absent.yaml")
     with pytest.raises(ExperimentError, match=r"no notebook 'absent\.ipynb'"):

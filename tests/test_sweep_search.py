@@ -177,4 +177,4 @@ def test_a_search_runs_resumes_and_shows_its_front(bench: Bench, capsys: pytest.
     assert more.skipped == first.finished and first.parent_run_id == more.parent_run_id
     assert bench.statuses() == ["FINISHED", "FINISHED"]
     assert "on the Pareto front" in capsys.readouterr().err
-    assert [run.finished for run in describe_plan(search(3))[1]] == [True, True, False]
+    assert [run.finished for run in describe_plan(search(3)).runs] == [True, True, False]

@@ -152,6 +152,8 @@ class _Sweep:
     def run(self, plans: Sequence[StagePlan]) -> SweepResult:
         status = "KILLED"
         try:
+            for warning in self.expected.warnings(plans):
+                self.screen.say(f"[yellow]{escape(warning)}[/]")
             parts = self._parts(plans)
             self._announce(parts)
             with self.screen.shown():
@@ -175,14 +177,14 @@ class _Sweep:
             if stages[0].study:
                 known = self.record.known.get(stages[0].study, [])
                 self.result.skipped.extend(point.label for point, _ in known)
-                seconds = self.expected.of_stage(stages[0])
+                seconds = self.expected.seconds(stages[0])
                 search = OptunaSearch(stages[0], known)
                 parts.append(Part(kind[0], search, None if seconds is None else seconds * search.left))
                 continue
             points = [point for plan in stages for point in plan.points]
             todo = [point for point in points if point.digest not in self.record.finished]
             self.result.skipped.extend(point.label for point in points if point.digest in self.record.finished)
-            expected = [self.expected.of_point(point) for point in todo]
+            expected = [self.expected.seconds(point) for point in todo]
             known_s = sum(value for value in expected if value)
             parts.append(Part(kind[0], ListedPoints(todo), known_s if all(expected) else None))
         return [part for part in parts if part.source.left]
@@ -222,7 +224,7 @@ class _Sweep:
         job = self.record.begin(attempt.point)
         self.place.start(job)
         self.running[job.run_id] = attempt
-        self.screen.began(job.run_id, attempt.point, self.expected.of_point(attempt.point))
+        self.screen.began(job.run_id, attempt.point, self.expected.seconds(attempt.point))
         return True
 
     def _end(self, source: PointSource, ending: Ending) -> Attempt | None:

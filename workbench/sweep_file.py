@@ -78,6 +78,9 @@ def read_sweep(path: Path) -> SweepSource:
     if not path.is_file():
         raise ExperimentError(f"no sweep file at {path}. Sweeps lie in sweeps/, for example sweeps/quick.yaml.")
     content = read_yaml(path)
+    if not isinstance(content, dict):
+        what = "it is empty" if content is None else "it holds no keys"
+        raise ExperimentError(f"{path} is not a usable sweep file: {what}. Give at least name, notebook and kind.")
     source = Source(path, yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
     for key, line in source.repeated_keys():
         raise ExperimentError(f"{path}:{line}: the key {key!r} stands twice; YAML would drop the first.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workbench.store import open_store
+from workbench.store import encode, open_store
 from workbench.sweep_file import read_sweep
 from workbench.sweep_points import Point, StagePlan, plan_stages
 from workbench.sweep_schema import SweepFile
@@ -14,6 +16,7 @@ from workbench.sweep_search import known_points
 from workbench.sweep_state import DIGEST_TAG, NOTEBOOK_TAG, children, find_parent, search
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run as MlflowRun
     from mlflow.tracking import MlflowClient
 
 
@@ -27,45 +30,80 @@ class PlannedRun:
     expected_s: float | None
 
 
-def describe_plan(path: Path) -> tuple[SweepFile, list[PlannedRun]]:
-    """Return a sweep file and its runs; those that a search has not chosen yet are called by their number."""
+@dataclass(frozen=True)
+class SweepPreview:
+    """What a sweep would do, and what looks wrong about it."""
+
+    file: SweepFile
+    runs: list[PlannedRun]
+    warnings: list[str]
+
+
+def describe_plan(path: Path) -> SweepPreview:
+    """Return what a sweep file would do; runs that a search has not chosen yet are called by their number."""
     sweep = read_sweep(path)
     client = open_store()
     parent = find_parent(client, sweep.file.name)
     runs = [] if parent is None else children(client, parent)
     digests = {item.data.tags.get(DIGEST_TAG) for item in runs if item.info.status == "FINISHED"}
     expected = Expectation(client)
-    planned: list[PlannedRun] = []
-    for plan in plan_stages(sweep, path.parent):
-        kind, seconds = plan.stage.kind, expected.of_stage(plan)
+    plans = plan_stages(sweep, path.parent)
+    found = SweepPreview(sweep.file, [], expected.warnings(plans))
+    for plan in plans:
+        kind, seconds = plan.stage.kind, expected.seconds(plan)
         points = [point for point, _ in known_points(plan, runs)] if plan.study else plan.points
-        planned += [PlannedRun(point.label, kind, point.digest in digests, seconds) for point in points]
+        found.runs.extend(PlannedRun(point.label, kind, point.digest in digests, seconds) for point in points)
         if plan.study and plan.stage.search:
             label = " ".join(filter(None, [plan.notebook.stem, plan.stage.label, "search"]))
             rest = range(len(points), plan.stage.search.runs)
-            planned += [PlannedRun(f"{label} {number + 1}", kind, False, seconds) for number in rest]
-    return sweep.file, planned
+            found.runs.extend(PlannedRun(f"{label} {number + 1}", kind, False, seconds) for number in rest)
+    return found
 
 
 class Expectation:
-    """How long runs take: the mean of finished runs of the notebook, else what the sweep file expects."""
+    """How long runs take and what they record, by earlier runs of the same notebook.
+
+    Finished runs with the stage's fixed settings say it best, then the sweep file, then runs with other settings.
+    """
 
     def __init__(self, client: MlflowClient) -> None:
         self._client = client
-        self._means: dict[str, float | None] = {}
+        self._found: dict[str, list[MlflowRun]] = {}
+        self._alike: dict[tuple[str, str], list[MlflowRun]] = {}
 
-    def of_point(self, point: Point) -> float | None:
-        """Return the seconds that a point is expected to take, None where nothing is known."""
-        return self._seconds(point.notebook.stem, point.stage.seconds_per_run)
+    def seconds(self, of: Point | StagePlan) -> float | None:
+        """Return the seconds that a point, or each run of a stage, is expected to take; None where nothing is known."""
+        return mean_seconds(self._runs_like(of)) or of.stage.seconds_per_run or mean_seconds(self._runs(of))
 
-    def of_stage(self, plan: StagePlan) -> float | None:
-        """Return the seconds that each run of a stage is expected to take, None where nothing is known."""
-        return self._seconds(plan.notebook.stem, plan.stage.seconds_per_run)
+    def warnings(self, plans: Sequence[StagePlan]) -> list[str]:
+        """Return what is to be said of metrics that stages ask for and finished runs like theirs did not record."""
+        told: dict[str, None] = {}
+        for plan in plans:
+            recorded = {name for item in self._runs_like(plan) for name in item.data.metrics}
+            wanted = [*plan.stage.metrics, *(plan.stage.search.objectives if plan.stage.search else ())]
+            for name in wanted if recorded else ():
+                if name not in recorded:
+                    close = get_close_matches(name, recorded, n=3)
+                    hint = f": did you mean {' or '.join(close)}?" if close else "."
+                    told[f"No finished run of {plan.notebook.stem} recorded the metric {name!r}{hint}"] = None
+        return list(told)
 
-    def _seconds(self, name: str, otherwise: float | None) -> float | None:
-        if name not in self._means:
-            found = search(self._client, f"tags.`{NOTEBOOK_TAG}` = '{name}' AND attributes.status = 'FINISHED'")
-            spans = [(item.info.end_time - item.info.start_time) / 1000 for item in found if item.info.end_time]
-            self._means[name] = sum(spans) / len(spans) if spans else None
-        mean = self._means[name]
-        return otherwise if mean is None else mean
+    def _runs_like(self, of: Point | StagePlan) -> list[MlflowRun]:
+        fixed = {name: encode(value) for name, value in of.stage.fixed.items()}
+        key = (of.notebook.stem, repr(sorted(fixed.items())))
+        if key not in self._alike:
+            self._alike[key] = [item for item in self._runs(of) if fixed.items() <= item.data.params.items()]
+        return self._alike[key]
+
+    def _runs(self, of: Point | StagePlan) -> list[MlflowRun]:
+        name = of.notebook.stem
+        if name not in self._found:
+            wanted = f"tags.`{NOTEBOOK_TAG}` = '{name}' AND attributes.status = 'FINISHED'"
+            self._found[name] = search(self._client, wanted)
+        return self._found[name]
+
+
+def mean_seconds(runs: Sequence[MlflowRun]) -> float | None:
+    """Return how long runs took on average, None of none."""
+    spans = [(item.info.end_time - item.info.start_time) / 1000 for item in runs if item.info.end_time]
+    return sum(spans) / len(spans) if spans else None

@@ -1,8 +1,9 @@
 """The points of a sweep: which runs a sweep file stands for, and what identifies each.
 
 Parameters are checked against the notebook's cell tagged ``parameters``: unknown names and wrong types are refused
-before anything runs, because papermill itself only warns. Points of a grid and of a random search are known at the
-start; those of an Optuna search come one by one (`sweep_search`). Nothing is run here.
+before anything runs, because papermill itself only warns, and so are values that the bench knows to be impossible.
+Points of a grid and of a random search are known at the start; those of an Optuna search come one by one
+(`sweep_search`). Nothing is run here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from workbench.models import EMBEDDED
 from workbench.sweep_file import SweepSource
 from workbench.sweep_notebook import check_parameter, find_notebook, notebook_parameters, source_hash
 from workbench.sweep_schema import Needs, Range, Scalar, Search, Stage, Values
+from workbench.sweep_values import check_value
 
 MODEL_PARAMETER = "model"
 MAX_POINTS = 10_000
@@ -143,6 +145,7 @@ def plan_stages(sweep: SweepSource, beside: Path | None = None) -> list[StagePla
         for keys, name, value in settings(stage):
             try:
                 check_parameter(notebook, known, name, value)
+                check_value(known, name, value)
             except ExperimentError as error:
                 raise ExperimentError(f"{sweep.source.place('stages', number, *keys, name)}: {error}") from None
         model = known[MODEL_PARAMETER].literal() if MODEL_PARAMETER in known else None

@@ -7,7 +7,9 @@ and the figure. The same command in the same folder goes on where it stopped; ot
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from workbench.baselines.systems import DEFAULT_SYSTEMS, System, find_systems
 
 PLAN_FILE, RESULTS_FILE, PREPARED_FILE, SUMMARY_FILE = "plan.json", "results.jsonl", "prepared.json", "summary.json"
 LEAST_REPEATS = 5
+FREE = ("repeats", "systems")  # settings that may change between calls: more of them only add processes
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,14 @@ class BenchPlan:
         return int(found.value)
 
     @property
+    def folder_name(self) -> str:
+        """Return a name for the folder of this bench's results that no bench with other settings has."""
+        settings = {name: value for name, value in asdict(self).items() if name not in FREE}
+        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:6]
+        told = [Path(self.model).name, self.limit or "no limit", *([self.budget] if self.budget else []), digest]
+        return re.sub(r"[^\w.%-]+", "-", "-".join(told))
+
+    @property
     def max_tokens(self) -> int:
         """Longest sequence that a system meets."""
         return self.prompt_tokens + max(self.tokens, self.warm_tokens)
@@ -111,9 +122,7 @@ def open_folder(folder: Path, plan: BenchPlan) -> None:
     content = json.loads(json.dumps(asdict(plan)))
     if file.exists():
         held: dict[str, Any] = json.loads(file.read_text())
-        # More repeats or systems only add processes.
-        free = ("repeats", "systems")
-        other = sorted(name for name in content if name not in free and held.get(name) != content[name])
+        other = sorted(name for name in content if name not in FREE and held.get(name) != content[name])
         if other:
             raise OptionError(
                 f"{folder} holds a bench with other settings ({', '.join(other)}): give another --out, or remove it"

@@ -27,7 +27,13 @@ READ_RATIOS = {"amplif.": "read_amplification", "/Belady": "reads_over_belady", 
 
 def bench(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help="Folder for results; the same command goes on where it stopped.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results, under reports/bench if not given; the same command goes on where it stopped.",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[
         str | None, typer.Option(help="Hard memory limit of each process, such as '2.2GB'; none if not given.")
     ] = None,
@@ -51,12 +57,15 @@ def bench(
     track: Annotated[bool, typer.Option(help="Log the bench to MLflow.")] = True,
 ) -> None:
     """Measure systems side by side: same tokens, fresh processes in turn, cold page cache, one hard memory limit."""
+    from emoe_core.checkpoint import open_checkpoint
     from workbench.baselines.systems import find_systems
     from workbench.bench.plan import BenchPlan, open_folder
     from workbench.bench.prepare import prepare
     from workbench.bench.runner import run_bench
     from workbench.control_groups import find_controller
     from workbench.environment import available_cores
+    from workbench.models import resolve_model
+    from workbench.store import project_root
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     plan = BenchPlan(
@@ -65,9 +74,11 @@ def bench(
     )  # fmt: skip
     if reference is not None:
         find_systems([reference])
-    # A limit that cannot be set is refused before anything is prepared.
+    # A limit that cannot be set, and what is no model, are refused before anything is prepared.
     limited = any(plan.is_limited(system) for system in plan.found_systems())
     controller = find_controller() if limited else None
+    open_checkpoint(resolve_model(model), dtype)
+    out = out or project_root() / "reports" / "bench" / plan.folder_name
     open_folder(out, plan)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:

@@ -113,8 +113,9 @@ def _show_plan(file: Path) -> None:
     from workbench.quantities import show_seconds
     from workbench.sweep_plan import describe_plan
 
-    sweep, runs = describe_plan(file)
-    table = Table(title=f"Sweep {sweep.name}", caption=escape(sweep.description) or None)
+    preview = describe_plan(file)
+    runs = preview.runs
+    table = Table(title=f"Sweep {preview.file.name}", caption=escape(preview.file.description) or None)
     for heading in ("run", "kind", "state", "expected"):
         table.add_column(heading, justify="right" if heading == "expected" else "left")
     for run in runs:
@@ -126,3 +127,5 @@ def _show_plan(file: Path) -> None:
     known = [seconds for seconds in left if seconds]
     more = "" if len(known) == len(left) else f", not counting {len(left) - len(known)} of unknown duration"
     console.print(f"{len(left)} of {len(runs)} runs to do, about {show_seconds(sum(known))} one after another{more}.")
+    for warning in preview.warnings:
+        console.print(f"[yellow]{escape(warning)}[/]")

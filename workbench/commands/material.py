@@ -13,60 +13,69 @@ from rich.table import Table
 from emoe_core.errors import OptionError
 from workbench.models import EMBEDDED, REFERENCE
 
-Kind = Annotated[str, typer.Option(help="'upcycled' (the model 'reference') or 'carved'.")]
+Embedded = Annotated[str, typer.Argument(help="'reference' or 'carved'.")]
+Built = Annotated[Path | None, typer.Option("--path", help="Folder of the built model; the cache's when not given.")]
 
 model_app = typer.Typer(help="The embedded reference models, and synthetic ones.", no_args_is_help=True)
 data_app = typer.Typer(help="Prompts of six task types.", no_args_is_help=True)
 
 
+def kind_of(model: str) -> str:
+    """Return the kind of reference model that a name stands for.
+
+    Raises
+    ------
+    OptionError
+        When it names none.
+    """
+    if model not in EMBEDDED:
+        raise OptionError(
+            f"unknown embedded model {model!r}: choose one of {', '.join(EMBEDDED)}; a folder has an option of its own "
+            "(--help)"
+        )
+    return EMBEDDED[model]
+
+
 @model_app.command("build")
 def build_model(
-    model: Annotated[str, typer.Argument(help="'reference' or 'carved'.")] = REFERENCE,
+    model: Embedded = REFERENCE,
     out: Annotated[Path | None, typer.Option(help="Folder to write; the cache when not given.")] = None,
 ) -> None:
     """Build a reference model from its recipe (under two minutes, once)."""
     from workbench import reference_model
 
-    if model not in EMBEDDED:
-        raise OptionError(f"unknown embedded model {model!r}: choose one of {', '.join(EMBEDDED)}")
-
-    built = reference_model.build(out, kind=EMBEDDED[model])
+    built = reference_model.build(out, kind=kind_of(model))
     Console().print(f"Reference model: [bold]{escape(str(built))}[/]", soft_wrap=True)
 
 
 @model_app.command("train")
 def train_model(
-    out: Annotated[Path, typer.Argument(help="Folder for the recipe.")],
+    out: Annotated[Path, typer.Option(help="Folder for the recipe.")],
+    model: Embedded = REFERENCE,
     seed: Annotated[int, typer.Option(help="Seed of the recipe.")] = 0,
-    kind: Kind = "upcycled",
 ) -> None:
-    """Compute the recipe anew (upcycled: two hours, carved: ten minutes; goes on where it stopped)."""
+    """Compute the recipe anew (reference: two hours, carved: ten minutes; goes on where it stopped)."""
     from workbench import reference_model
 
-    Console().print(f"Recipe: [bold]{escape(str(reference_model.train(out, seed=seed, kind=kind)))}[/]", soft_wrap=True)
+    recipe = reference_model.train(out, seed=seed, kind=kind_of(model))
+    Console().print(f"Recipe: [bold]{escape(str(recipe))}[/]", soft_wrap=True)
 
 
 @model_app.command("verify")
-def verify_model(
-    path: Annotated[Path | None, typer.Argument(help="Folder of the built model; the cache's when not given.")] = None,
-    kind: Kind = "upcycled",
-) -> None:
+def verify_model(model: Embedded = REFERENCE, path: Built = None) -> None:
     """Check the built model's files against their checksums."""
     from workbench import reference_model
 
-    Console().print(f"Intact: {', '.join(reference_model.verify(path, kind))}.")
+    Console().print(f"Intact: all {len(reference_model.verify(path, kind_of(model)))} files.")
 
 
 @model_app.command("evaluate")
-def evaluate_model(
-    path: Annotated[Path | None, typer.Argument(help="Folder of the built model; the cache's when not given.")] = None,
-    kind: Kind = "upcycled",
-) -> None:
+def evaluate_model(model: Embedded = REFERENCE, path: Built = None) -> None:
     """Measure perplexity by domain beside the dense model, and how the routers choose."""
     from workbench import reference_model
 
-    table = Table(title=f"Reference model, {kind}", show_header=False)
-    for name, value in reference_model.evaluate(path, kind=kind).items():
+    table = Table(title=f"Embedded model, {model}", show_header=False)
+    for name, value in reference_model.evaluate(path, kind=kind_of(model)).items():
         if isinstance(value, bool | int | float | str):
             table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     Console().print(table)
@@ -97,7 +106,7 @@ def describe_data(
     """Show how many prompts there are and how long they are."""
     from workbench import workloads
 
-    Console().print(workloads.summary_table(source=source))
+    Console().print(workloads.summary_tables(source=source))
 
 
 @data_app.command("classify")

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from emoe_core.errors import CheckpointError
 from workbench.cache import sha256_file
+from workbench.models import EMBEDDED
 
 RECIPES = Path(__file__).parent / "recipes"
 ADAPTERS = "adapters.safetensors"
@@ -46,7 +47,8 @@ class Recipe:
         """
         path = Path(folder) if folder is not None else RECIPES / cls.kind
         if not (path / DESCRIPTION).exists() or not (path / ADAPTERS).exists():
-            raise CheckpointError(f"{path} holds no recipe; run `emoe model train --kind {cls.kind}` to compute one.")
+            name = next((name for name, kind in EMBEDDED.items() if kind == cls.kind), cls.kind)
+            raise CheckpointError(f"{path} holds no recipe; `emoe model train {name} --out FOLDER` computes one.")
         description = json.loads((path / DESCRIPTION).read_text())
         if description["kind"] != cls.kind:
             raise CheckpointError(f"{path} holds a recipe of the kind {description['kind']!r}, not {cls.kind!r}.")

@@ -5,7 +5,7 @@ download, `prompt_stream` orders prompts into a workload. The items are for eval
 language-model weights are never fitted on them (see ``data/CARD.md``).
 """
 
-from workbench.workloads.describe import describe, summary_table
+from workbench.workloads.describe import describe, summary_tables
 from workbench.workloads.fixture import load_fixture
 from workbench.workloads.split import SPLITS
 from workbench.workloads.store import data_hash, is_prepared, load_task, prepare
@@ -23,6 +23,6 @@ __all__ = [
     "prepare",
     "prompt_stream",
     "prompts_hash",
-    "summary_table",
+    "summary_tables",
     "task_order",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pandas as pd
+from rich.console import Group
 from rich.table import Table
 
 from emoe_core.tasks import TASK_TYPES
@@ -48,20 +49,21 @@ def describe(
     return pd.DataFrame(rows)
 
 
-def summary_table(tasks: tuple[str, ...] = TASK_TYPES, source: str = "embedded") -> Table:
-    """Return a rich table of the prepared tasks, one row each, for the command line."""
+def summary_tables(tasks: tuple[str, ...] = TASK_TYPES, source: str = "embedded") -> Group:
+    """Return rich tables of the prepared tasks for the command line: their sizes, and where they come from."""
     table = Table(title="Prompts", caption="For evaluation and profiling only: never fit model weights on them.")
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
+    sources = Table("task", "source", show_header=False, box=None)
     for name in (*SPLITS, "words a prompt", "words a reference"):
         table.add_column(name, justify="right")
-    table.add_column("source")
     found = describe(tasks, source)
     for task in tasks:
         rows = found[found["task"] == task]
         counts = [str(int(rows.loc[rows["split"] == split, "items"].iloc[0])) for split in SPLITS]
         means = [f"{rows[column].mean():.0f}" for column in ("prompt_words", "reference_words")]
-        table.add_row(task, *counts, *means, load_task(task, "test", source)[0]["source"])
-    return table
+        table.add_row(task, *counts, *means)
+        sources.add_row(task, load_task(task, "test", source)[0]["source"])
+    return Group(table, sources)
 
 
 def _mean(values: object) -> float:

@@ -1,0 +1,78 @@
+"""What parameters of the bench's own notebooks mean, so that a value no run could use is refused before the first run.
+
+A notebook of the bench that takes a model calls its parameters as `ExperimentConfig` calls its fields, or their plural
+for a list with commas. Each value is judged alone, by the words that the run itself would be refused with; what only
+shows together with others, with a model or on a machine is left to the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from emoe_core.errors import EmoeError, ExperimentError
+from workbench.sweep_notebook import Parameter
+
+SINGLE = (
+    "budget",
+    "tolerance",
+    "strategy",
+    "policy",
+    "interval",
+    "replan",
+    "n_prompts",
+    "mix",
+    "source",
+    "warm_prompts",
+    "max_new_tokens",
+    "answers",
+    "labels",
+    "label_error",
+    "dtype",
+    "expert_dtype",
+)
+PLURAL = {
+    "budgets": "budget",
+    "strategies": "strategy",
+    "intervals": "interval",
+    "mixes": "mix",
+    "expert_dtypes": "expert_dtype",
+    "errors": "label_error",
+}
+
+
+def check_value(known: dict[str, Parameter], name: str, value: Any) -> None:
+    """Refuse a value that the bench has no meaning for.
+
+    Parameters
+    ----------
+    known : dict
+        The notebook's parameters; one that takes no `model` measures something of its own and is left alone.
+    name : str
+    value : object
+        Of the right type already.
+
+    Raises
+    ------
+    ExperimentError
+    """
+    field = PLURAL.get(name, name)
+    if "model" not in known or field not in SINGLE or value is None:
+        return
+    from workbench.configuration import ExperimentConfig  # slow: it imports torch
+
+    for part in [entry.strip() for entry in str(value).split(",")] if name in PLURAL else [value]:
+        setting: dict[str, Any] = {field: number(part) if field in ("interval", "label_error") else part}
+        try:
+            ExperimentConfig(**setting)
+        except EmoeError as error:
+            raise ExperimentError(f"parameter {name!r}: {error}") from None
+
+
+def number(value: Any) -> Any:
+    """Return the number that an entry of a list stands for, where it stands for one."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
