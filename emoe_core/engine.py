@@ -35,6 +35,7 @@ from .forward_passes import ForwardPasses
 from .heap import trim_during_prompts
 from .html_view import heading, layer_map
 from .interval import make_interval
+from .kernel_cache import bound_kernel_caches
 from .loader import ExpertLoader
 from .lookahead import Lookahead
 from .metrics import RunStats
@@ -92,6 +93,7 @@ class Engine:
         self.device = resolve_device(config.device)
         self.plan, self.quality = plan_engine(index, config)
         layers = index.layers
+        bound_kernel_caches(short_of_memory=self.plan.spare_slots > 0)
         predictor = self._new_predictor()
         pack = ensure_pack(index, config.pack_dir or cache_dir() / "packs", progress)
         table = self._new_table()
