@@ -29,7 +29,8 @@ def quality_front(points: pd.DataFrame) -> Figure | None:
     if table["memory_share"].nunique() < 2 or not (table["memory_share"] < 1).any():
         return None
     figure, axis = _axis()
-    _front(axis, table[~table["bound"].isin([RANDOM, HINDSIGHT, ON_DEMAND])], "memory_share", "perplexity_ratio")
+    lossy = table[~table["bound"].isin([RANDOM, HINDSIGHT, ON_DEMAND])]
+    _front(axis, lossy, "memory_share", "perplexity_ratio", "Pareto front, lossy")
     for name, look, group in _series(table):
         mean = group.groupby("memory_share")[["perplexity_ratio"]].mean()
         axis.plot(mean.index, mean["perplexity_ratio"], label=name, **look)
@@ -110,7 +111,7 @@ def _axis() -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
-def _front(axis: Any, table: pd.DataFrame, x: str, y: str) -> None:
+def _front(axis: Any, table: pd.DataFrame, x: str, y: str, label: str = "Pareto front") -> None:
     """Draw the steps of the points that none beats in both, as a broad band behind the points."""
     best = float("inf")
     kept = []
@@ -121,7 +122,7 @@ def _front(axis: Any, table: pd.DataFrame, x: str, y: str) -> None:
     if len(kept) > 1:
         places, values = zip(*kept, strict=True)
         color = sns.color_palette("colorblind")[9]
-        axis.step(places, values, where="post", color=color, linewidth=6, alpha=0.35, zorder=0, label="Pareto front")
+        axis.step(places, values, where="post", color=color, linewidth=6, alpha=0.35, zorder=0, label=label)
 
 
 def _series(table: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
