@@ -201,7 +201,8 @@ def beside_paper(profile: Profile) -> pd.DataFrame:
             "Fig. 5, question answering",
             "above 80% with half of the layers right",
             half,
-            "experts grown from one dense model stay alike, so that a wrong one is a mild error",
+            "a wrong expert costs little where experts stay alike (grown from one dense model, as in `reference`), "
+            "much where they are parts of it (`carved`)",
         ),
         (
             "Fig. 5, conversation and summarisation",

@@ -103,3 +103,23 @@ print("logged")
 #   and tasks want different experts here (notebook 04).
 # * What is saved is bytes: a seventh on the uniform stream, less than half on the sticky one.
 # * Predicting and starting swaps takes at most 0.25% of a prompt's time at any interval (aim: 1%).
+#
+# The counter-case, 25 November 2026: `carved` (24 experts, top-12), 60% of experts, otherwise the same, 24 test prompts a stream.
+#
+# | stream | p | perplexity ratio (95% interval over prompts) | KL, nats per token | token hit rate | predictions | prediction and swap, share of time |
+# |---|---|---|---|---|---|---|
+# | sticky | 1 | 1.63 (1.52 to 1.76) | 0.43 | 72.1% | 24 | 0.8% |
+# | sticky | 8 | 1.87 (1.65 to 2.16) | 0.52 | 68.6% | 3 | 0.5% |
+# | sticky | 20 | 1.81 (1.59 to 2.08) | 0.49 | 69.7% | 2 | 0.5% |
+# | sticky | adaptive | 1.81 (1.60 to 2.08) | 0.50 | 68.3% | 3 | 0.4% |
+# | uniform | 1 | 2.04 (1.80 to 2.33) | 0.65 | 70.6% | 24 | 1.2% |
+# | uniform | 8 | 2.59 (2.20 to 3.10) | 0.82 | 65.7% | 3 | 0.4% |
+# | uniform | 20 | 2.66 (2.21 to 3.27) | 0.84 | 65.1% | 2 | 0.4% |
+# | uniform | adaptive | 2.69 (2.31 to 3.16) | 0.86 | 65.9% | 2 | 0.3% |
+#
+# * Here the interval costs perplexity at once: +15% on the sticky stream, +27% on the uniform one from p = 1 to p = 8, and no more after that: a plan for a mix of
+#   tasks is what is paid for, not its age.
+# * The adaptive interval predicted as often as p = 8 to 20 and cost the same: what it watches (how much of the best set's choices the plan still covers) hardly falls where
+#   half of all experts are used by every token.
+# * At p = 1 on the uniform stream prediction and swap take 1.2% of the time beside another job (aim: 1%); at the default interval they take less than a half.
+#
