@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -98,6 +99,45 @@ def test_an_unknown_option_is_a_usage_error(
 ) -> None:
     assert emoe(monkeypatch, "sweep", "--no-such-option") == 2
     assert "--no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("run", "refrence", "hi"), "Did you mean 'reference'?"),
+        (("run", "/nonexistent/model", "hi"), "/nonexistent/model does not exist. Give the folder"),
+        (("serve", "reference", "--port", "99999"), "--port 99999: give 0 to 65535"),
+        (("serve", "reference", "--port", "-5"), "--port -5: give 0 to 65535"),
+        (("serve", "reference", "--scheduler", "nosuch"), "unknown scheduler 'nosuch': choose one of fcfs"),
+        (("pack", "reference", "--out", "."), "--out . is a folder: name the file to write"),
+        (("bench", "reference", "--limit", "abc"), "cannot understand the limit 'abc': give bytes"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(
+    arguments: tuple[str, ...], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("workbench.reference_model.build", lambda **_: pytest.fail("a model was built"))
+    assert emoe(monkeypatch, *arguments) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert emoe(monkeypatch, "serve", "/nonexistent", "--port", str(taken.getsockname()[1])) == 2
+    assert "give another --port, 0 takes a free one" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    tiny = "--like olmoe-1b-7b --layers 1 --experts 4 --top-k 1 --hidden 64 --intermediate 32 --vocab 512"
+    out = tmp_path / "file" / "model"
+    assert emoe(monkeypatch, "model", "synth", *tiny.split(), "--out", str(out)) == 2
+    said = capsys.readouterr().err
+    assert "Name another file or folder" in said and str(tmp_path / "file") in said and "Traceback" not in said
 
 
 def test_a_dry_run_shows_the_points_and_runs_nothing(

@@ -90,7 +90,7 @@ def test_the_same_run_twice_is_refused(project: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"grids": {}}, "stages.0.grids: unknown key"),
+        ({"grids": {}}, "grids: unknown key"),
         ({"kind": "speed"}, "'timing' or 'quality'"),
         ({"grid": {"seed": []}}, "'seed' has no values"),
         ({"grid": {"seed": [1, 1]}}, "names a value twice"),
@@ -132,6 +132,15 @@ def test_a_name_or_value_that_the_notebook_does_not_take_is_told_with_its_line(p
         expand(read_sweep(write(project, text)))
     with pytest.raises(ExperimentError, match=r"sweep\.yaml:2: no notebook 'absent\.ipynb'"):
         expand(read_sweep(write(project, text.replace(str(NOTEBOOK), "absent.ipynb"))))
+
+
+def test_misspelt_keys_are_told_as_they_were_written(project: Path) -> None:
+    text = f"name: a b\nnotebook: {NOTEBOOK}\nkind: quality\ngrd: {{seed: [1]}}\ngrid: {{seed: 1}}\n"
+    with pytest.raises(ExperimentError) as error:
+        read_sweep(write(project, text))
+    said = str(error.value)
+    assert "grd: unknown key: did you mean 'grid'?" in said and "stages.0" not in said
+    assert "grid.seed: give a list of values" in said and "name: use letters, digits" in said
 
 
 def test_a_key_that_stands_twice_is_refused(project: Path) -> None:

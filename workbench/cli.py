@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -100,8 +100,17 @@ def main() -> None:
     except EmoeError as error:
         if debug:
             raise
-        Console(stderr=True, soft_wrap=True).print(Text(f"Error: {error}", style="red"))
-        sys.exit(USER_ERROR_EXIT_CODE)
+        _refuse(str(error))
+    except OSError as error:
+        # What a person named cannot be read or written; anything else is a mistake of ours, and shows its traceback.
+        if debug or error.filename is None:
+            raise
+        _refuse(f"{error.filename}: {error.strerror}. Name another file or folder, or see to its permissions.")
+
+
+def _refuse(message: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(Text(f"Error: {message}", style="red"))
+    sys.exit(USER_ERROR_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from difflib import get_close_matches
 from pathlib import Path
+
+from emoe_core.errors import CheckpointError
 
 REFERENCE = "reference"
 # The embedded models by name, and the kind of reference model that each is.
 EMBEDDED = {REFERENCE: "upcycled", "carved": "carved"}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve_model(name: str | Path) -> str | Path:
@@ -16,10 +21,29 @@ def resolve_model(name: str | Path) -> str | Path:
     ----------
     name : str or Path
         "reference" (the embedded upcycled model), "carved" (the embedded fine-grained one), a directory, or a hub id.
+
+    Raises
+    ------
+    CheckpointError
+        When it can be neither.
     """
+    require_model(name)
     kind = EMBEDDED.get(str(name))
     if kind is None:
         return name
     from workbench.reference_model import build
 
     return build(kind=kind)
+
+
+def require_model(name: str | Path, known: tuple[str, ...] = tuple(EMBEDDED)) -> None:
+    """Raise `CheckpointError` when a name is none of the known ones, no path that exists, and no hub id."""
+    text = str(name)
+    if text in known or HUB_ID.fullmatch(text) or Path(name).expanduser().exists():
+        return
+    close = get_close_matches(text, known, n=1)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    raise CheckpointError(
+        f"{text} does not exist.{meant} Give the folder of a Hugging Face checkpoint, a hub id (OWNER/NAME), or "
+        f"{' or '.join(map(repr, known))}."
+    )

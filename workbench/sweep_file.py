@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep_schema import SweepFile
+from workbench.sweep_schema import Needs, NeedsWhere, Search, Stage, SweepFile
 from workbench.yaml_file import read_yaml
 
 
@@ -22,11 +23,16 @@ class Source:
     path: Path
     root: yaml.Node | None
 
+    @property
+    def is_single_stage(self) -> bool:
+        """Say whether the file writes its only stage beside the name."""
+        return isinstance(self.root, yaml.MappingNode) and "stages" not in entries(self.root)
+
     def place(self, *keys: str | int) -> str:
         """Return ``FILE:LINE`` of the entry that the keys lead to, or of the closest entry above it."""
         line, node = 1, self.root
-        if isinstance(node, yaml.MappingNode) and keys[:2] == ("stages", 0) and "stages" not in entries(node):
-            keys = keys[2:]  # a single stage, written beside the name
+        if self.is_single_stage and keys[:2] == ("stages", 0):
+            keys = keys[2:]
         for key in keys:
             found = entries(node).get(key)
             if found is None:
@@ -91,8 +97,23 @@ def read_sweep(path: Path) -> SweepSource:
         raise ExperimentError("\n".join([f"{path} is not a usable sweep file:", *told])) from None
 
 
+KEYS = tuple({name for part in (SweepFile, Stage, Search, Needs, NeedsWhere) for name in part.model_fields})
+REPHRASED = {
+    "extra_forbidden": "unknown key",
+    "missing": "this key is missing",
+    "list_type": "give a list of values, such as [a, b]",
+}
+
+
 def describe(problem: Any, source: Source) -> str:
     """Return one of pydantic's complaints as a line: place in the file, keys, and what is wrong."""
     keys: Sequence[str | int] = problem["loc"]
-    what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
-    return f"  {source.place(*keys)}: {'.'.join(str(key) for key in keys) or 'top level'}: {what}"
+    place = source.place(*keys)
+    if source.is_single_stage:
+        keys = keys[2:] if keys[:2] == ("stages", 0) else keys
+    what = REPHRASED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    if problem["type"] == "extra_forbidden" and (close := get_close_matches(str(keys[-1]), KEYS, n=1)):
+        what += f": did you mean {close[0]!r}?"
+    if problem["type"] == "string_pattern_mismatch":
+        what = "use letters, digits, '.', '_' and '-', a letter or digit first"
+    return f"  {place}: {'.'.join(str(key) for key in keys) or 'top level'}: {what}"

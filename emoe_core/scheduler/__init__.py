@@ -30,6 +30,7 @@ __all__ = [
     "Situation",
     "WaitingQueue",
     "make_scheduler",
+    "require_scheduler",
 ]
 
 _COSTED: dict[str, Callable[[ServingCosts, int], Scheduler]] = {
@@ -48,6 +49,12 @@ COSTLESS: dict[str, Callable[[int], Scheduler]] = {
 SCHEDULERS = ("fcfs", "edf", "shortest", "affine", "emoe", "emoe_no_loading")
 
 
+def require_scheduler(name: str) -> None:
+    """Raise `OptionError` when there is no scheduler of that name."""
+    if name not in SCHEDULERS:
+        raise OptionError(f"unknown scheduler {name!r}: choose one of {', '.join(SCHEDULERS)}")
+
+
 def make_scheduler(name: str, costs: ServingCosts | None, max_bypassed: int = MAX_BYPASSED) -> Scheduler:
     """Return a scheduler by name.
 
@@ -58,8 +65,7 @@ def make_scheduler(name: str, costs: ServingCosts | None, max_bypassed: int = MA
     CostsError
         When it needs costs and there are none.
     """
-    if name not in SCHEDULERS:
-        raise OptionError(f"unknown scheduler {name!r}: choose one of {', '.join(SCHEDULERS)}")
+    require_scheduler(name)
     if name in COSTLESS:
         return COSTLESS[name](max_bypassed)
     if costs is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.budget import Budget
-from emoe_core.errors import OptionError
+from emoe_core.errors import BudgetError, OptionError
 from workbench.baselines.systems import DEFAULT_SYSTEMS, System, find_systems
 
 PLAN_FILE, RESULTS_FILE, PREPARED_FILE, SUMMARY_FILE = "plan.json", "results.jsonl", "prepared.json", "summary.json"
@@ -83,8 +83,11 @@ class BenchPlan:
         """The limit in bytes, None without one."""
         if self.limit is None:
             return None
-        found = Budget.parse(self.limit)
-        if found.kind != "bytes":
+        try:
+            found = Budget.parse(self.limit)
+        except BudgetError:
+            found = None
+        if found is None or found.kind != "bytes":
             raise OptionError(f"cannot understand the limit {self.limit!r}: give bytes, such as '2.2GB'")
         return int(found.value)
 

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
     from emoe_core import Engine
 
-MODEL_HELP = "Folder of a Hugging Face checkpoint, or an embedded model: 'reference' or 'carved' (built on first use)."
+MODEL_HELP = (
+    "Folder of a Hugging Face checkpoint, a hub id, or an embedded model: 'reference' or 'carved' (built on first use)."
+)
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
 BudgetOption = Annotated[
     str | None,
-    typer.Option(help="Memory for experts: '40%', '300MB' or '3 slots'.  [default: 40%, or as the target asks]"),
+    typer.Option(help="Memory for experts: '40%', '300MB' or '3 slots'; 40% if missing, or as the target asks."),
 ]
 ExpertDtypeOption = Annotated[
     str, typer.Option(help="'auto' keeps experts as they are; 'int8' rounds them: half the memory, not exact.")
@@ -89,6 +91,8 @@ def pack(
     dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
 ) -> None:
     """Write a checkpoint's experts into one file that they are read from quickly."""
+    if out is not None and out.is_dir():
+        raise OptionError(f"--out {out} is a folder: name the file to write, such as {out / 'experts.emoe'}")
     from emoe_core.checkpoint import open_checkpoint
     from emoe_core.pack import Pack, ensure_pack, write_pack
     from workbench.models import resolve_model

@@ -126,6 +126,7 @@ def _show_plan(file: Path) -> None:
     left = [run.expected_s for run in runs if not run.finished]
     known = [seconds for seconds in left if seconds]
     more = "" if len(known) == len(left) else f", not counting {len(left) - len(known)} of unknown duration"
-    console.print(f"{len(left)} of {len(runs)} runs to do, about {show_seconds(sum(known))} one after another{more}.")
+    about = f"about {show_seconds(sum(known))} one after another{more}" if known or not left else "of unknown duration"
+    console.print(f"{len(left)} of {len(runs)} runs to do, {about}.")
     for warning in preview.warnings:
         console.print(f"[yellow]{escape(warning)}[/]")

@@ -68,19 +68,21 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI clients: /v1/completions and /v1/chat/completions, metrics at /metrics."""
     require_extra("serve", "serving", "fastapi", "uvicorn", "prometheus_client")
-    from workbench.server.limits import ServerLimits, require_safe_host
+    from workbench.server.limits import ServerLimits, require_free_port, require_safe_host
 
     limits = ServerLimits(
         max_body_bytes, max_prompt_tokens, max_output_tokens, default_output_tokens, max_batch, max_waiting
     )
     api_key = read_key(api_key_file)
     require_safe_host(host, api_key)
+    require_free_port(host, port)
 
-    from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler
+    from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler, require_scheduler
     from workbench.models import resolve_model
     from workbench.server.listen import EmoeServer
     from workbench.serving.measure import stored_costs
 
+    require_scheduler(scheduler)
     checkpoint = resolve_model(model)
     batch = BatchLimits(max_batch, kv_tokens)
     costs = None if scheduler in COSTLESS else stored_costs(checkpoint)

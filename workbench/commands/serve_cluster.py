@@ -80,17 +80,18 @@ def serve_cluster(
     """
     require_extra("serve", "serving", "fastapi", "uvicorn", "prometheus_client")
     require_extra("ray", "serving on a cluster", "ray", "grpc")
-    from workbench.server.limits import ServerLimits, require_safe_host
+    from workbench.server.limits import ServerLimits, require_free_port, require_safe_host
 
     limits = ServerLimits(
         max_body_bytes, max_prompt_tokens, max_output_tokens, default_output_tokens, max_batch, max_waiting
     )
     api_key = read_key(api_key_file)
     require_safe_host(host, api_key)
+    require_free_port(host, port)
 
     from emoe_core.budget import plan_slots
     from emoe_core.checkpoint import open_checkpoint
-    from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler
+    from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler, require_scheduler
     from workbench.models import resolve_model
     from workbench.ray_connection import code_hash
     from workbench.replicas.replica import ReplicaConfig
@@ -102,6 +103,7 @@ def serve_cluster(
     placement = Placement(replicas, router, slack, cpus, gpus)
     if device.startswith("cuda") and not gpus:
         raise OptionError(f"--device {device} with --gpus 0 would put all replicas of a node on one GPU: give --gpus 1")
+    require_scheduler(scheduler)
     checkpoint = resolve_model(model)
     if Path(checkpoint).is_dir():
         checkpoint = Path(checkpoint).absolute()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -87,3 +88,18 @@ def require_safe_host(host: str, api_key: str | None) -> None:
             f"--host {host} can be reached by others: give a key with --api-key-file or the environment variable "
             f"EMOE_API_KEY, or stay on 127.0.0.1"
         )
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise `OptionError` when a server could not listen there, before anything is loaded for it."""
+    if not 0 <= port <= 65535:
+        raise OptionError(f"--port {port}: give 0 to 65535, 0 taking a free one")
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except socket.gaierror as error:
+        raise OptionError(f"--host {host} is no address of this machine: {error.strerror}") from None
+    except OSError as error:
+        raise OptionError(
+            f"cannot listen on port {port} of {host} ({error.strerror}): give another --port, 0 takes a free one"
+        ) from None
