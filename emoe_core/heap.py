@@ -4,6 +4,10 @@ Experts see changing numbers of tokens, so a prompt leaves behind activations of
 that live longer (a math library's kernels, one for each shape) between them. The heap then grows from prompt to prompt
 though nothing is alive. glibc returns free pages from the middle of the heap when asked; asking is cheap, and a few
 times in a prompt is enough. Decoding steps are too small to matter. Other C libraries are left alone.
+
+Measured on the embedded model in bfloat16, five prompts: 46 to 134 MB less at the peak under budgets of 20 and 60% (the
+most on processors without bfloat16). With everything resident it saves 22 to 44 MB and delays the first token by 5 to
+24%, so the engine asks only under a budget.
 """
 
 from __future__ import annotations

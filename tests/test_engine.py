@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import emoe_core
+from emoe_core import heap
 from emoe_core.errors import BudgetError, CheckpointError, EmoeError, IntegrationError, OptionError, PackError
 from emoe_core.generation import encode
 from emoe_core.pack import Pack
@@ -249,6 +250,17 @@ def test_a_prompt_counts_each_token_layer_and_choice_once(model: Path, tmp_path:
         again = engine.stats().counters
     assert again.hits == again.requests == counters.requests
     assert again.bytes_loaded == 0 and again.stall_s == 0 and again.hit_rate == 1.0
+
+
+@pytest.mark.parametrize(("budget", "trims"), [("100%", False), ("2 slots", True)])
+def test_memory_is_handed_back_during_prompts_only_under_a_budget(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str, trims: bool
+) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(heap, "_malloc_trim", lambda: counted.append)
+    with load(model, tmp_path, budget=budget) as engine:
+        forward(engine, torch.arange(3, 3 + heap.PROMPT_TOKENS)[None])
+    assert bool(counted) == trims
 
 
 @pytest.mark.parametrize("tier", ["disk", "host"])
