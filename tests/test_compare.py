@@ -254,6 +254,13 @@ def test_a_run_is_not_compared_with_itself_nor_one_that_failed(bench: Bench) -> 
         compared(a, record("b"), metrics=["speed"])
 
 
+def test_a_sweep_beside_itself_is_called_a_sweep(bench: Bench) -> None:
+    sweep("a", ["10%"], 0.0)
+    twice = [find_runs(open_store(), "a") for _ in range(2)]
+    with pytest.raises(ExperimentError, match=r"A and B are the same sweep: sweep a \(.*, 1 runs\. Name two"):
+        compare_sweeps(*twice)
+
+
 class Words(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -84,8 +84,10 @@ def compare_sweeps(
     Raises
     ------
     ExperimentError
-        Also when no run of A has the parameters of a run of B.
+        Also when both are the same sweep, or no run of A has the parameters of a run of B.
     """
+    if a.title == b.title:
+        raise ExperimentError(f"A and B are the same sweep: {a.title}. Name two.")
     matched, unpaired = match_runs(a.runs, b.runs)
     if not matched:
         listing = "\n".join(f"  {line}" for line in unpaired[:12])
