@@ -130,7 +130,33 @@ def test_streams_of_other_lengths_are_paired_by_prompt_and_not_by_place(bench: B
     loads = next(change for change in found.over_prompts if change.metric == "loads")
     assert (loads.pairs, loads.verdict) == (PROMPTS - 4, "equal")
     assert "requests: 8 pairs of 12 rows in A and 12 in B." in found.remarks
+    assert "requests: 8 pairs came after other prompts in A than in B, so slots may have differed." in found.remarks
     assert "data" in whats(found.others) and "quality" in found.doubted
+
+
+def test_pairs_of_the_same_prompt_are_not_doubted_for_other_prompts(bench: Bench) -> None:
+    a = record("a", frame=requests(), data_hash="d1")
+    b = record("b", frame=requests(0.5, count=2 * PROMPTS), data_hash="d2")
+    found = compared(a, b)
+    assert found.doubted_over_prompts == set() and "quality" in found.doubted
+    told = found.to_dict()
+    assert [change["doubtful"] for change in told["over_prompts"]] == [False] * len(found.over_prompts)
+    assert {change["metric"]: change["doubtful"] for change in told["single"]} == {"hit_rate": True}
+    assert [item.doubt for item in found.others] == ["everything not paired by prompt: other prompts"]
+    assert "after other prompts" not in " ".join(found.remarks), "the longer stream begins as the shorter one"
+    paired, _ = (rows for _, rows in view_runs(found).tables)
+    assert "doubtful" not in " ".join(row.cells[-1] for row in paired)
+    # What doubts the pairs themselves still does.
+    other = compared(a, record("c", frame=requests(0.5, count=PROMPTS - 1), data_hash="d3", model_hash="m2"))
+    assert all(change["doubtful"] for change in other.to_dict()["over_prompts"] if not change["identical"])
+
+
+def test_sweeps_over_other_streams_are_doubted_where_they_are_not_paired_by_prompt(bench: Bench) -> None:
+    sweep("a", ["10%", "20%"], 0.0, identity={"data_hash": "d1"})
+    sweep("b", ["10%", "20%"], 0.05, identity={"data_hash": "d2"})
+    found = compare_sweeps(*(find_runs(open_store(), name) for name in "ab"))
+    doubtful = {change["metric"]: change["doubtful"] for change in found.to_dict()["over_pairs"]["book"]}
+    assert doubtful["perplexity_ratio"] is False and doubtful["bytes_loaded"] is True
 
 
 def test_prompts_without_hashes_are_paired_by_place_only_in_the_same_data(bench: Bench) -> None:
@@ -139,7 +165,24 @@ def test_prompts_without_hashes_are_paired_by_place_only_in_the_same_data(bench:
     other = record("c", frame=old, data_hash="d2")
     assert compared(a, b).over_prompts[0].pairs == PROMPTS
     found = compared(a, other)
-    assert not found.over_prompts and "cannot be paired" in found.remarks[0]
+    assert not found.over_prompts
+    assert "the runs had other data, and the tables have no complete column `prompt_hash`" in found.remarks[0]
+
+
+def test_what_a_table_lacks_for_pairing_is_said(bench: Bench) -> None:
+    bare = requests().drop(columns=["prompt_hash", "request"])
+    gaps = requests().drop(columns="request").assign(prompt_hash=[None, *requests()["prompt_hash"][1:]])
+    own = record("own", frame=bare)
+
+    def remark(frame: pd.DataFrame, **identity: Any) -> str:
+        return compared(own, record("other", frame=frame, **identity)).remarks[0]
+
+    same = "requests: prompts cannot be paired: the data are the same, but "
+    assert remark(bare).startswith(f"{same}the tables have no complete column `request` or `prompt_hash`: record one")
+    assert remark(requests()).startswith(f"{same}the table of A has no complete column `request` or `prompt_hash`")
+    assert "the tables have no complete column" in remark(gaps)
+    assert "the runs had other data, and the table of A has no" in remark(requests(), data_hash="d2")
+    assert "a run does not record its data (data_hash)" in remark(requests(), data_hash=None)
 
 
 def test_quality_on_other_continuations_is_left_out(bench: Bench) -> None:
@@ -210,7 +253,7 @@ def test_runs_are_found_by_id_prefix_name_and_sweep(bench: Bench) -> None:
             find_runs(client, nonsense)
 
 
-def sweep(name: str, budgets: list[str], loss: float, **fixed: Any) -> None:
+def sweep(name: str, budgets: list[str], loss: float, identity: dict[str, str] | None = None, **fixed: Any) -> None:
     """Record a sweep of runs that lose `loss` more than others."""
     parent = start_parent(open_store(), name, {})
     for place, budget in enumerate(budgets):
@@ -220,7 +263,11 @@ def sweep(name: str, budgets: list[str], loss: float, **fixed: Any) -> None:
         }
         metrics = {"bytes_loaded": 10.0 ** (place + 3) * (1 + loss), "hit_rate": 0.5}
         params = {"budget": budget, **fixed}
-        record(f"{name} {budget}", experiment=name, frame=requests(loss), metrics=metrics, tags=tags, params=params)
+        record(
+            f"{name} {budget}",
+            **{"experiment": name, "frame": requests(loss), "metrics": metrics, "tags": tags, "params": params},
+            **identity or {},
+        )
 
 
 def test_sweeps_are_paired_by_parameters_but_for_those_that_tell_them_apart(bench: Bench) -> None:

@@ -42,6 +42,8 @@ class Change:
         How many pairs; 1 for a single value a run.
     identical : bool
         Whether every pair holds the same value twice.
+    by_prompt : bool
+        Whether A and B are values of the same prompts, however many others the runs had.
     """
 
     metric: str
@@ -56,6 +58,7 @@ class Change:
     ratio_high: float
     pairs: int
     identical: bool
+    by_prompt: bool = False
 
     @property
     def verdict(self) -> str:
@@ -84,6 +87,7 @@ def paired_change(
     variant: str = "",
     scale: Callable[[Any], Any] | None = None,
     geometric: bool = False,
+    by_prompt: bool = False,
 ) -> Change:
     """Return how a metric changed over pairs.
 
@@ -100,6 +104,8 @@ def paired_change(
     geometric : bool
         Whether the ratio is the geometric mean of the pairs' ratios instead of the ratio of means: for pairs of very
         different size, where the largest would decide alone.
+    by_prompt : bool
+        Whether a pair is a prompt (or, over sweeps, a mean over the same prompts).
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     shown = scale or (lambda mean: mean)
@@ -119,5 +125,5 @@ def paired_change(
             ratio_interval = percentile_interval(drawn_b / drawn_a)
     return Change(
         metric, variant, mean_a, mean_b, mean_b - mean_a, *interval, ratio, *ratio_interval,
-        pairs=len(a), identical=bool((a == b).all()),
+        pairs=len(a), identical=bool((a == b).all()), by_prompt=by_prompt,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 from emoe_core.errors import ExperimentError
 from workbench.busy import busy_warning
+from workbench.compare.change import Change
 from workbench.metric_groups import GROUPS, OTHER, group_of
 from workbench.run_record import RunRecord
 from workbench.sweep_notebook import notebook_hash
@@ -42,19 +43,33 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("commit", "commit", EVERYTHING, "other code"),
 )
 # Libraries that compute; versions of the others are told without doubt.
+# What rows paired by prompt are free of: a pair is the same prompt, whatever else the streams held.
+NOT_OF_PAIRS = ("data_hash",)
 COMPUTING = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 SHOWN_HASH = 12
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that differs: what, its values, the groups of metrics that it makes doubtful (may be none), why."""
+    """One thing that differs.
+
+    Attributes
+    ----------
+    what, a, b : str
+        What, and its values.
+    doubts : tuple of str
+        The groups of metrics that it makes doubtful, may be none.
+    why : str
+    spares_pairs : bool
+        Whether it leaves values that are paired by prompt in no doubt.
+    """
 
     what: str
     a: str
     b: str
     doubts: tuple[str, ...] = ()
     why: str = ""
+    spares_pairs: bool = False
 
     @property
     def doubt(self) -> str:
@@ -62,7 +77,7 @@ class Difference:
         if not self.doubts:
             return ""
         named = "everything" if set(self.doubts) == set(EVERYTHING) else " and ".join(sorted(self.doubts))
-        return f"{named}: {self.why}"
+        return f"{named}{' not paired by prompt' if self.spares_pairs else ''}: {self.why}"
 
 
 def parameter_differences(a: RunRecord, b: RunRecord) -> list[Difference]:
@@ -97,7 +112,7 @@ def environment_differences(a: dict[str, Any], b: dict[str, Any]) -> list[Differ
         told = ["recorded" if environment else "not recorded" for environment in (a, b)]
         return [Difference("environment", told[0], told[1], EVERYTHING, "what a run ran on is not known")]
     found = [
-        Difference(words, _text(a.get(name)), _text(b.get(name)), doubts, why)
+        Difference(words, _text(a.get(name)), _text(b.get(name)), doubts, why, name in NOT_OF_PAIRS)
         for name, words, doubts, why in FIELDS
         if name in a and name in b and a[name] != b[name]
     ]
@@ -119,9 +134,14 @@ def environment_differences(a: dict[str, Any], b: dict[str, Any]) -> list[Differ
     return found
 
 
-def doubted(differences: Iterable[Difference]) -> set[str]:
-    """Return the groups of metrics that differences make doubtful."""
-    return {group for item in differences for group in item.doubts}
+def doubted(differences: Iterable[Difference], *, by_prompt: bool = False) -> set[str]:
+    """Return the groups of metrics that differences make doubtful, of values paired by prompt or of all others."""
+    return {group for item in differences if not (by_prompt and item.spares_pairs) for group in item.doubts}
+
+
+def is_doubtful(change: Change, differences: Iterable[Difference]) -> bool:
+    """Say whether a difference may have moved a metric."""
+    return group_of(change.metric) in doubted(differences, by_prompt=change.by_prompt)
 
 
 def reads_of(run: RunRecord) -> str | None:

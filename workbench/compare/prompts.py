@@ -1,9 +1,8 @@
 """Tables with a row for each prompt, from two runs, put side by side.
 
-Prompts are paired by their hash, within a variant where a run compared several. Runs that were recorded before prompts
-had hashes are paired by their place in the stream, and only when the hash of the whole stream is the same. Quality is
-compared on pairs that were scored on the same continuation; where that is not recorded prompt by prompt it is taken
-from the runs' reference hash, and a difference there is flagged (`differences`).
+`pairing` says which rows belong together. Quality is compared on pairs that were scored on the same continuation; where
+that is not recorded prompt by prompt it is taken from the runs' reference hash, and a difference there is flagged
+(`differences`).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from workbench.compare.change import Change, paired_change
+from workbench.compare.pairing import pair_keys, pairs_after_others, side_by_side, why_unpaired
 from workbench.metric_groups import group_of
 from workbench.run_record import RunRecord
 
@@ -39,18 +39,17 @@ def prompt_changes(a: RunRecord, b: RunRecord) -> PromptChanges:
     """Return how every metric that both runs have prompt by prompt changed."""
     changes: list[Change] = []
     remarks: list[str] = []
-    same_data = a.environment.get("data_hash") is not None and (
-        a.environment.get("data_hash") == b.environment.get("data_hash")
-    )
+    data = [run.environment.get("data_hash") for run in (a, b)]
+    same_data = None if None in data else data[0] == data[1]
     for name in TABLES:
         first, second = a.table(name), b.table(name)
         if first is None or second is None or first.empty or second.empty:
             continue
-        keys = pair_keys(first, second, same_data)
+        keys = pair_keys(first, second, bool(same_data))
         if keys is None:
-            remarks.append(f"{name}: prompts cannot be paired, the runs had other data and do not say which prompts.")
+            remarks.append(f"{name}: prompts cannot be paired: {why_unpaired(first, second, same_data)}.")
             continue
-        both = _side_by_side(first, second, keys)
+        both = side_by_side(first, second, keys)
         if both is None:
             remarks.append(f"{name}: prompts cannot be paired, rows of one prompt cannot be told apart.")
             continue
@@ -59,38 +58,17 @@ def prompt_changes(a: RunRecord, b: RunRecord) -> PromptChanges:
             continue
         if len(both) < max(len(first), len(second)):
             remarks.append(f"{name}: {len(both)} pairs of {len(first)} rows in A and {len(second)} in B.")
+        moved = pairs_after_others(first, second, keys, len(both))
+        if moved:
+            remarks.append(
+                f"{name}: {moved} pairs came after other prompts in A than in B, so slots may have differed."
+            )
         known = {change.metric for change in changes}
         found, unlike = _changes_of(both)
         if unlike:
             remarks.append(f"{name}: quality leaves out {unlike} pairs that were scored on other continuations.")
         changes += [change for change in found if change.metric not in known]
     return PromptChanges(changes, remarks)
-
-
-def pair_keys(first: pd.DataFrame, second: pd.DataFrame, same_data: bool) -> list[str] | None:
-    """Return the columns that pair the rows of two tables, None when nothing does."""
-
-    def both_have(column: str) -> bool:
-        return all(column in table and table[column].notna().all() for table in (first, second))
-
-    variant = ["label"] if both_have("label") else []
-    if both_have("prompt_hash"):
-        # With equal streams the place tells repeats of a prompt apart.
-        return [*variant, "prompt_hash", *(["request"] if same_data and both_have("request") else [])]
-    if both_have("prompt") and not np.issubdtype(first["prompt"].dtype, np.number):
-        return [*variant, "prompt"]
-    return [*variant, "request"] if same_data and both_have("request") else None
-
-
-def _side_by_side(first: pd.DataFrame, second: pd.DataFrame, keys: list[str]) -> pd.DataFrame | None:
-    tables = []
-    for table in (first, second):
-        # A stream longer than its data repeats prompts: the first occurrence is paired with the first.
-        numbered = table.assign(occurrence=table.groupby(keys).cumcount())
-        if "prompt_hash" not in keys and "prompt" not in keys and numbered["occurrence"].any():
-            return None
-        tables.append(numbered)
-    return tables[0].merge(tables[1], on=[*keys, "occurrence"], suffixes=("_a", "_b"), validate="one_to_one")
 
 
 def _changes_of(both: pd.DataFrame) -> tuple[list[Change], int]:
@@ -128,6 +106,7 @@ def _changes_of(both: pd.DataFrame) -> tuple[list[Change], int]:
                     weights=rows["output_tokens_a"].to_numpy(dtype=float)[usable] if weighted else None,
                     variant=str(variant),
                     scale=np.exp if column == LOG_RATIO else None,
+                    by_prompt=True,
                 )
             )
     return changes, unlike

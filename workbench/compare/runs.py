@@ -13,6 +13,7 @@ from workbench.compare.change import Change, paired_change
 from workbench.compare.differences import (
     Difference,
     doubted,
+    is_doubtful,
     other_differences,
     parameter_differences,
     refuse_warm_beside_cold,
@@ -52,6 +53,11 @@ class RunComparison:
         """Groups of metrics that something beside the parameters may have moved."""
         return doubted(self.others)
 
+    @property
+    def doubted_over_prompts(self) -> set[str]:
+        """The same of metrics that are paired by prompt."""
+        return doubted(self.others, by_prompt=True)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as JSON has it."""
         return {
@@ -60,6 +66,7 @@ class RunComparison:
             "parameters": [asdict(item) for item in self.parameters],
             "others": [asdict(item) for item in self.others],
             "doubtful_groups": sorted(self.doubted),
+            "doubtful_groups_over_prompts": sorted(self.doubted_over_prompts),
             "over_prompts": [self.judged(change) for change in self.over_prompts],
             "single": [self.judged(change) for change in self.single],
             "remarks": self.remarks,
@@ -67,7 +74,7 @@ class RunComparison:
 
     def judged(self, change: Change) -> dict[str, Any]:
         """Return a change with the statement whether something else may have caused it."""
-        return change.to_dict() | {"doubtful": group_of(change.metric) in self.doubted}
+        return change.to_dict() | {"doubtful": is_doubtful(change, self.others)}
 
 
 def compare_runs(

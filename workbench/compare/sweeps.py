@@ -17,9 +17,8 @@ import numpy as np
 
 from emoe_core.errors import ExperimentError
 from workbench.compare.change import Change, paired_change
-from workbench.compare.differences import Difference, doubted
+from workbench.compare.differences import Difference, doubted, is_doubtful
 from workbench.compare.runs import RunComparison, compare_runs, in_order
-from workbench.metric_groups import group_of
 from workbench.run_lookup import Found
 from workbench.run_record import RunRecord
 from workbench.sweep_state import METRICS_TAG
@@ -61,14 +60,16 @@ class SweepComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as JSON has it."""
+        others = [item for item, _ in self.others]
         return {
             "a": self.a.title,
             "b": self.b.title,
             "parameters": [asdict(item) | {"pairs": count} for item, count in self.parameters],
             "others": [asdict(item) | {"pairs": count} for item, count in self.others],
             "doubtful_groups": sorted(self.doubted),
+            "doubtful_groups_over_prompts": sorted(doubted(others, by_prompt=True)),
             "over_pairs": {
-                name: [c.to_dict() | {"doubtful": group_of(c.metric) in self.doubted} for c in changes]
+                name: [c.to_dict() | {"doubtful": is_doubtful(c, others)} for c in changes]
                 for name, changes in self.notebooks.items()
             },
             "pairs": [pair.to_dict() for pair in self.pairs],
@@ -158,12 +159,17 @@ def _plain(value: Any) -> str:
 
 def _over_pairs(pairs: list[RunComparison]) -> list[Change]:
     """Return how metrics changed over pairs of runs; a metric that some pair lacks is taken over the others."""
-    single: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[Change]] = {}
     for pair in pairs:
         for change in [*pair.over_prompts, *pair.single]:
             if change.variant == "":
-                single.setdefault(change.metric, []).append((change.a, change.b))
-    return in_order([paired_change(name, *np.array(values).T, geometric=True) for name, values in single.items()])
+                found.setdefault(change.metric, []).append(change)
+    over = []
+    for name, changes in found.items():
+        a, b = (np.array([getattr(change, side) for change in changes]) for side in "ab")
+        by_prompt = all(change.by_prompt for change in changes)
+        over.append(paired_change(name, a, b, geometric=True, by_prompt=by_prompt))
+    return in_order(over)
 
 
 def _counted(items: Any) -> list[tuple[Difference, int]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from workbench.compare.change import Change
-from workbench.metric_groups import group_of
+from workbench.compare.differences import Difference, is_doubtful
 from workbench.quantities import show, show_number, unit_of, words_of
 
 HEADINGS = ("metric", "A", "B", "B − A  [95%]", "B / A  [95%]", "verdict")
@@ -37,9 +38,10 @@ def change_row(change: Change, doubtful: bool) -> ChangeRow:
     return ChangeRow(change.variant, (words_of(change.metric), *both, difference, ratio, verdict), tone)
 
 
-def change_rows(changes: list[Change], doubted: set[str]) -> list[ChangeRow]:
-    """Return changes as rows; those of doubted groups say so."""
-    return [change_row(change, group_of(change.metric) in doubted) for change in changes]
+def change_rows(changes: list[Change], differences: Iterable[Difference]) -> list[ChangeRow]:
+    """Return changes as rows; those that one of the differences may have moved say so."""
+    found = list(differences)
+    return [change_row(change, is_doubtful(change, found)) for change in changes]
 
 
 def _signed(metric: str, value: float) -> str:

@@ -48,9 +48,9 @@ def view_runs(found: RunComparison) -> View:
     tables = []
     if found.over_prompts:
         pairs = max(change.pairs for change in found.over_prompts)
-        tables.append((f"Paired over {pairs} prompts", change_rows(found.over_prompts, found.doubted)))
+        tables.append((f"Paired over {pairs} prompts", change_rows(found.over_prompts, found.others)))
     if found.single:
-        tables.append(("One value a run", change_rows(found.single, found.doubted)))
+        tables.append(("One value a run", change_rows(found.single, found.others)))
     return View(
         f"run {found.a.describe()}",
         f"run {found.b.describe()}",
@@ -66,8 +66,10 @@ def view_sweeps(found: SweepComparison) -> View:
     tables = []
     for notebook, changes in found.notebooks.items():
         pairs = sum(pair.a.notebook_name == notebook for pair in found.pairs)
-        tables.append((f"{notebook}: over {pairs} pairs of runs", change_rows(changes, found.doubted)))
-    tables += [(pair.a.name, change_rows(found.main_metrics(pair), pair.doubted)) for pair in found.pairs]
+        tables.append(
+            (f"{notebook}: over {pairs} pairs of runs", change_rows(changes, (item for item, _ in found.others)))
+        )
+    tables += [(pair.a.name, change_rows(found.main_metrics(pair), pair.others)) for pair in found.pairs]
     left = [f"Without a partner: {line}." for line in found.unpaired]
     remarks = list(dict.fromkeys(remark for pair in found.pairs for remark in pair.remarks))
     return View(found.a.title, found.b.title, found.parameters, found.others, tables, [*left, *remarks, *HOW_TO_READ])
