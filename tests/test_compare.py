@@ -297,7 +297,7 @@ def test_a_run_is_not_compared_with_itself_nor_one_that_failed(bench: Bench) -> 
         raise ZeroDivisionError
     with pytest.raises(ExperimentError, match=r"broken .* is failed: only finished runs"):
         compared(a, "broken")
-    with pytest.raises(ExperimentError, match=r"none of speed is in both\. Metrics of both: hit_rate"):
+    with pytest.raises(ExperimentError, match=r"no metric 'speed' is in both\. Metrics of both: hit_rate"):
         compared(a, record("b"), metrics=["speed"])
 
 
@@ -306,6 +306,34 @@ def test_a_sweep_beside_itself_is_called_a_sweep(bench: Bench) -> None:
     twice = [find_runs(open_store(), "a") for _ in range(2)]
     with pytest.raises(ExperimentError, match=r"A and B are the same sweep: sweep a \(.*, 1 runs\. Name two"):
         compare_sweeps(*twice)
+
+
+def test_metrics_are_named_as_tables_show_them(bench: Bench) -> None:
+    times = {"fresh_ttft_s": 0.1, "stock_ttft_s": 0.1, "slot_bytes": 1.0, "slot_share": 0.4, "load_s": 1.0}
+    metrics = times | {"load_bytes": 2.0, "evictions": 3.0}
+    a, b = (record(name, metrics=metrics, frame=requests()) for name in "ab")
+
+    def named(text: str, **options: Any) -> set[str]:
+        return compared(a, b, metrics=[text], **options).metrics
+
+    for text, name in {"kl": "kl_nats", "slot": "slot_bytes", "Fresh TTFT": "fresh_ttft_s", "load s": "load_s"}.items():
+        assert named(text) == {name}
+    assert named("load_bytes") == {"load_bytes"}
+    with pytest.raises(ExperimentError, match="'load' stands for load_bytes and load_s: give one"):
+        named("load")
+    assert named("load", without_times=True) == {"load_bytes"}
+    with pytest.raises(ExperimentError, match=r"no metric 'evicitons' is in both\. Close: evictions\.$"):
+        named("evicitons")
+    with pytest.raises(ExperimentError, match=r"Close: fresh_ttft_s, stock_ttft_s\.$"):
+        named("ttft")
+    with pytest.raises(ExperimentError, match=r"Close: fresh_ttft_s, stock_ttft_s\.$"):
+        named("tfft")
+    with pytest.raises(ExperimentError, match="give --all to see them"):
+        named("qqq")
+    sweep("s", ["10%"], 0.0)
+    sweep("t", ["10%"], 0.1)
+    found = compare_sweeps(*(find_runs(open_store(), name) for name in "st"), metrics=["kl"])
+    assert [change.metric for change in found.notebooks["book"]] == ["kl_nats"]
 
 
 class Words(HTMLParser):

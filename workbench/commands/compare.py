@@ -25,7 +25,10 @@ TargetHelp = "Run id or the start of it, run name, or sweep name."
 def compare(
     a: Annotated[str, typer.Argument(help=TargetHelp, metavar="A")],
     b: Annotated[str, typer.Argument(help="The other one, of the same kind.", metavar="B")],
-    metric: Annotated[list[str] | None, typer.Option(help="Only this metric; may be given several times.")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this metric, by name or as tables show it; may be given several times."),
+    ] = None,
     without_times: Annotated[
         bool, typer.Option("--without-times", help="Leave out times; warm and cold runs may then be compared.")
     ] = False,

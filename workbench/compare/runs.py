@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from workbench.compare.differences import (
     parameter_differences,
     refuse_warm_beside_cold,
 )
+from workbench.compare.metric_names import named_metrics
 from workbench.compare.prompts import prompt_changes
 from workbench.metric_groups import group_of, rank_of
 from workbench.run_record import RunRecord
@@ -72,6 +73,18 @@ class RunComparison:
             "remarks": self.remarks,
         }
 
+    @property
+    def metrics(self) -> set[str]:
+        """Names of everything that is compared."""
+        return {change.metric for change in [*self.over_prompts, *self.single]}
+
+    def only(self, metrics: Collection[str]) -> RunComparison:
+        """Return the comparison of some metrics."""
+        over_prompts, single = (
+            [change for change in changes if change.metric in metrics] for changes in (self.over_prompts, self.single)
+        )
+        return replace(self, over_prompts=over_prompts, single=single)
+
     def judged(self, change: Change) -> dict[str, Any]:
         """Return a change with the statement whether something else may have caused it."""
         return change.to_dict() | {"doubtful": is_doubtful(change, self.others)}
@@ -91,7 +104,7 @@ def compare_runs(
     ----------
     a, b : RunRecord
     metrics : collection of str, optional
-        Only these; all when missing.
+        Only these, named as they are or as tables show them (`metric_names`); all when missing.
     without_times : bool
         Leave out everything that a clock decides; runs may then have read experts in different ways.
     may_be_empty : bool
@@ -100,7 +113,8 @@ def compare_runs(
     Raises
     ------
     ExperimentError
-        When a run did not finish, both are the same, none of `metrics` is known, or one is warm and the other cold.
+        When a run did not finish, both are the same, one of `metrics` is not in both, or one is warm and the other
+        cold.
     """
     for run in (a, b):
         if run.status != "FINISHED":
@@ -114,7 +128,7 @@ def compare_runs(
         refuse_warm_beside_cold(a, b)
 
     def wanted(name: str) -> bool:
-        return (metrics is None or name in metrics) and not (without_times and group_of(name) == "time")
+        return not (without_times and group_of(name) == "time")
 
     paired = prompt_changes(a, b)
     over_prompts = [change for change in paired.changes if wanted(change.metric)]
@@ -123,11 +137,10 @@ def compare_runs(
     values = {name: [np.array([run.metrics[name]]) for run in (a, b)] for name in common}
     single = [paired_change(name, *both) for name, both in values.items() if np.isfinite(both).all()]
     if not over_prompts and not single and not may_be_empty:
-        known = sorted(told | (set(a.metrics) & set(b.metrics)))
-        asked = f"none of {', '.join(metrics)} is in both" if metrics else "the runs have no metric in common"
-        raise ExperimentError(f"{asked}. Metrics of both: {', '.join(known) or 'none'}.")
+        raise ExperimentError("the runs have no metric in common.")
     differ = parameter_differences(a, b), other_differences(a, b)
-    return RunComparison(a, b, *differ, in_order(over_prompts), in_order(single), paired.remarks)
+    found = RunComparison(a, b, *differ, in_order(over_prompts), in_order(single), paired.remarks)
+    return found.only(named_metrics(metrics, found.metrics)) if metrics else found
 
 
 def in_order(changes: list[Change]) -> list[Change]:

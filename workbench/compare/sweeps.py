@@ -18,6 +18,7 @@ import numpy as np
 from emoe_core.errors import ExperimentError
 from workbench.compare.change import Change, paired_change
 from workbench.compare.differences import Difference, doubted, is_doubtful
+from workbench.compare.metric_names import named_metrics
 from workbench.compare.runs import RunComparison, compare_runs, in_order
 from workbench.run_lookup import Found
 from workbench.run_record import RunRecord
@@ -94,17 +95,18 @@ def compare_sweeps(
         listing = "\n".join(f"  {line}" for line in unpaired[:12])
         raise ExperimentError(f"no run of A has the parameters of a run of B:\n{listing}")
     # A sweep may run several notebooks, and a metric be that of one of them.
-    every = [compare_runs(*pair, metrics=metrics, without_times=without_times, may_be_empty=True) for pair in matched]
+    every = [compare_runs(*pair, without_times=without_times, may_be_empty=True) for pair in matched]
+    if metrics:
+        names = named_metrics(metrics, {name for pair in every for name in pair.metrics})
+        every = [pair.only(names) for pair in every]
     pairs = [pair for pair in every if pair.over_prompts or pair.single]
     if not pairs:
-        known = ", ".join(sorted({name for pair in every for name in pair.a.metrics})) or "none"
-        asked = " or ".join(metrics or ["a metric"])
-        raise ExperimentError(f"no pair of runs has {asked} in both. Metrics of A: {known}.")
-    names = dict.fromkeys(pair.a.notebook_name for pair in pairs)
+        raise ExperimentError("no pair of runs has a metric in both.")
+    notebooks = dict.fromkeys(pair.a.notebook_name for pair in pairs)
     return SweepComparison(
         a,
         b,
-        {name: _over_pairs([pair for pair in pairs if pair.a.notebook_name == name]) for name in names},
+        {name: _over_pairs([pair for pair in pairs if pair.a.notebook_name == name]) for name in notebooks},
         pairs,
         _counted(item for pair in pairs for item in pair.parameters),
         _counted(item for pair in pairs for item in pair.others),
