@@ -1,8 +1,9 @@
 """Numbers with units as people read them.
 
-A metric's unit is the end of its name: ``_bytes``, ``_s``, ``_share``, ``_rate`` (or a leading ``bytes_``). `words_of`
-and `unit_of` split a name, `show` formats one value, `column_texts` many in the same unit, `metric_table` a choice of
-metrics. Bytes are decimal (1 MB = 1,000,000 bytes), as storage is sold and as budgets are given.
+A metric's unit is the end of its name: ``_bytes``, ``_s``, ``_share``, ``_rate``; bytes may stand anywhere in it, as in
+``fresh_bytes_loaded``. `words_of` and `unit_of` split a name, `show` formats one value, `column_texts` many in the same
+unit, `metric_table` a choice of metrics. Bytes are decimal (1 MB = 1,000,000 bytes), as storage is sold and as budgets
+are given.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ SHARE_ENDINGS = ("_share", "_rate", "_agreement", "_mass")
 
 
 def unit_of(name: str) -> str:
-    """Return the unit that a metric's name ends with, an empty text when it has none."""
-    if name.endswith("_bytes") or name.startswith("bytes_"):
-        return "bytes"
+    """Return the unit that a metric's name says, an empty text when it has none."""
     if name.endswith("_tokens_per_s"):
         return "tokens/s"
     if name.endswith("_bytes_per_s"):
@@ -30,7 +29,9 @@ def unit_of(name: str) -> str:
         return "s"
     if name.endswith("_nats"):
         return "nats"
-    return "%" if name.endswith(SHARE_ENDINGS) else ""
+    if name.endswith(SHARE_ENDINGS):
+        return "%"
+    return "bytes" if "bytes" in name.split("_") and not name.endswith("_ratio") else ""
 
 
 def words_of(name: str) -> str:
