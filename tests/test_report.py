@@ -198,6 +198,16 @@ def test_parameters_that_do_not_vary_are_stated_once(bench: Bench) -> None:
     assert [column.name for column in found.full.columns] == ["budget", "loads", "hits"]
 
 
+def test_parameters_are_written_in_one_style(bench: Bench) -> None:
+    params = {"limit": None, "skipping": False, "share": 0.5, "tasks": ["qa", None], "mix": "uniform"}
+    add_run(bench, "s", "one", metrics={"loads": 1}, **params)
+    site = write_report(bench.root / "report").parent
+    words = " ".join(Page(site / "sweep-s.html").words.split())
+    assert 'limit = null, skipping = false, share = 0.5, tasks = ["qa", null], mix = uniform' in words
+    for page in (site / "sweep-s.html", *site.glob("runs/*/index.html")):
+        assert "None" not in Page(page).words, page
+
+
 def test_superseded_runs_are_left_out(bench: Bench) -> None:
     add_run(bench, "s", "old", metrics={"loads": 1}, tags={"emoe.superseded": "true"})
     add_run(bench, "s", "new", metrics={"loads": 2})

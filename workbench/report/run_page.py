@@ -13,11 +13,11 @@ from workbench.figures_residency import residency_map
 from workbench.metric_groups import group_of, rank_of
 from workbench.quantities import show, words_of
 from workbench.report.files import ID_LETTERS, RUNS, Download, copy_artifacts
+from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.provenance import provenance
 from workbench.run_record import RunRecord
 from workbench.store import slug
-from workbench.sweep_points import short
 from workbench.sweep_state import ERROR_TAG, PAGE_CACHE_TAG
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def read_run_page(client: MlflowClient, record: RunRecord, sweep: str, site: Pat
         sweep=sweep,
         status=record.status.lower(),
         error=record.tags.get(ERROR_TAG, ""),
-        params=[(name, short(value)) for name, value in record.params.items()],
+        params=[(name, parameter_text(value)) for name, value in record.params.items()],
         metrics=[(group, [(words_of(n), show(n, record.metrics[n]), n) for n in part]) for group, part in grouped],
         unjudged="memory" in groups and "quality" not in groups,
         page_cache=record.tags.get(PAGE_CACHE_TAG, ""),

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from workbench.figures import REPORT_FIGURES
 from workbench.metric_groups import group_of, in_order, main_metrics
 from workbench.quantities import column_texts, words_of
+from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.run_page import RunPage
 from workbench.results import frame_of
 from workbench.store import decode
-from workbench.sweep_points import short
 from workbench.sweep_state import AXES_TAG, METRICS_TAG, listed_in
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def read_section(notebook: str, runs: list[MlflowRun], pages: list[RunPage], sit
     site : Path
         Folder of the site; figures are drawn into it under names that start with `name`.
     """
-    texts = [{name: short(decode(text)) for name, text in item.data.params.items()} for item in runs]
+    texts = [{name: parameter_text(decode(text)) for name, text in item.data.params.items()} for item in runs]
     names = list(dict.fromkeys(name for row in texts for name in row))
     axes = listed_in(runs, AXES_TAG)
     # A run that was cut short has not said everything: what it lacks is no difference.
