@@ -150,6 +150,15 @@ def test_the_commands_measure_and_simulate(
     assert all(row["requests"] == 20 for row in rows)
     assert emoe("simulate-serving", str(model), "--requests", "20", "--load", "0.5", "--scheduler", "fcfs") == 0
     assert "FCFS" in capsys.readouterr().out
+    for columns in ("80", "40"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert (
+            emoe("simulate-serving", str(model), "--requests", "20", "--load", "0.5", "--scheduler", "emoe_oracle") == 0
+        )
+        told = capsys.readouterr().out
+        assert "…" not in told and told.startswith("\n"), told  # nothing is cut, and progress bars stand apart
+        names = next(line.split() for line in told.splitlines() if "latency" in line)
+        assert names[:5] == ["TTFT", "TTFT", "TPOT", "latency", "latency"] and "P90, P99:" in told
     assert emoe("simulate-serving", str(model), "--scheduler", "lottery") == 2
     assert "unknown variant 'lottery'" in capsys.readouterr().err
     assert emoe("simulate-serving", str(model), "--arrivals", "mooncake") == 2

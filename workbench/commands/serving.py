@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from workbench.commands.checkpoints import ModelArgument
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TIMES = {
+    "TTFT\nmean": "ttft_mean_s",
+    "TTFT\nP90": "ttft_p90_s",
+    "TPOT\nmean": "tpot_mean_s",
+    "latency\nmean": "latency_mean_s",
+    "latency\nP99": "latency_p99_s",
+}
 
 
 def costs(
@@ -90,7 +103,6 @@ def simulate_serving(
     from emoe_core.costs import ServingCosts
     from workbench.models import resolve_model
     from workbench.progress import stage_bars
-    from workbench.quantities import show_seconds
     from workbench.serving.comparison import compare_schedulers, variant
     from workbench.serving.experiment import ServingConfig
     from workbench.serving.measure import stored_costs
@@ -121,23 +133,40 @@ def simulate_serving(
         typer.echo(json.dumps(json.loads(found.to_json(orient="records")), indent=1))
         return
     place = f"{replicas} replicas, {router}" if replicas > 1 else "one engine"
-    table = Table(title=f"{requests} requests, {arrivals}, {place}, batch {max_batch}, seed {seed}")
-    table.add_column("scheduler")
-    columns = ("load", "TTFT", "P90", "TPOT", "latency", "P99", "met", "good/s", "swaps")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in found.itertuples():
-        table.add_row(
-            row.label, f"{row.load:.2f}", show_seconds(row.ttft_mean_s), show_seconds(row.ttft_p90_s),
-            show_seconds(row.tpot_mean_s), show_seconds(row.latency_mean_s), show_seconds(row.latency_p99_s),
-            f"{row.attainment_share:.0%}", f"{row.goodput_per_s:.3g}", f"{row.swaps:.0f}",
-        )  # fmt: skip
     console = Console()
-    console.print(table)
+    console.print()
+    console.print(f"{requests} requests, {escape(arrivals)}, {place}, batch {max_batch}, seed {seed}")
+    table = _service_table(found)
+    # A number that is cut would be another number: a narrow terminal wraps the lines.
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+    Console(width=max(console.width, needed)).print(table)
     console.print(
-        "[dim]load: share of what full batches could serve. met: TTFT within 5x and TPOT within 2x of a task's "
-        "unloaded median. good/s: such requests a second. Times are means and simulated; --json has every metric.[/]"
+        "[dim]load: share of what full batches could serve. TTFT: time to the first token. TPOT: time per further "
+        "token. latency: until the last token. P90, P99: nine in ten requests, 99 in 100, took no longer. met: TTFT "
+        "within 5x and TPOT within 2x of a task's unloaded median. goodput: requests a second that met both. Times are "
+        "simulated; --json has every metric.[/]"
     )
+
+
+def _service_table(found: pd.DataFrame) -> Table:
+    from workbench.quantities import column_texts
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("scheduler")
+    columns = [("load", [f"{value:.2f}" for value in found["load"]])]
+    for heading, metric in TIMES.items():
+        unit, texts = column_texts(metric, found[metric].tolist())
+        columns.append((f"{heading}\n({unit})", texts))
+    columns += [
+        ("met", [f"{value:.0%}" for value in found["attainment_share"]]),
+        ("goodput\n(1/s)", [f"{value:.3g}" for value in found["goodput_per_s"]]),
+        ("swaps", [f"{value:.0f}" for value in found["swaps"]]),
+    ]
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", vertical="bottom")
+    for row in zip(found["label"], *(texts for _, texts in columns), strict=True):
+        table.add_row(*row)
+    return table
 
 
 def _numbers(text: str) -> tuple[int, ...]:
