@@ -21,6 +21,7 @@ from workbench.cli import app
 from workbench.compare.change import paired_change
 from workbench.compare.differences import environment_differences, parameter_differences
 from workbench.compare.runs import RunComparison, compare_runs
+from workbench.compare.short import short_tables
 from workbench.compare.sweeps import compare_sweeps
 from workbench.compare.view import view_runs, view_sweeps
 from workbench.run_lookup import find_run, find_runs
@@ -334,6 +335,48 @@ def test_metrics_are_named_as_tables_show_them(bench: Bench) -> None:
     sweep("t", ["10%"], 0.1)
     found = compare_sweeps(*(find_runs(open_store(), name) for name in "st"), metrics=["kl"])
     assert [change.metric for change in found.notebooks["book"]] == ["kl_nats"]
+
+
+def test_the_terminal_shows_what_differs_and_all_shows_the_rest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    same = {"slot_bytes": 4e9, "perplexity_ratio": 1.0, "perplexity_ratio_low": 0.5, "swap_s": 9.0}
+    first = {"evictions": 3.0, "fresh_peak_bytes": 1e9, "tpot_s": 0.1, "tpot_spread_s": 1.0, "ttft_spread_s": 1.0}
+    second = {"evictions": 5.0, "fresh_peak_bytes": 1.001e9, "tpot_s": 0.2, "tpot_spread_s": 2.0, "ttft_spread_s": 2.0}
+    a = record("a", metrics=same | first, frame=requests())
+    b = record("b", metrics=same | second | {"perplexity_ratio_low": 0.6}, frame=requests(0.1))
+
+    def emoe(*options: str) -> str:
+        return CliRunner().invoke(app, ["compare", a, b, *options]).output
+
+    short, whole = emoe(), emoe("--all")
+    assert "One value a run: no interval" in short
+    assert "one value each" not in short and "perplexity ratio low" not in short
+    assert (
+        "B is higher" in short and "Equal in both: loads" in short and "slot 4 GB" in short.split("Equal in both")[-1]
+    )
+    assert "less than 1% apart (A is shown): fresh peak 1 GB" in short
+    assert "ttft spread" in short and "tpot spread" not in short, "left out only where the metric is there"
+    for words in ("one value", "slot", "fresh", "loads"):
+        assert words in whole
+    assert "low" in whole and "low" not in short
+    told = {change["metric"] for change in json.loads(emoe("--json"))["single"]}
+    assert told == {"slot_bytes", "perplexity_ratio_low", "swap_s", *first}
+    assert "4 GB" in emoe("--metric", "slot"), "asked for by name"
+
+
+def test_verdicts_that_rows_do_not_share_stay_in_the_rows(bench: Bench) -> None:
+    found = compared(
+        record("a", metrics={"evictions": 1.0, "tpot_s": 0.1, "others_cpu_share": 0.1}),
+        record("b", metrics={"evictions": 2.0, "tpot_s": 0.2, "others_cpu_share": 0.6}),
+    )
+    (table,) = short_tables(view_runs(found).tables)
+    assert table.title == "One value a run: no interval"
+    assert {row.cells[0]: row.cells[-1] for row in table.rows}["evictions"] == ""
+    assert {row.cells[0]: row.cells[-1] for row in table.rows}["tpot"] == "doubtful"
+    (paired, _) = short_tables(
+        view_runs(compared(record("c", frame=requests()), record("d", frame=requests(0.1)))).tables
+    )
+    assert "B is higher, worse" in {row.cells[-1] for row in paired.rows}
 
 
 class Words(HTMLParser):

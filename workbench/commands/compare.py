@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from workbench.compare.differences import Difference
     from workbench.compare.texts import ChangeRow
 
+# Columns of a terminal below which an interval stands under its value, not beside it.
+NARROW = 110
+WORDS = ("metric", "verdict", "")
 TONES = {"better": "green", "worse": "red", "": ""}
 TargetHelp = "Run id or the start of it, run name, or sweep name."
 
@@ -29,6 +33,9 @@ def compare(
         list[str] | None,
         typer.Option(help="Only this metric, by name or as tables show it; may be given several times."),
     ] = None,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show every metric with all columns, what is equal and ends of intervals too.")
+    ] = False,
     without_times: Annotated[
         bool, typer.Option("--without-times", help="Leave out times; warm and cold runs may then be compared.")
     ] = False,
@@ -41,7 +48,9 @@ def compare(
     makes doubtful is marked. Times of a run that read experts from memory are not compared with one that read the disk.
     """
     from workbench.compare.runs import compare_runs
+    from workbench.compare.short import short_tables
     from workbench.compare.sweeps import compare_sweeps
+    from workbench.compare.texts import HEADINGS
     from workbench.compare.view import view_runs, view_sweeps
     from workbench.page import write_page
     from workbench.run_lookup import find_runs
@@ -68,15 +77,33 @@ def compare(
     for title, differences in (("Parameters that differ", view.parameters), ("What else differs", view.others)):
         if differences:
             console.print(_differences(title, differences))
-    for title, rows in view.tables:
-        console.print(_changes(title, rows))
-    console.print(Text("\n".join(view.remarks), style="dim"))
+    narrow = console.width < NARROW
+    # Who asks for metrics by name sees them, equal or not.
+    whole = show_all or bool(metric)
+    for title, rows in view.tables if whole else ():
+        console.print(_changes(title, HEADINGS, rows, narrow))
+    for short in () if whole else short_tables(view.tables):
+        if short.rows:
+            console.print(_changes(short.title, short.headings, short.rows, narrow))
+        else:
+            console.print(Text(short.title, style="italic"))
+        for remark in short.remarks:
+            console.print(Text(remark))
+    remarks = [*view.remarks, *([] if whole else ["--all shows every row and column."])]
+    console.print(Text("\n".join(remarks), style="dim"))
     if out is not None:
         console.print(f"Page: [bold]{escape(str(out))}[/]", soft_wrap=True)
 
 
+def _table(title: str) -> Table:
+    # Without lines between columns: 80 columns hold most rows on one line.
+    return Table(
+        title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False
+    )
+
+
 def _differences(title: str, found: list[tuple[Difference, int]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = _table(title)
     counted = any(count for _, count in found)
     doubtful = ["doubtful"] if any(item.doubt for item, _ in found) else []
     for heading in ("what", "A", "B", *(["pairs"] if counted else []), *doubtful):
@@ -87,17 +114,18 @@ def _differences(title: str, found: list[tuple[Difference, int]]) -> Table:
     return table
 
 
-def _changes(title: str, rows: list[ChangeRow]) -> Table:
-    from workbench.compare.texts import HEADINGS
-
-    table = Table(title=Text(title), title_justify="left")
+def _changes(title: str, headings: tuple[str, ...], rows: list[ChangeRow], narrow: bool) -> Table:
+    table = _table(title)
     varied = any(row.variant for row in rows)
     if varied:
-        table.add_column("variant")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in (HEADINGS[0], HEADINGS[-1]) else "right")
+        table.add_column("variant", overflow="fold")
+    with_intervals = {heading for heading in headings if "[95%]" in heading}
+    for heading in headings:
+        # The one interval is not broken; words give way.
+        whole = narrow and with_intervals == {heading}
+        table.add_column(heading, justify="left" if heading in WORDS else "right", overflow="fold", no_wrap=whole)
     for row in rows:
-        cells = [Text(cell) for cell in row.cells]
+        cells = [Text(cell.replace(" [", "\n[") if narrow else cell) for cell in row.cells]
         cells[-1].stylize(TONES[row.tone])
         table.add_row(*([Text(row.variant)] if varied else []), *cells)
     return table

@@ -20,6 +20,8 @@ class ChangeRow:
     variant: str
     cells: tuple[str, ...]
     tone: str
+    change: Change
+    doubtful: bool
 
 
 def change_row(change: Change, doubtful: bool) -> ChangeRow:
@@ -35,7 +37,9 @@ def change_row(change: Change, doubtful: bool) -> ChangeRow:
     tone = next((word for word in ("better", "worse") if verdict.endswith(word)), "")
     if doubtful and not change.identical:
         verdict, tone = f"{verdict} (doubtful)", ""
-    return ChangeRow(change.variant, (words_of(change.metric), *both, difference, ratio, verdict), tone)
+    return ChangeRow(
+        change.variant, (words_of(change.metric), *both, difference, ratio, verdict), tone, change, doubtful
+    )
 
 
 def change_rows(changes: list[Change], differences: Iterable[Difference]) -> list[ChangeRow]:
