@@ -16,6 +16,7 @@ from sweep_bench import Bench
 from emoe_core.errors import ExperimentError
 from workbench import figures, tracking
 from workbench.metric_groups import group_of, main_metrics
+from workbench.metric_words import GROUP_MEANINGS, meaning_of, place_of
 from workbench.report import write_report
 from workbench.report.section import Section
 from workbench.report.sweep_page import read_sweep_page
@@ -206,6 +207,30 @@ def test_parameters_are_written_in_one_style(bench: Bench) -> None:
     assert 'limit = null, skipping = false, share = 0.5, tasks = ["qa", null], mix = uniform' in words
     for page in (site / "sweep-s.html", *site.glob("runs/*/index.html")):
         assert "None" not in Page(page).words, page
+
+
+def test_a_runs_page_says_what_its_metrics_mean_and_where_they_were_measured(bench: Bench) -> None:
+    metrics = {"perplexity_ratio": 1.01, "slot_bytes": 1.02e9, "fresh_slot_bytes": 5.1e8, "stock_slot_bytes": 1.27e9}
+    metrics |= {"fresh_serving_bytes": 4e8, "stock_serving_bytes": 1.6e9, "memory_ratio": 0.25}
+    metrics |= {"fresh_bytes_loaded": 4_910_284_800, "bytes_loaded": 1.31e10}
+    add_run(bench, "s", "one", metrics=metrics, dtype="float32", timing_dtype="bfloat16")
+    page = Page(next((write_report(bench.root / "report").parent).glob("runs/*/index.html")))
+    words = " ".join(re.sub(r"<[^>]+>", " ", page.text).split())
+    assert "memory quality measurement (float32) fresh process (bfloat16) stock (bfloat16) compared" in words
+    assert "slot bytes memory of the expert slots: the budget as allocated 1.02 GB 510 MB 1.27 GB" in words
+    assert "bytes loaded expert bytes read 13.1 GB 4.91 GB" in words
+    assert "The same configuration alone in a new process" in words and GROUP_MEANINGS["memory"] in page.words
+    assert 'title="fresh_slot_bytes"' in page.text
+
+
+def test_a_metric_is_of_the_place_that_its_name_says() -> None:
+    metrics = ["fresh_tpot_s", "stock_tpot_s", "tpot_ratio", "stock_longest_tokens", "stock_tokens_ratio"]
+    found = [place_of(name, metrics) for name in metrics]
+    assert found[:3] == [("fresh", "tpot_s"), ("stock", "tpot_s"), ("both", "tpot_s")]
+    assert found[4] == ("own", "stock_tokens_ratio")
+    assert place_of("tpot_ratio", ["tpot_ratio"]) == ("own", "tpot_ratio")
+    assert meaning_of("every_prompt_kl_nats") == meaning_of("kl_nats") != ""
+    assert meaning_of("output_tokens") == ""
 
 
 def test_superseded_runs_are_left_out(bench: Bench) -> None:

@@ -41,6 +41,11 @@ def words_of(name: str) -> str:
     return name.replace("_", " ")
 
 
+def title_of(name: str) -> str:
+    """Return a metric's name as words that stand alone: "slot bytes", because "slot" does not say what of it."""
+    return name.replace("_", " ") if unit_of(name) == "bytes" else words_of(name)
+
+
 def show(name: str, value: float | None) -> str:
     """Return a value as text with the unit of its name; a missing value is a dash."""
     if value is None or math.isnan(value):
@@ -59,9 +64,7 @@ def metric_table(metrics: Mapping[str, float], names: Sequence[str]) -> pd.DataF
     """Return some metrics as a table of words and values with units, for people; a missing one is a dash."""
     import pandas as pd
 
-    # "slot" alone would not say what of the slots is meant.
-    words = [name.replace("_", " ") if unit_of(name) == "bytes" else words_of(name) for name in names]
-    return pd.DataFrame({"": [show(name, metrics.get(name)) for name in names]}, index=words)
+    return pd.DataFrame({"": [show(name, metrics.get(name)) for name in names]}, index=[title_of(n) for n in names])
 
 
 def column_texts(name: str, values: Sequence[float | None]) -> tuple[str, list[str]]:

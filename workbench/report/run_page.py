@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from workbench.figures_residency import residency_map
-from workbench.metric_groups import group_of, rank_of
-from workbench.quantities import show, words_of
+from workbench.metric_groups import group_of
 from workbench.report.files import ID_LETTERS, RUNS, Download, copy_artifacts
+from workbench.report.metric_tables import MetricTable, metric_tables
 from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.provenance import provenance
@@ -32,7 +31,9 @@ class RunPage:
 
     Attributes
     ----------
-    metrics : list of (group, list of (words, text, name))
+    metrics : list of MetricTable
+    places : list of (heading, sentence)
+        Where the metrics were measured.
     residency, figures : list of Picture
         Maps of who was resident, one a configuration; figures that the run recorded.
     hidden_maps : int
@@ -46,7 +47,8 @@ class RunPage:
     status: str
     error: str
     params: list[tuple[str, str]]
-    metrics: list[tuple[str, list[tuple[str, str, str]]]]
+    metrics: list[MetricTable]
+    places: list[tuple[str, str]]
     unjudged: bool
     page_cache: str
     provenance: list[tuple[str, str]]
@@ -65,10 +67,9 @@ def read_run_page(client: MlflowClient, record: RunRecord, sweep: str, site: Pat
     """Gather one run, and copy its files into the site."""
     files, images = copy_artifacts(client, record.run_id, site)
     maps, hidden = _residency(record, site)
-    names = sorted(record.metrics, key=lambda name: (rank_of(name), name))
-    grouped = itertools.groupby(names, key=group_of)
-    groups = {group_of(name) for name in names}
+    groups = {group_of(name) for name in record.metrics}
     environment = record.environment
+    tables, places = metric_tables(record.metrics, record.params, environment)
     return RunPage(
         run_id=record.run_id,
         name=record.name,
@@ -77,7 +78,8 @@ def read_run_page(client: MlflowClient, record: RunRecord, sweep: str, site: Pat
         status=record.status.lower(),
         error=record.tags.get(ERROR_TAG, ""),
         params=[(name, parameter_text(value)) for name, value in record.params.items()],
-        metrics=[(group, [(words_of(n), show(n, record.metrics[n]), n) for n in part]) for group, part in grouped],
+        metrics=tables,
+        places=places,
         unjudged="memory" in groups and "quality" not in groups,
         page_cache=record.tags.get(PAGE_CACHE_TAG, ""),
         provenance=provenance([environment] if environment else []),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from workbench.figures import REPORT_FIGURES
 from workbench.metric_groups import group_of, in_order, main_metrics
+from workbench.metric_words import meaning_of
 from workbench.quantities import column_texts, words_of
 from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
@@ -30,12 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: the metric's or parameter's name, its heading with unit, its group, and a text for each run."""
+    """A column: the metric's or parameter's name, its heading with unit, its group, and a text for each run.
+
+    What a metric means may stand beside.
+    """
 
     name: str
     heading: str
     group: str
     texts: list[str]
+    meaning: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ def read_section(notebook: str, runs: list[MlflowRun], pages: list[RunPage], sit
 
 def _metric_column(name: str, runs: list[MlflowRun]) -> Column:
     unit, texts = column_texts(name, [item.data.metrics.get(name) for item in runs])
-    return Column(name, f"{words_of(name)} ({unit})" if unit else words_of(name), group_of(name), texts)
+    heading = f"{words_of(name)} ({unit})" if unit else words_of(name)
+    return Column(name, heading, group_of(name), texts, meaning_of(name))
 
 
 def _pictures(runs: list[MlflowRun], site: Path, name: str) -> list[Picture]:
