@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import pandas as pd
 import pytest
+from site_pages import add_run
+from sweep_bench import Bench
+
+from workbench.report import write_report
 
 # In the worker that has the report's site already.
 pytestmark = pytest.mark.xdist_group("sweep")
@@ -67,6 +72,33 @@ def test_every_page_is_quiet_readable_and_stays_on_the_disk(
         if address.startswith("file:"):
             assert Path(unquote(urlparse(address).path)).is_relative_to(report_site), address
     context.close()
+
+
+def test_wide_figures_and_lists_of_files_have_the_room_they_need(browser: Any, bench: Bench, tmp_path: Path) -> None:
+    counts = {"hits": 5.0, "loads": 3.0, "reroutes": 2.0, "requests": 10.0, "slot_bytes": 1e9}
+    tables = {f"table_of_many_{number}_letters": pd.DataFrame({"x": [1]}) for number in range(5)}
+    add_run(bench, "s", "one", metrics=counts, tables=tables, strategy="lru", budget="40%", tolerance=0.0)
+    site = write_report(tmp_path / "report").parent
+    sweep, run = site / "sweep-s.html", next(site.glob("runs/*/index.html"))
+    page = browser.new_page(viewport=DESKTOP)
+    page.goto(sweep.as_uri())
+    # The figure, whole, is wider than half the page; nothing on it has to be scrolled.
+    wide = "document.querySelector('figure img.wide')"
+    assert page.evaluate(f"{wide}.loading = 'eager'") == "eager"
+    page.wait_for_function(f"{wide}.complete && {wide}.naturalWidth > 0")
+    assert page.evaluate(f"{wide}.clientWidth") > 700
+    boxes = "[...document.querySelectorAll('figure, figure div')]"
+    assert page.evaluate(f"{boxes}.filter(item => item.scrollWidth > item.clientWidth).length") == 0
+    assert page.get_by_text("scroll it sideways").count() == 1 and not page.get_by_text("scroll it").is_visible()
+    page.goto(run.as_uri())
+    # A size at the end of a line and the next column's bullet, which hangs left of its text, stay apart.
+    gap = "(item => parseFloat(getComputedStyle(item).columnGap) / parseFloat(getComputedStyle(item).fontSize))"
+    assert page.evaluate(f"{gap}(document.querySelector('ul.files'))") >= 2
+    page.set_viewport_size(PHONE)
+    page.goto(sweep.as_uri())
+    assert page.get_by_text("scroll it sideways").is_visible()
+    assert page.evaluate(f"{wide}.clientWidth") >= 600
+    page.close()
 
 
 def test_a_reader_finds_the_way_from_the_overview_to_a_runs_data(browser: Any, report_site: Path) -> None:
