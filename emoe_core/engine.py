@@ -93,7 +93,7 @@ class Engine:
         self.device = resolve_device(config.device)
         self.plan, self.quality = plan_engine(index, config)
         layers = index.layers
-        bound_kernel_caches(short_of_memory=self.plan.spare_slots > 0)
+        bound_kernel_caches(short_of_memory=not self.plan.all_resident)
         predictor = self._new_predictor()
         pack = ensure_pack(index, config.pack_dir or cache_dir() / "packs", progress)
         table = self._new_table()
@@ -317,7 +317,7 @@ class Engine:
         self._require_reroutable(self.config)
         if self.config.lookahead:
             self.lookahead = attach_lookahead(self.model, self.index, handles, self.config.lookahead)
-        if self.plan.spare_slots:
+        if not self.plan.all_resident:
             # Handing memory back costs a tenth of a prompt's time: only where it is short.
             trim_during_prompts([self.model.get_submodule(layer.name) for layer in self.index.layers])
         self.model.register_forward_pre_hook(self.passes.begin, with_kwargs=True)

@@ -7,7 +7,6 @@ are there and whole is the matter of `emoe_core.shards`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from emoe_core.errors import CheckpointError, UnsupportedFamilyError
 from emoe_core.families import REFUSED, language_model
+from emoe_core.hub import HUB_ID, download
 from emoe_core.json_file import parse, read_text
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
@@ -24,7 +24,6 @@ _IMPLEMENTATIONS = tuple(f"{private}{kind}_implementation" for private in ("", "
 _BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
 MAX_LAYERS = 4096
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def find_model(path: str | Path) -> Path:
@@ -45,22 +44,9 @@ def find_model(path: str | Path) -> Path:
         return folder.resolve()
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; give the directory of a Hugging Face checkpoint.")
-    if isinstance(path, str) and _HUB_ID.fullmatch(path):
-        return _download(path)
+    if isinstance(path, str) and HUB_ID.fullmatch(path):
+        return download(path)
     raise CheckpointError(f"{folder} does not exist; give the directory of a Hugging Face checkpoint.")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted)).resolve()
-    except Exception as error:  # the hub client raises many unrelated types when offline or refused
-        raise CheckpointError(
-            f"{hub_id!r} is no directory here, and the hub could not be asked for it ({type(error).__name__}). Check "
-            f"the name and the network, or give a local directory."
-        ) from error
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

@@ -102,6 +102,7 @@ class EngineConfig:
         if self.budget is not None:
             Budget.parse(self.budget)
         parse_dtype(self.dtype)
+        named_device(self.device)
         if not isinstance(self.tolerance, int | float) or not 0.0 <= self.tolerance <= 1.0:
             raise OptionError(f"tolerance is {self.tolerance}: it must lie in [0, 1], 0 being exact")
         if not isinstance(self.cache_bias, int | float) or not 0.0 <= self.cache_bias < float("inf"):
@@ -134,16 +135,24 @@ class EngineConfig:
         require_policy(self.policy)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device for a name; OptionError when it is not there."""
+def named_device(name: str) -> torch.device | None:
+    """Return the device that a name stands for on any machine, None for "auto"; OptionError when it names none."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return None
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise OptionError(f"unknown device {name!r}: use 'auto', 'cpu' or 'cuda'") from error
     if device.type not in ("cpu", "cuda"):
         raise OptionError(f"device {name!r} is not supported: use 'auto', 'cpu' or 'cuda'")
+    return device
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for a name; OptionError when it is not there."""
+    device = named_device(name)
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device {name!r} was asked for, but this machine has no CUDA: use 'cpu'")
     return device

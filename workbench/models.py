@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from difflib import get_close_matches
 from pathlib import Path
 
 from emoe_core.errors import CheckpointError
+from emoe_core.hub import HUB_ID
 
 REFERENCE = "reference"
 # The embedded models by name, and the kind of reference model that each is.
 EMBEDDED = {REFERENCE: "upcycled", "carved": "carved"}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve_model(name: str | Path) -> str | Path:

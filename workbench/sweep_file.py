@@ -23,17 +23,15 @@ class Source:
     path: Path
     root: yaml.Node | None
 
-    @property
-    def is_single_stage(self) -> bool:
-        """Say whether the file writes its only stage beside the name."""
-        return isinstance(self.root, yaml.MappingNode) and "stages" not in entries(self.root)
+    def written(self, keys: Sequence[str | int]) -> Sequence[str | int]:
+        """Return keys as the file has them: it may write its only stage beside the name."""
+        single = isinstance(self.root, yaml.MappingNode) and "stages" not in entries(self.root)
+        return keys[2:] if single and tuple(keys[:2]) == ("stages", 0) else keys
 
     def place(self, *keys: str | int) -> str:
         """Return ``FILE:LINE`` of the entry that the keys lead to, or of the closest entry above it."""
         line, node = 1, self.root
-        if self.is_single_stage and keys[:2] == ("stages", 0):
-            keys = keys[2:]
-        for key in keys:
+        for key in self.written(keys):
             found = entries(node).get(key)
             if found is None:
                 continue  # a name that pydantic puts in, such as the form of an axis
@@ -101,19 +99,15 @@ KEYS = tuple({name for part in (SweepFile, Stage, Search, Needs, NeedsWhere) for
 REPHRASED = {
     "extra_forbidden": "unknown key",
     "missing": "this key is missing",
+    "string_pattern_mismatch": "use letters, digits, '.', '_' and '-', a letter or digit first",
     "list_type": "give a list of values, such as [a, b]",
 }
 
 
 def describe(problem: Any, source: Source) -> str:
     """Return one of pydantic's complaints as a line: place in the file, keys, and what is wrong."""
-    keys: Sequence[str | int] = problem["loc"]
-    place = source.place(*keys)
-    if source.is_single_stage:
-        keys = keys[2:] if keys[:2] == ("stages", 0) else keys
+    keys = source.written(problem["loc"])
     what = REPHRASED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     if problem["type"] == "extra_forbidden" and (close := get_close_matches(str(keys[-1]), KEYS, n=1)):
         what += f": did you mean {close[0]!r}?"
-    if problem["type"] == "string_pattern_mismatch":
-        what = "use letters, digits, '.', '_' and '-', a letter or digit first"
-    return f"  {place}: {'.'.join(str(key) for key in keys) or 'top level'}: {what}"
+    return f"  {source.place(*problem['loc'])}: {'.'.join(str(key) for key in keys) or 'top level'}: {what}"

@@ -7,12 +7,10 @@ shows together with others, with a model or on a machine is left to the run.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from emoe_core.errors import EmoeError, ExperimentError, OptionError
+from emoe_core.errors import EmoeError, ExperimentError
 from workbench.models import EMBEDDED, require_model
 from workbench.sweep_notebook import Parameter
 
@@ -33,6 +31,7 @@ SINGLE = (
     "label_error",
     "dtype",
     "expert_dtype",
+    "device",
 )
 PLURAL = {
     "budgets": "budget",
@@ -45,22 +44,10 @@ PLURAL = {
 ALIKE = {"timing_budget": "budget", "timing_dtype": "dtype"}
 
 
-def require_device(name: str) -> None:
-    """Raise `OptionError` when a device is none that any machine could have."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise OptionError(f"unknown device {name!r}: use 'auto', 'cpu' or 'cuda'")
-
-
 def require_named_model(name: str) -> None:
     """Raise `CheckpointError` when a model is none; a path from where the notebook runs is left to the run."""
     if "/" not in name or Path(name).is_absolute():
         require_model(name, (*EMBEDDED, "tiny"))
-
-
-REFUSALS: dict[str, Callable[[Any], None]] = {
-    "model": require_named_model,
-    "device": require_device,
-}
 
 
 def check_value(known: dict[str, Parameter], name: str, value: Any) -> None:
@@ -78,24 +65,20 @@ def check_value(known: dict[str, Parameter], name: str, value: Any) -> None:
     ------
     ExperimentError
     """
-    field = ALIKE.get(name) or PLURAL.get(name, name)
     if "model" not in known or value is None:
         return
-    if name in REFUSALS:
-        try:
-            REFUSALS[name](value)
-        except EmoeError as error:
-            raise ExperimentError(f"parameter {name!r}: {error}") from None
-    if field not in SINGLE:
-        return
-    from workbench.configuration import ExperimentConfig  # slow: it imports torch
+    field = (ALIKE | PLURAL).get(name, name)
+    try:
+        if field == "model":
+            require_named_model(value)
+        if field in SINGLE:
+            from workbench.configuration import ExperimentConfig  # slow: it imports torch
 
-    for part in [entry.strip() for entry in str(value).split(",")] if name in PLURAL else [value]:
-        setting: dict[str, Any] = {field: number(part) if field in ("interval", "label_error") else part}
-        try:
-            ExperimentConfig(**setting)
-        except EmoeError as error:
-            raise ExperimentError(f"parameter {name!r}: {error}") from None
+            for part in [entry.strip() for entry in str(value).split(",")] if name in PLURAL else [value]:
+                setting: dict[str, Any] = {field: number(part) if field in ("interval", "label_error") else part}
+                ExperimentConfig(**setting)
+    except EmoeError as error:
+        raise ExperimentError(f"parameter {name!r}: {error}") from None
 
 
 def number(value: Any) -> Any:

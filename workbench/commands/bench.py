@@ -57,14 +57,13 @@ def bench(
     track: Annotated[bool, typer.Option(help="Log the bench to MLflow.")] = True,
 ) -> None:
     """Measure systems side by side: same tokens, fresh processes in turn, cold page cache, one hard memory limit."""
-    from emoe_core.checkpoint import open_checkpoint
     from workbench.baselines.systems import find_systems
     from workbench.bench.plan import BenchPlan, open_folder
     from workbench.bench.prepare import prepare
     from workbench.bench.runner import run_bench
     from workbench.control_groups import find_controller
     from workbench.environment import available_cores
-    from workbench.models import resolve_model
+    from workbench.models import require_model
     from workbench.store import project_root
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -77,7 +76,7 @@ def bench(
     # A limit that cannot be set, and what is no model, are refused before anything is prepared.
     limited = any(plan.is_limited(system) for system in plan.found_systems())
     controller = find_controller() if limited else None
-    open_checkpoint(resolve_model(model), dtype)
+    require_model(model)
     out = out or project_root() / "reports" / "bench" / plan.folder_name
     open_folder(out, plan)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

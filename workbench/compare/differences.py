@@ -42,9 +42,9 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("lock_hash", "installed packages", (), "see requirements.txt of the runs"),
     ("commit", "commit", EVERYTHING, "other code"),
 )
-# Libraries that compute; versions of the others are told without doubt.
 # What rows paired by prompt are free of: a pair is the same prompt, whatever else the streams held.
 NOT_OF_PAIRS = ("data_hash",)
+# Libraries that compute; versions of the others are told without doubt.
 COMPUTING = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 SHOWN_HASH = 12
 
