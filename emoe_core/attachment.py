@@ -6,6 +6,7 @@ Nothing but the model's modules is changed, so another model in the process does
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -13,9 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from . import experts
+from .batch_cache import obstacle
 from .checkpoint import CheckpointIndex
 from .errors import IntegrationError
-from .expert_compute import ExpertForm, prove
+from .expert_compute import Proof, prove
 from .loader import ExpertLoader
 from .lookahead import Lookahead
 from .router_watch import watch_routers
@@ -25,23 +27,42 @@ from .undecorated import adapter_of
 NORM = "post_attention_layernorm"
 
 
+@dataclass(frozen=True)
+class Attached:
+    """What tying a model to an engine has shown.
+
+    Attributes
+    ----------
+    handles : list of LayerHandle
+        In layer order.
+    eager_because : str or None
+        Why some layer is computed by the family's eager code and not in a form proven equal to it; None if none is.
+    exact_only : str or None
+        Why tokens cannot be rerouted: the router of some layer follows no known rule.
+    one_at_a_time : str or None
+        Why sequences cannot share a batch.
+    """
+
+    handles: list[experts.LayerHandle]
+    eager_because: str | None
+    exact_only: str | None
+    one_at_a_time: str | None
+
+
 def attach_layers(
     model: PreTrainedModel, index: CheckpointIndex, loader: ExpertLoader, session: experts.Session
-) -> list[experts.LayerHandle]:
-    """Let a model's MoE layers compute from slots; return their handles, in layer order.
-
-    A handle whose ``explained`` is False has a router that no known routing rule explains: it is served exactly only.
-    """
+) -> Attached:
+    """Let a model's MoE layers compute from slots."""
     handles = []
-    forms: dict[Any, ExpertForm | None] = {}
+    proofs: dict[Any, Proof] = {}
     for layer in index.layers:
         module = model.get_submodule(layer.name)
         handle = experts.LayerHandle(layer.index, module, loader, session)
         kind = (type(module), layer.params, layer.num_experts)
-        if kind not in forms:
+        if kind not in proofs:
             eager = partial(handle.eager, module)
-            forms[kind] = prove(module, eager, loader.memory.samples(layer.index), layer.num_experts)
-        form = forms[kind]
+            proofs[kind] = prove(module, eager, loader.memory.samples(layer.index), layer.num_experts)
+        form = proofs[kind].form
         handle.form = None if form is None else form.for_module(module)
         experts.attach(module, handle)
         adapter = adapter_of(module)
@@ -49,11 +70,21 @@ def attach_layers(
             adapter.install(model.get_submodule(layer.name.rpartition(".")[0]), module, experts.emoe_experts_forward)
         handles.append(handle)
     layers = {layer.name: handle for layer, handle in zip(index.layers, handles, strict=True)}
-    for name, router in watch_routers(model, layers).items():
-        layers[name].explained = router is not None
+    watched = watch_routers(model, layers)
+    for name, router in watched.routers.items():
+        layers[name].reads_text = True
         if router is not None:
             layers[name].attach_router(router)
-    return handles
+    unexplained = next((name for name, router in watched.routers.items() if router is None), None)
+    exact_only = None if unexplained is None else f"no known routing rule explains the router of {unexplained}"
+    if watched.failure is not None:
+        exact_only = f"its routers could not be watched ({watched.failure})"
+    return Attached(
+        handles,
+        next((proof.failure for proof in proofs.values() if proof.form is None), None),
+        exact_only,
+        obstacle(watched.cache, model.config),
+    )
 
 
 def attach_lookahead(

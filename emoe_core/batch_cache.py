@@ -4,7 +4,8 @@ A prompt is run alone and brings its own cache; `join` adds it as a row, `keep` 
 the padding that nobody needs any more. Both copy the whole cache, which is the price of a plain tensor: it happens when
 the batch changes, not at every step. Rows are padded to the longest, so memory is rows times the longest sequence.
 
-Families whose cache is not one growing tensor a layer (sliding windows, states) cannot be padded so and are refused.
+What cannot be padded so shares no batch (`obstacle`): caches that are not one growing tensor a layer (sliding windows,
+states, indexed or compressed attention), and rotary embeddings that go by the longest row.
 """
 
 from __future__ import annotations
@@ -13,10 +14,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from .errors import UnsupportedFamilyError
+from .rope import rope_by_length
+
+
+def obstacle(cache: Any, config: PreTrainedConfig) -> str | None:
+    """Return why sequences of a model cannot share a padded batch, or None if they can.
+
+    Parameters
+    ----------
+    cache : Any
+        What a pass of the model over some tokens returned as its cache.
+    config : PreTrainedConfig
+    """
+    if cache is None:
+        return "it keeps no cache that could be seen"
+    if type(cache) is not DynamicCache:
+        return f"its cache is a {type(cache).__name__}"
+    foreign = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
+    if foreign:
+        return f"its cache has layers of {', '.join(foreign)}"
+    rope = rope_by_length(config)
+    return None if rope is None else f"its rotary embedding ({rope}) goes by the longest row"
 
 
 class BatchCache:
@@ -42,22 +63,13 @@ class BatchCache:
     def join(self, cache: DynamicCache, length: int) -> None:
         """Add a row: the cache of one sequence of ``length`` tokens, without padding. The cache given is taken over.
 
-        Raises
-        ------
-        UnsupportedFamilyError
-            When a second row is to be added to a cache that cannot be padded.
+        A second row may join only where there is no `obstacle`.
         """
         if self.cache is None:
             self.cache, self.lengths = cache, [length]
             return
         layers: list[Any] = list(self.cache.layers)
         added: list[Any] = list(cache.layers)
-        for layer in (*layers, *added):
-            if type(layer) is not DynamicLayer:
-                raise UnsupportedFamilyError(
-                    f"sequences of a family with a {type(layer).__name__} cannot share a batch here: serve them one at "
-                    f"a time (a batch limit of 1)"
-                )
         width = max(self.longest, length)
         try:
             for mine, new in zip(layers, added, strict=True):
@@ -71,25 +83,23 @@ class BatchCache:
         self.lengths.append(length)
 
     def restore(self) -> None:
-        """Drop what a join or a pass that failed midway has added to some layers."""
-        if self.cache is None:
-            return
+        """Drop what a join that failed midway has added to some layers."""
+        assert self.cache is not None
         rows, width = len(self.lengths), self.longest
-        layers: list[Any] = [layer for layer in self.cache.layers if type(layer) is DynamicLayer]
+        layers: list[Any] = list(self.cache.layers)
         for layer in layers:
-            # A failed join pads on the left and adds a row, a failed pass adds tokens on the right.
-            joined = layer.keys.shape[0] > rows
-            kept = slice(-width, None) if joined else slice(0, width)
-            layer.keys, layer.values = layer.keys[:rows, :, kept], layer.values[:rows, :, kept]
+            # A join pads on the left and adds a row.
+            layer.keys, layer.values = (part[:rows, :, -width:] for part in (layer.keys, layer.values))
 
     def alone(self, row: int) -> DynamicCache:
-        """Return a copy of one row's cache, without padding."""
+        """Return a copy of one row's cache without padding, as it was before a pass that has not been counted."""
         assert self.cache is not None
         single = DynamicCache()
-        length = self.lengths[row]
+        own = slice(self.longest - self.lengths[row], self.longest)
         layers: list[Any] = list(self.cache.layers)
         for place, layer in enumerate(layers):
-            keys, values = (part[row : row + 1, :, -length:].clone() for part in (layer.keys, layer.values))
+            # A pass adds tokens on the right, to some layers where it failed.
+            keys, values = (part[row : row + 1, :, own].clone() for part in (layer.keys, layer.values))
             single.update(keys, values, place)
         return single
 

@@ -134,7 +134,10 @@ class ControlLoop:
     def admit(
         self, tasks: Sequence[str], input_tokens: Sequence[int], tolerances: Sequence[float | None] | None = None
     ) -> list[int]:
-        """Number new requests, predict if one is due, plan, and start swapping; return their numbers."""
+        """Number new requests, predict if one is due, plan, and start swapping; return their numbers.
+
+        Nobody is admitted when planning or swapping fails.
+        """
         numbers, due = [], False
         own = [None] * len(tasks) if tolerances is None else tolerances
         for task, tokens, tolerance in zip(tasks, input_tokens, own, strict=True):
@@ -143,13 +146,18 @@ class ControlLoop:
             self._recent.append(RunningRequest(task, tokens))
             numbers.append(self.admitted)
             self.admitted += 1
-        if due:
-            self.interval.predicted()
-            self._frequencies.clear()
-            self._predicted = True
-            self.loader.counters.predictions += self.predictor is not None
-        if self._predicted and (due or self.replan == "admission"):
-            self._make_plan()
+        try:
+            if due:
+                self.interval.predicted()
+                self._frequencies.clear()
+                self._predicted = True
+                self.loader.counters.predictions += self.predictor is not None
+            if self._predicted and (due or self.replan == "admission"):
+                self._make_plan()
+        except BaseException:
+            for number in numbers:
+                del self.running[number]
+            raise
         return numbers
 
     def observe(self, layer: int, chosen: torch.Tensor, demand: Sequence[int], step: StepContext | None) -> None:
@@ -243,9 +251,9 @@ class ControlLoop:
         if plan.is_empty:
             return
         before = None if self.plan is None else [set(experts) for experts in self.plan.experts]
-        self.plan = plan
         if before != [set(experts) for experts in plan.experts]:
             started = time.perf_counter()
             loads = self.loader.swap(plan.experts)
             if self.timeline is not None:
                 self.timeline.add("swap", started, loads=loads)
+        self.plan = plan

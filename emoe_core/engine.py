@@ -23,7 +23,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import experts, generation
-from .attachment import attach_layers, attach_lookahead, refuse_misuse
+from .attachment import Attached, attach_layers, attach_lookahead, refuse_misuse
 from .cache import cache_dir
 from .checkpoint import CheckpointIndex, open_checkpoint
 from .control import ControlLoop
@@ -96,36 +96,41 @@ class Engine:
         bound_kernel_caches(short_of_memory=not self.plan.all_resident)
         predictor = self._new_predictor()
         pack = ensure_pack(index, config.pack_dir or cache_dir() / "packs", progress)
-        table = self._new_table()
-        storage: PackedFile | HostMemory
-        if config.tier == "disk":
-            storage = PackedFile(pack, config.direct, config.verify)  # type: ignore[arg-type]
-        else:
-            storage = HostMemory(pack, self.device.type == "cuda", config.verify)  # type: ignore[arg-type]
-        try:
-            self.loader = ExpertLoader(layers, storage, table, self.device, config.threads)
-        except BaseException:
-            storage.close()
-            raise
-        self.control = self._new_control(predictor)
-        self.recorder = TraceRecorder(len(layers), self._most_experts) if config.record else None
-        self.passes = ForwardPasses(
-            self.loader, self.control, self.recorder, self.tolerance, config.cache_bias, self.quality
-        )
         self.lookahead: Lookahead | None = None
-        self.reroutable = True
         self._closed = False
+        self._attached: Attached
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase | None
-        try:
+        with contextlib.ExitStack() as undo:
+            storage: PackedFile | HostMemory
+            if config.tier == "disk":
+                storage = PackedFile(pack, config.direct, config.verify)  # type: ignore[arg-type]
+            else:
+                storage = HostMemory(pack, self.device.type == "cuda", config.verify)  # type: ignore[arg-type]
+            undo.callback(storage.close)
+            self.loader = ExpertLoader(layers, storage, self._new_table(), self.device, config.threads)
+            undo.callback(self.loader.close)
+            self.control = self._new_control(predictor)
+            self.recorder = TraceRecorder(len(layers), self._most_experts) if config.record else None
+            self.passes = ForwardPasses(
+                self.loader, self.control, self.recorder, self.tolerance, config.cache_bias, self.quality
+            )
             experts.register()
             self.model = index.build_model(self.device, config.attn_implementation, experts.IMPLEMENTATION)
             self.tokenizer = load_tokenizer(index.path)
             self.model.requires_grad_(False)
             self._attach()
-        except BaseException:
-            self.loader.close()
-            raise
+            undo.pop_all()
+
+    @property
+    def one_at_a_time(self) -> str | None:
+        """Why requests of this model cannot share a batch, or None where they can."""
+        return self._attached.one_at_a_time
+
+    @property
+    def reroutable(self) -> bool:
+        """Whether a tolerance above 0 can be served."""
+        return self._attached.exact_only is None
 
     def generate(
         self,
@@ -241,6 +246,8 @@ class Engine:
             cold_start=self.control.cold,
             storage=self.loader.storage.description,
             requests_served=self.control.finished,
+            compute=self._compute,
+            rerouting="by its rule" if self.reroutable else f"exact only: {self._attached.exact_only}",
             extra={"prediction_s": self.control.prediction_s, "cache_bias": self.config.cache_bias},
         )
 
@@ -289,6 +296,14 @@ class Engine:
         self.passes.finish(numbers)
 
     @property
+    def _compute(self) -> str:
+        """Which form computes experts."""
+        if self._attached.eager_because is not None:
+            return f"the family's eager code ({self._attached.eager_because})"
+        rounded = self.config.expert_dtype == "int8"
+        return "grouped by expert, " + ("8 bits, equal within rounding" if rounded else "bit-equal to eager")
+
+    @property
     def _most_experts(self) -> int:
         """Experts of the largest layer."""
         return max(self.plan.num_experts)
@@ -311,11 +326,10 @@ class Engine:
         return ControlLoop(self.loader, predictor, interval, config.replan, profile)
 
     def _attach(self) -> None:
-        handles = attach_layers(self.model, self.index, self.loader, self.passes)
-        self._unexplained = [self.index.layers[handle.layer].name for handle in handles if not handle.explained]
-        self.reroutable = not self._unexplained
+        self._attached = attach_layers(self.model, self.index, self.loader, self.passes)
         self._require_reroutable(self.config)
         if self.config.lookahead:
+            handles = self._attached.handles
             self.lookahead = attach_lookahead(self.model, self.index, handles, self.config.lookahead)
         if not self.plan.all_resident:
             # Handing memory back costs a tenth of a prompt's time: only where it is short.
@@ -328,8 +342,8 @@ class Engine:
         profile = self.control.profile
         skips = profile is not None and not all(all(task.sensitive) for task in profile.tasks.values())
         skips = skips or bool(config.max_quality_loss)
-        if self._unexplained and (skips or config.tolerance > 0):
+        if not self.reroutable and (skips or config.tolerance > 0):
             raise UnsupportedFamilyError(
-                f"{self.index.model_type} is served exactly only: no known routing rule explains the router of "
-                f"{self._unexplained[0]}. Load with tolerance=0 and no profile."
+                f"{self.index.model_type} is served exactly only: {self._attached.exact_only}. Load with tolerance=0 "
+                f"and no profile."
             )

@@ -47,3 +47,10 @@ class ExperimentError(EmoeError):
 
 class LimitError(EmoeError):
     """No hard memory limit can be set on this machine, or a process cannot be put under it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on the host or on a device."""
+    # torch has no class of its own for the host, and is not imported here: the command line's help need not wait.
+    told = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in told))

@@ -8,18 +8,20 @@ transformers describes an experts module by flags (``has_gate``, ``is_transposed
 ``has_post_expert_norm``) and gives it ``_apply_gate``; that is what is followed here. Whether it is what the family's
 own code does is not assumed: `prove` computes a few tokens both ways, in the engine's own slots, and only a form whose
 results are equal bit for bit is used (experts in 8 bits: equal within rounding, for their products are not eager's). A
-family without one keeps its eager code.
+family without one keeps its eager code, and the `Proof` says why.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import linear
 
+from .errors import is_out_of_memory
 from .int8 import LARGEST, SCALE, product
 
 Tensors = Mapping[str, torch.Tensor]
@@ -138,8 +140,16 @@ class ExpertForm:
         return (states @ weight if self._transposed else linear(states, weight)) + bias
 
 
-def prove(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: int) -> ExpertForm | None:
-    """Return the form that computes what a family's eager code computes, bit for bit, or None.
+@dataclass(frozen=True)
+class Proof:
+    """The form that computes what a family's eager code computes, or None and why there is none."""
+
+    form: ExpertForm | None
+    failure: str = ""
+
+
+def prove(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: int) -> Proof:
+    """Look for the form that computes what a family's eager code computes, bit for bit.
 
     Parameters
     ----------
@@ -151,9 +161,14 @@ def prove(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: in
         Parameters of two experts, in the memory that will hold real ones; they are overwritten.
     num_experts : int
         E, at least 2.
+
+    Raises
+    ------
+    MemoryError, RuntimeError
+        When memory runs out.
     """
     if num_experts < 2 or not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
-        return None
+        return Proof(None, "one expert only" if num_experts < 2 else "its experts module has no description")
     for seed, tensors in enumerate(samples):
         for name in sorted(tensors):
             _fill(tensors[name], seed)
@@ -163,17 +178,20 @@ def prove(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: in
     down = samples[0].get("down_proj")
     # Rows share a scale, so products of integers need the outputs in rows.
     if down is None or (down.dtype == torch.int8 and module.is_transposed):
-        return None
+        return Proof(None, "no down projection" if down is None else "8 bits in columns")
     width = down.shape[1 if module.is_transposed else 0]
     dtype = samples[0]["down_proj" + SCALE].dtype if down.dtype == torch.int8 else down.dtype
+    failure = "its results differ from eager's"
     for fused in (True, False) if module.has_bias else (True,):
         form = ExpertForm(module, fused)
         try:
             if all(_agree(form, eager, weights_of, tokens, k, width, dtype, device) for tokens, k in _PROBES):
-                return form
-        except (KeyError, RuntimeError, AttributeError, TypeError):
-            continue
-    return None
+                return Proof(form)
+        except (KeyError, RuntimeError, AttributeError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
+            failure = f"{type(error).__name__}: {error}"
+    return Proof(None, failure)
 
 
 def _agree(

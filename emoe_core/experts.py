@@ -67,8 +67,8 @@ class LayerHandle:
         self.session = session
         self.num_experts = loader.layers[layer].num_experts
         self.params = frozenset(param.name for param in loader.layers[layer].params)
-        # False: the router follows no known rule. A layer that text does not reach has no router, and needs no rule.
-        self.explained = True
+        # False: a layer for images or sound, whose rows are not those of the pass over text.
+        self.reads_text = False
         self.rule: RoutingRule | None = None
         self.router: torch.nn.Module | None = None
         self.router_logits: torch.Tensor | None = None
@@ -101,6 +101,11 @@ class LayerHandle:
             )
         step = self.session.step
         if step is not None and step.tokens != index.shape[0]:
+            if self.reads_text:
+                raise IntegrationError(
+                    f"MoE layer {self.layer} was asked for {index.shape[0]} rows in a pass over {step.tokens} tokens: "
+                    f"whose they are is unknown. Call the whole model, with input_ids or inputs_embeds of all tokens"
+                )
             step = None
         logits, self.router_logits = self.router_logits, None
         real = None if step is None or step.real is None else step.real.to(index.device)

@@ -40,7 +40,10 @@ class Lease:
         self._loader = loader
         self._layer = layer
         self._held: dict[int, Entry] = {}
+        # All ascending: who waits for a slot, and who has one and was not taken, resident at first or fetched since.
         self._absent: deque[int] = deque()
+        self._resident: deque[int] = deque()
+        self._fetched: deque[int] = deque()
         self.order = tuple(experts)
         self._current: int | None = None
         for expert in experts:
@@ -50,7 +53,7 @@ class Lease:
                 continue
             entry.pins += 1
             self._held[expert] = entry
-        self._residents = frozenset(self._held)
+            self._resident.append(expert)
         try:
             self._advance()
         except BaseException:
@@ -86,13 +89,12 @@ class Lease:
             loader.release(self._held.pop(self._current))
             self._current = None
         self._advance()
-        if not self._held:
+        queues = [queue for queue in (self._resident, self._fetched) if queue]
+        if not queues:
             assert not self._absent, "a lease without pins can always load"
             return None
         # Absent experts are asked for in ascending order, and the spare slot serves the first: the lowest one is held.
-        expert = min(self._held)
-        if not lowest:
-            expert = min(self._held.keys() & self._residents, default=expert)
+        expert = (min(queues, key=lambda queue: queue[0]) if lowest else queues[0]).popleft()
         entry = self._held[expert]
         self._current = expert
         loader.wait(entry)
@@ -102,8 +104,8 @@ class Lease:
     def close(self) -> None:
         """Release everything and give borrowed spare slots back. Idempotent."""
         held = list(self._held.values())
-        self._held.clear()
-        self._absent.clear()
+        for part in (self._held, self._absent, self._resident, self._fetched):
+            part.clear()
         for entry in held:
             self._loader.release(entry)
         if not all(entry.ready for entry in held):
@@ -132,6 +134,7 @@ class Lease:
             entry = self._loader.fetch(self._layer, self._absent[0])
             if entry is None:
                 return
-            self._held[self._absent.popleft()] = entry
+            self._held[self._absent[0]] = entry
+            self._fetched.append(self._absent.popleft())
             self._loader.counters.requests += 1
             self._loader.counters.loads += 1

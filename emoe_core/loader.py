@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -59,6 +60,8 @@ class ExpertLoader:
         self.memory = SlotMemory(self.layers, storage, table.slots, device)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="emoe-load")
         self._loading: dict[tuple[int, int], Future[None]] = {}
+        # Reads that ended and have not been looked at: the reading threads append, so that nobody has to ask them all.
+        self._ended: deque[tuple[tuple[int, int], Future[None]]] = deque()
         self._ahead: set[tuple[int, int]] = set()
         self._counted_from = 0
         self._closed = False
@@ -90,7 +93,9 @@ class ExpertLoader:
             self._count_eviction(evicted)
         self.counters.bytes_loaded += self.layers[layer].record_bytes
         write = self.memory.write if self.timeline is None else self._recorded_write(self.timeline)
-        self._loading[(layer, expert)] = self._pool.submit(write, entry)
+        key = (layer, expert)
+        self._loading[key] = self._pool.submit(write, entry)
+        self._loading[key].add_done_callback(lambda future: self._ended.append((key, future)))
         return entry
 
     def wait(self, entry: Entry) -> None:
@@ -180,12 +185,12 @@ class ExpertLoader:
         self.reap()
         loads = 0
         for layer, target in enumerate(targets):
-            wanted = set(target[: self.table.capacity[layer]])
-            for expert in target[: self.table.capacity[layer]]:
-                if self.table.get(layer, expert) is not None:
-                    continue
+            wanted = target[: self.table.capacity[layer]]
+            missing = [expert for expert in wanted if self.table.get(layer, expert) is None]
+            leaving = self._leaving(layer, wanted) if missing else deque()
+            for expert in missing:
                 while not self.table.room(layer):
-                    self._make_room(layer, wanted)
+                    self._remove(leaving.popleft())
                 entry = self.fetch(layer, expert, may_use_spare=False)
                 assert entry is not None, "a plan never asks for more than the capacity"
                 entry.pins -= 1
@@ -198,19 +203,17 @@ class ExpertLoader:
     def settle(self) -> None:
         """Wait until nothing is on its way, without counting a stall; prefetches that failed are dropped."""
         wait_for(list(self._loading.values()))
-        self.reap()
+        self._ended.clear()
+        for key, future in list(self._loading.items()):
+            self._look_at(key, future)
 
     def reap(self) -> None:
         """Mark arrived experts as ready. A prefetch that failed is dropped: the request that needs it will report."""
-        for key, future in list(self._loading.items()):
-            entry = self.table.get(*key)
-            assert entry is not None
-            # A pinned entry is somebody's to wait for, who must hear of a failure.
-            if not future.done() or (entry.pins and future.exception() is not None):
-                continue
-            error = self._arrived(entry, future)
-            if error is not None:
-                logger.warning("reading ahead expert %d of MoE layer %d failed: %s", key[1], key[0], error)
+        while self._ended:
+            key, future = self._ended.popleft()
+            # Whoever waited for it has looked at it already.
+            if self._loading.get(key) is future:
+                self._look_at(key, future)
 
     def recover(self) -> None:
         """Put the table in order after a forward pass that was interrupted anywhere: no pins, no spare slot lent."""
@@ -284,11 +287,27 @@ class ExpertLoader:
             self.table.discard(entry)
         return error
 
-    def _make_room(self, layer: int, wanted: set[int]) -> None:
-        """Remove the oldest expert outside the plan, a ready one if possible: nothing then has to be waited for."""
-        outside = [self.table.get(layer, expert) for expert in self.table.resident(layer) - wanted]
-        oldest = min((entry for entry in outside if entry), key=lambda entry: (not entry.ready, entry.touched))
-        wait_for([future for key, future in self._loading.items() if key == (layer, oldest.expert)])
-        self.reap()
-        if self.table.get(layer, oldest.expert) is oldest:
-            self.evict(oldest)
+    def _look_at(self, key: tuple[int, int], future: Future[None]) -> None:
+        """Settle a read that has ended, unless somebody waits for it, who must hear of a failure."""
+        entry = self.table.get(*key)
+        assert entry is not None
+        if entry.pins and future.exception() is not None:
+            return
+        error = self._arrived(entry, future)
+        if error is not None:
+            logger.warning("reading ahead expert %d of MoE layer %d failed: %s", key[1], key[0], error)
+
+    def _leaving(self, layer: int, wanted: Sequence[int]) -> deque[Entry]:
+        """Return who is outside a plan, oldest first, but ready ones before all: they need not be waited for."""
+        outside = self.table.resident(layer).difference(wanted)
+        entries = [entry for expert in outside if (entry := self.table.get(layer, expert)) is not None]
+        return deque(sorted(entries, key=lambda entry: (not entry.ready, entry.touched)))
+
+    def _remove(self, entry: Entry) -> None:
+        """Evict an expert between forward passes, after its bytes have arrived."""
+        future = self._loading.get((entry.layer, entry.expert))
+        if future is not None:
+            wait_for([future])
+            self._look_at((entry.layer, entry.expert), future)
+        if self.table.get(entry.layer, entry.expert) is entry:
+            self.evict(entry)

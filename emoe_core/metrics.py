@@ -120,7 +120,8 @@ class RunStats:
     """What an engine can say of itself: counters beside the memory that paid for them.
 
     ``slot_bytes`` is the expert budget as allocated (slots with padding); ``resident_experts`` counts slots in use;
-    ``cold_start`` tells that no plan has been applied yet, so residents are what came first.
+    ``cold_start`` tells that no plan has been applied yet, so residents are what came first. ``compute`` says how
+    experts are computed, ``rerouting`` whether tokens can be rerouted; both say why where it is the worse way.
     """
 
     counters: Counters
@@ -138,6 +139,8 @@ class RunStats:
     cold_start: bool
     storage: str
     requests_served: int
+    compute: str
+    rerouting: str
     extra: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, float | int | str | bool]:

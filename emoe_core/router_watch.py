@@ -5,20 +5,21 @@ layer's state), so none is called here: the stock model runs once, its experts a
 the modules beside each experts module returned. One of them is the router: it gave a value for every expert, and a
 rule (`emoe_core.routing_rules`) explains from these values which experts were then asked for, and with what weights.
 
-A layer that the pass did not reach (experts for images) is reported as not called.
+A layer that the pass did not reach (experts for images) is reported as not called. The pass also shows what kind of
+cache the model keeps, and why it failed where it did: some families do not run on bare token ids.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
+from .errors import is_out_of_memory
 from .routing_rules import Choice, RoutingRule, find_rule
 
 WATCHED_TOKENS = 64
@@ -59,13 +60,37 @@ class WatchedRouter:
         return logits.reshape(-1, logits.shape[-1])
 
 
-def watch_routers(model: PreTrainedModel, layers: Mapping[str, Watchable]) -> dict[str, WatchedRouter | None]:
-    """Return each called layer's router, or None where no rule explains it; layers not called are left out.
+@dataclass(frozen=True)
+class Watched:
+    """What one pass over random tokens showed.
+
+    Attributes
+    ----------
+    routers : dict
+        By name, each called layer's router, or None where no rule explains it.
+    cache : Any
+        What the model returned as its cache; None where it keeps none, or the pass failed.
+    failure : str or None
+        What the pass failed of; layers behind that have no router then.
+    """
+
+    routers: dict[str, WatchedRouter | None]
+    cache: Any = None
+    failure: str | None = None
+
+
+def watch_routers(model: PreTrainedModel, layers: Mapping[str, Watchable]) -> Watched:
+    """Watch the layers' routers during one pass.
 
     Parameters
     ----------
     model : PreTrainedModel
         A loaded model whose experts modules (by the names in ``layers``) lead to these layers.
+
+    Raises
+    ------
+    MemoryError, torch.OutOfMemoryError, RuntimeError
+        When memory runs out.
     """
     found: dict[str, WatchedRouter | None] = {}
     hooks = []
@@ -83,18 +108,20 @@ def watch_routers(model: PreTrainedModel, layers: Mapping[str, Watchable]) -> di
     # Nobody reads the logits: the output head of 64 tokens can take as long as everything before it.
     accepts = inspect.signature(type(model).forward).parameters
     extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
-    finished = False
     try:
+        with torch.no_grad():
+            output = model(input_ids=ids, use_cache=True, **extra)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # A family that does not run on bare token ids is served exactly only; each says so in its own way.
-        with suppress(Exception), torch.no_grad():
-            model(input_ids=ids, use_cache=False, **extra)
-            finished = True
+        return Watched(dict.fromkeys(layers) | found, failure=f"{type(error).__name__}: {error}")
     finally:
         for hook in hooks:
             hook.remove()
         for layer in layers.values():
             layer.watch = None
-    return found if finished else dict.fromkeys(layers) | found
+    return Watched(found, getattr(output, "past_key_values", None))
 
 
 @dataclass(frozen=True)
@@ -192,6 +219,8 @@ def _chooser(watched: WatchedRouter, hidden: torch.Tensor, index: torch.Tensor) 
 
     try:
         again = choose(hidden)
-    except (TypeError, RuntimeError, IndexError, ValueError, AttributeError):
+    except (TypeError, RuntimeError, IndexError, ValueError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         return None
     return choose if torch.equal(again.sort(-1).values, index.sort(-1).values) else None

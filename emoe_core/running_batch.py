@@ -3,29 +3,38 @@
 Prompts are read alone and join as a row; a step gives every row a token. Whose rows a forward pass holds is told to the
 engine before each one. Who is admitted, when, and when a request is done is `serving_loop`'s.
 
-A step that failed can be taken again row by row (`RunningBatch.step_again`), which tells who fails alone.
+A row alone is fed as transformers' ``generate`` feeds a sequence, by the model's own ``prepare_inputs_for_generation``:
+some families start their cache anew at a certain length. Rows together are padded on the left (`batch_cache.py`).
+
+A row becomes one when its token has been chosen and its cache has joined, and a step counts for a row when that row's
+token has been chosen. Whoever gets no token, because the whole pass failed or its own choice did, is taken again alone,
+from the cache before the step, and leaves if that fails too. Nobody else's tokens are drawn twice.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .batch_cache import BatchCache
+from .rope import forget_lengths
 from .sampling import Sampler
 from .scheduler import ServiceRequest
+from .serving_records import Pass
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """A running request: its engine number, what it asks, when it was admitted, its tokens, what it failed with.
+    """A running request: its engine number, what it asks, when it was admitted, its tokens.
 
     Tokens are chosen by its ``sampler``, whose state moves on with each one.
     """
@@ -37,85 +46,82 @@ class Row:
     admitted_s: float
     tokens: list[int] = field(default_factory=list)
     stopped: bool = False
-    failure: Exception | None = None
+    _ids: torch.Tensor | None = None
+
+    def ids(self, device: torch.device) -> torch.Tensor:
+        """Return prompt and tokens, int64 [1, length]."""
+        known = 0 if self._ids is None else self._ids.shape[1]
+        said = self.tokens[known - len(self.prompt_ids) :] if known else [*self.prompt_ids, *self.tokens]
+        if self._ids is None or said:
+            fresh = torch.tensor([said], dtype=torch.long, device=device)
+            self._ids = fresh if self._ids is None else torch.cat([self._ids, fresh], dim=1)
+        return self._ids
 
 
 class RunningBatch:
-    """Rows of one engine, in the order they joined; used under ``torch.no_grad``, on the thread that runs the model."""
+    """Rows of one engine, in the order they joined; used under ``torch.no_grad``, on the thread that runs the model.
 
-    def __init__(self, engine: Engine) -> None:
+    Parameters
+    ----------
+    engine : Engine
+    on_pass : callable, optional
+        Told of every forward pass that gave all its rows a token.
+    clock : callable
+        Returns seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_pass: Callable[[Pass], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.rows: list[Row] = []
         self._engine = engine
+        self._on_pass = on_pass
+        self._clock = clock
         self._cache = BatchCache()
         # A prompt's last position only: all its logits would cost a tenth of a small model's pass.
         accepts = inspect.signature(type(engine.model).forward).parameters
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
 
-    def prefill(self, row: Row) -> int:
-        """Read a row's prompt, which joins the cache; return its first token. The row must join ``rows`` next."""
-        ids = torch.tensor([row.prompt_ids], device=self._engine.device)
+    def prefill(self, row: Row) -> None:
+        """Read a row's prompt and choose its first token; the row then is in the batch, or, on an error, it is not."""
         self.seat([row])
-        output = self._engine.model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **self._last_only
-        )
-        self._cache.join(output.past_key_values, ids.shape[1])
-        return row.sampler.choose(output.logits[0, -1])
+        forget_lengths(self._engine.model)
+        token, cache = self._alone(row, None)
+        self._cache.join(cache, len(row.prompt_ids))
+        row.tokens.append(token)
+        self.rows.append(row)
 
-    def step(self) -> list[int]:
-        """Take a step with all rows; return a token of each."""
-        self.seat(self.rows)
-        mask, positions = self._cache.next_inputs(self._engine.device)
-        last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._engine.device)
-        output = self._engine.model(
-            input_ids=last,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache.cache,
-            use_cache=True,
-        )
-        self._cache.grew()
-        return [row.sampler.choose(logits) for row, logits in zip(self.rows, output.logits[:, -1], strict=True)]
+    def step(self) -> dict[Row, Exception]:
+        """Take a step with all rows, which gives each a token; return those who got none, with the reason.
 
-    def step_again(self, error: Exception) -> list[int]:
-        """Take a step that failed with ``error`` row by row; return the tokens of those who succeed, in order.
-
-        The others bear their ``failure`` and leave with `take_failed`.
+        They have left the batch. Rows that were taken again alone come last in it.
         """
-        self._cache.restore()
         if len(self.rows) == 1:
-            self.rows[0].failure = error
-            return []
-        batch, tokens = BatchCache(), []
-        for place, row in enumerate(self.rows):
-            self.seat([row])
-            try:
-                cache = self._cache.alone(place)
-                output = self._engine.model(
-                    input_ids=torch.tensor([[row.tokens[-1]]], device=self._engine.device),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                batch.join(cache, self._cache.lengths[place] + 1)
-                tokens.append(row.sampler.choose(output.logits[0, -1]))
-            except Exception as failure:
-                row.failure = failure
-        self._cache = batch
-        return tokens
-
-    def take_failed(self) -> list[Row]:
-        """Remove the rows that failed in `step_again`, and return them."""
-        failed = [row for row in self.rows if row.failure is not None]
-        self.rows = [row for row in self.rows if row.failure is None]
-        if not self.rows:
-            self._cache = BatchCache()
-        self._leave(failed)
-        return failed
+            return self._step_of_one(self.rows[0])
+        self.seat(self.rows)
+        started, chosen = self._started(), dict[Row, int]()
+        try:
+            for row, logits in zip(self.rows, self._together(), strict=True):
+                # Whose own choice fails is found below: it has no token.
+                with suppress(Exception):
+                    chosen[row] = row.sampler.choose(logits)
+        except Exception:
+            return self._step_again({})
+        if len(chosen) < len(self.rows):
+            return self._step_again(chosen)
+        self._cache.grew()
+        for row, token in chosen.items():
+            row.tokens.append(token)
+        self._tell(started, is_prompt=False, size=len(self.rows))
+        return {}
 
     def remove(self, places: Collection[int]) -> list[Row]:
         """Remove rows by place, and return them."""
         gone = [row for place, row in enumerate(self.rows) if place in places]
-        self._cache.keep([place for place in range(len(self.rows)) if place not in places])
-        self.rows = [row for place, row in enumerate(self.rows) if place not in places]
+        self._keep([place for place in range(len(self.rows)) if place not in places])
         self._leave(gone)
         return gone
 
@@ -129,5 +135,85 @@ class RunningBatch:
         """Tell the engine whose rows the passes to come hold."""
         self._engine.passes.seat([row.engine_number for row in rows] if rows else None)
 
+    def _step_of_one(self, row: Row) -> dict[Row, Exception]:
+        self.seat([row])
+        try:
+            token, self._cache.cache = self._alone(row, self._cache.cache)
+        except Exception as error:
+            self.abandon()
+            return {row: error}
+        self._cache.grew()
+        row.tokens.append(token)
+        return {}
+
+    def _step_again(self, chosen: Mapping[Row, int]) -> dict[Row, Exception]:
+        """Finish a step that gave only some rows a token: take the others alone, and put the batch together anew."""
+        everybody, lengths = self.rows, self._cache.lengths
+        retried: list[tuple[Row, int, Any]] = []
+        failures: dict[Row, Exception] = {}
+        for place, row in enumerate(everybody):
+            if row in chosen:
+                continue
+            self.seat([row])
+            try:
+                retried.append((row, *self._alone(row, self._cache.alone(place))))
+            except Exception as error:
+                failures[row] = error
+        self._cache.grew()
+        self._keep([place for place, row in enumerate(everybody) if row in chosen])
+        for row, token in chosen.items():
+            row.tokens.append(token)
+        for row, token, cache in retried:
+            try:
+                self._cache.join(cache, lengths[everybody.index(row)] + 1)
+            except Exception as error:
+                failures[row] = error
+            else:
+                row.tokens.append(token)
+                self.rows.append(row)
+        self._leave(list(failures))
+        return failures
+
+    def _alone(self, row: Row, cache: Any) -> tuple[int, Any]:
+        """Run one row as ``generate`` would, from its cache or (None) from its prompt; return token and cache."""
+        started, ids = self._started(), row.ids(self._engine.device)
+        model: Any = self._engine.model
+        inputs = model.prepare_inputs_for_generation(
+            ids,
+            next_sequence_length=None if cache is None else 1,
+            past_key_values=cache,
+            is_first_iteration=cache is None,
+            use_cache=True,
+            **self._last_only,
+        )
+        output = model(**inputs)
+        token = row.sampler.choose(output.logits[0, -1])
+        self._tell(started, is_prompt=cache is None, size=ids.shape[1] if cache is None else 1)
+        return token, output.past_key_values
+
+    def _together(self) -> torch.Tensor:
+        """Run all rows on their shared cache; return logits [rows, vocabulary]."""
+        mask, positions = self._cache.next_inputs(self._engine.device)
+        output = self._engine.model(
+            input_ids=torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._engine.device),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache.cache,
+            use_cache=True,
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def _keep(self, places: Sequence[int]) -> None:
+        self._cache.keep(places)
+        self.rows = [self.rows[place] for place in places]
+
     def _leave(self, rows: Sequence[Row]) -> None:
         self._engine.passes.leave([row.engine_number for row in rows])
+
+    def _started(self) -> float:
+        return 0.0 if self._on_pass is None else self._clock()
+
+    def _tell(self, started: float, *, is_prompt: bool, size: int) -> None:
+        if self._on_pass is not None:
+            self._on_pass(Pass(is_prompt, size, self._clock() - started))

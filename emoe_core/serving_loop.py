@@ -15,9 +15,11 @@ Why not transformers' ``generate_batch`` (5.23), which batches continuously too 
 This loop gives tokens identical to `Engine.generate` for a batch of one; rows of a larger batch are padded, and agree
 within rounding.
 
-A request whose pass fails (an expert that cannot be read, memory that runs out) ends alone where ``on_failure`` is
-given: a failed step is taken again row by row, and who fails alone is out. Families whose caches cannot share a
-batch run one at a time anyway. Experts that a pass wanted before it failed are in the history twice.
+A request that cannot be admitted, whose pass fails (an expert that cannot be read, memory that runs out) or whose token
+cannot be chosen ends alone where ``on_failure`` is given: a failed step is taken again row by row, and who fails alone
+is out (`running_batch.py`). Experts that a pass wanted before it failed are in the history twice.
+
+Sequences of many families cannot share a batch (`Engine.one_at_a_time`): theirs run one at a time, whatever the limits.
 
 KV memory: the batch limits count each request's prompt and output limit as reserved from its admission; `limits_within`
 turns bytes into such tokens. Padding to the longest row comes on top (`batch_cache.py`).
@@ -26,9 +28,8 @@ turns bytes into such tokens. Padding to the longest row comes on top (`batch_ca
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +54,7 @@ class _Asked:
 
     prompt_ids: tuple[int, ...]
     tolerance: float | None
-    sampling: Sampling | None
+    sampler: Sampler
     ends: Callable[[int], bool] | None
     to_limit: bool
 
@@ -76,9 +77,9 @@ class ServingLoop:
         Called with (number, token id) as each token comes.
     on_failure : callable, optional
         Called with (number, error) when a request ends without an answer. Without it, the error of a pass ends all that
-        run, and is raised.
+        run, and is raised; the error of an admission is raised, and those who wait go on waiting.
     on_pass : callable, optional
-        Told of every forward pass that succeeded.
+        Told of every forward pass that gave all its rows a token.
 
     Raises
     ------
@@ -102,16 +103,15 @@ class ServingLoop:
             costs.require_model(engine.index.source_hash)
         self._engine = engine
         self._scheduler = scheduler
-        self._limits = limits
+        self._limits = limits if engine.one_at_a_time is None else replace(limits, max_requests=1)
         self._costs = costs
         self._clock = clock
         self._stops = frozenset(stop_tokens)
         self._queue = WaitingQueue()
         self._on_token = on_token
         self._on_failure = on_failure
-        self._on_pass = on_pass
         self._asked: dict[int, _Asked] = {}
-        self._batch = RunningBatch(engine)
+        self._batch = RunningBatch(engine, on_pass, clock)
         self._submitted = 0
         self.steps = 0
 
@@ -185,7 +185,7 @@ class ServingLoop:
         )
         self._limits.require_fit(request)
         self._submitted += 1
-        self._asked[request.number] = _Asked(tuple(prompt_ids), tolerance, sampling, ends, to_limit)
+        self._asked[request.number] = _Asked(tuple(prompt_ids), tolerance, Sampler(sampling), ends, to_limit)
         self._queue.add(request)
         return request.number
 
@@ -216,7 +216,7 @@ class ServingLoop:
         """Admit, run the new prompts, take one step; return who is done. Without work, nothing happens.
 
         Without ``on_failure``, an error of a forward pass ends every running request, whose numbers are lost, and is
-        raised.
+        raised. So does an interrupt, or an error of the scheduler, in any case.
         """
         if self.idle:
             return []
@@ -240,70 +240,82 @@ class ServingLoop:
         assert chosen or running, "a scheduler left the engine idle though somebody waits"
         if not chosen:
             return []
+        try:
+            numbers = self._engine.passes.admit_beside(
+                [request.task for request in chosen],
+                [request.input_tokens for request in chosen],
+                [self._asked[request.number].tolerance for request in chosen],
+            )
+        except Exception as error:
+            if self._on_failure is None:
+                raise
+            self._queue.take(chosen)
+            for request in chosen:
+                self._fail(request, error)
+            return []
         self._queue.take(chosen)
-        numbers = self._engine.passes.admit_beside(
-            [request.task for request in chosen],
-            [request.input_tokens for request in chosen],
-            [self._asked[request.number].tolerance for request in chosen],
-        )
         joining = [self._row(request, number, now_s) for request, number in zip(chosen, numbers, strict=True)]
-        for place, row in enumerate(joining):
-            try:
-                self._prefill(row)
-            except BaseException as error:
-                if self._on_failure is None or not isinstance(error, Exception):
-                    self._engine.passes.leave([later.engine_number for later in joining[place:]])
-                    raise
-                self._engine.passes.leave([row.engine_number])
-                self._fail(row, error)
-            else:
-                self._batch.rows.append(row)
+        try:
+            while joining:
+                self._prefill(joining[0])
+                del joining[0]
+        finally:
+            # After an error that is raised: those whose turn to be read has not come.
+            self._engine.passes.leave([row.engine_number for row in joining])
+            for row in joining:
+                del self._asked[row.request.number]
         return self._retire()
 
     def _row(self, request: ServiceRequest, engine_number: int, now_s: float) -> Row:
         asked = self._asked[request.number]
-        return Row(request, engine_number, asked.prompt_ids, Sampler(asked.sampling), now_s)
+        return Row(request, engine_number, asked.prompt_ids, asked.sampler, now_s)
 
     def _prefill(self, row: Row) -> None:
-        with self._timed(is_prompt=True, size=len(row.prompt_ids)):
-            token = self._batch.prefill(row)
-        row.request.first_token_s = self._clock()
-        self._put_out(row, token)
-
-    def _step(self) -> list[Answer]:
         try:
-            with self._timed(is_prompt=False, size=len(self._batch.rows)):
-                tokens = self._batch.step()
+            self._batch.prefill(row)
         except Exception as error:
             if self._on_failure is None:
                 raise
-            tokens = self._batch.step_again(error)
-            for row in self._batch.take_failed():
-                assert row.failure is not None
-                self._fail(row, row.failure)
+            self._engine.passes.leave([row.engine_number])
+            self._fail(row.request, error)
+            return
+        row.request.first_token_s = self._clock()
+        self._put_out([row])
+
+    def _step(self) -> list[Answer]:
+        failures = self._batch.step()
+        if failures and self._on_failure is None:
+            for row in failures:
+                del self._asked[row.request.number]
+            raise next(iter(failures.values()))
+        for row, failure in failures.items():
+            self._fail(row.request, failure)
         self.steps += 1
-        for row, token in zip(self._batch.rows, tokens, strict=True):
-            self._put_out(row, token)
+        self._put_out(self._batch.rows)
         return self._retire()
 
-    @contextmanager
-    def _timed(self, *, is_prompt: bool, size: int) -> Iterator[None]:
-        if self._on_pass is None:
-            yield
-            return
-        started = self._clock()
-        yield
-        self._on_pass(Pass(is_prompt, size, self._clock() - started))
-
-    def _fail(self, row: Row, error: Exception) -> None:
-        del self._asked[row.request.number]
+    def _fail(self, request: ServiceRequest, error: Exception) -> None:
+        del self._asked[request.number]
         assert self._on_failure is not None
-        self._on_failure(row.request.number, error)
+        self._on_failure(request.number, error)
 
-    def _put_out(self, row: Row, token: int) -> None:
-        row.tokens.append(token)
+    def _put_out(self, rows: Sequence[Row]) -> None:
+        """Tell of the latest token of some rows; a row whose own listener fails leaves with that failure."""
+        failures: dict[int, Exception] = {}
+        for row in rows:
+            try:
+                self._tell(row)
+            except Exception as error:
+                if self._on_failure is None:
+                    raise
+                failures[self._batch.rows.index(row)] = error
+        if failures:
+            for row, failure in zip(self._batch.remove(failures), failures.values(), strict=True):
+                self._fail(row.request, failure)
+
+    def _tell(self, row: Row) -> None:
+        token, asked = row.tokens[-1], self._asked[row.request.number]
         row.request.generated += 1
-        asked = self._asked[row.request.number]
         at_end = token in self._stops and not asked.to_limit
         row.stopped = at_end or (asked.ends is not None and asked.ends(token))
         if self._on_token is not None:

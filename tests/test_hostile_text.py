@@ -55,11 +55,13 @@ def test_statistics_escape_names_and_texts() -> None:
         cold_start=True,
         storage=HOSTILE,
         requests_served=0,
+        compute=HOSTILE,
+        rerouting=HOSTILE,
         extra={HOSTILE: 1.0},
     )
     page = Page(stats._repr_html_())
     assert page.tags <= SHOWN
-    assert page.words.count(HOSTILE) == 3
+    assert page.words.count(HOSTILE) == 5
 
 
 def test_an_engine_escapes_the_name_of_its_folder(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from serving_bench import make_costs
 
 import emoe_core
 from emoe_core.costs import CostsError, TaskLoad
-from emoe_core.errors import OptionError, UnsupportedFamilyError
+from emoe_core.errors import OptionError
 from emoe_core.generation import encode
 from emoe_core.scheduler import BatchLimits, RequestTooLargeError, make_scheduler
 from emoe_core.serving_loop import ServingLoop, limits_within
@@ -177,8 +177,10 @@ def test_what_cannot_be_served_is_refused(model: Path, tmp_path: Path) -> None:
             limits_within(engine, 2, token_bytes)
     with load(tiny_moe(tmp_path / "sliding", "gpt_oss"), budget="100%") as engine:
         assert len(serve(engine, BatchLimits(1, 4096))[1]) == len(PROMPTS)
-        with pytest.raises(UnsupportedFamilyError, match="batch limit of 1"):
-            serve(engine, WIDE)
+        # What cannot share a batch runs one at a time, whatever the limits.
+        assert engine.one_at_a_time is not None and "DynamicSlidingWindowLayer" in engine.one_at_a_time
+        together = {answer.number: answer.token_ids for answer in serve(engine, WIDE)[1]}
+        assert together == {answer.number: answer.token_ids for answer in serve(engine, BatchLimits(1, 4096))[1]}
 
 
 def test_a_request_s_tolerance_is_its_own_in_a_mixed_batch(model: Path) -> None:

@@ -1,7 +1,7 @@
 """What emoe does with each Mixture-of-Experts family: proven on a tiny random checkpoint, and recorded.
 
 `prove` is the proof: it writes a checkpoint of the family, loads it with stock transformers and through an engine that
-holds too few experts, and compares. The table that `emoe models` shows is a record of its answers
+holds too few experts, and compares logits, and the answers of four simultaneous requests with ``generate``. The table that `emoe models` shows is a record of its answers
 (``families.json``), which the tests repeat family by family; it says nothing that a test does not.
 """
 
@@ -19,6 +19,9 @@ from emoe_core.checkpoint import CheckpointIndex
 from emoe_core.errors import ExperimentError, UnsupportedFamilyError
 from emoe_core.experts import handle_of
 from emoe_core.families import REFUSED, class_name
+from emoe_core.scheduler import BatchLimits, make_scheduler
+from emoe_core.serving_loop import ServingLoop
+from emoe_core.tasks import UNKNOWN
 from workbench.reference_model.tiny_families import FIRST_PLAIN_TOKEN, VOCABULARY, tiny_family
 
 RECORD = Path(__file__).with_name("families.json")
@@ -28,6 +31,12 @@ PROMPT_TOKENS = 17
 # Between weights in float32 and those that a rule computes from the logits.
 MAX_SHARE_ERROR = 1e-4
 EXACT_ONLY = "exact only"
+# Four requests at once; the longest goes beyond the sliding windows of tiny families.
+REQUEST_TOKENS = (5, 17, 9, 30)
+ANSWER_TOKENS = 12
+# Between log-probabilities: below, either token is right in a batch, whose products round by their shape.
+CLOSE_CALL = 1e-3
+TOGETHER = "together"
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class FamilyRow:
         What is unusual about its experts.
     rerouting : str
         The routing rules of its layers, or `EXACT_ONLY`.
+    requests : str
+        `TOGETHER` where they share a batch, else why they run one at a time.
     refused : str
         Why it cannot be served; empty if it is served, and then it is exact.
     """
@@ -54,14 +65,16 @@ class FamilyRow:
     on_disk: str = ""
     layout: tuple[str, ...] = ()
     rerouting: str = ""
+    requests: str = ""
     refused: str = ""
 
-    def cells(self) -> tuple[str, str, str, str, str]:
-        """Return what a table shows: model type, class, experts on disk, exactness, rerouting or refusal."""
+    def cells(self) -> tuple[str, ...]:
+        """Return what a table shows: model type, class, experts on disk, exactness, rerouting or refusal, requests."""
         if self.refused:
-            return self.model_type, self.model_class, "", "refused", self.refused
+            return self.model_type, self.model_class, "", "refused", self.refused, ""
         on_disk = ", ".join((self.on_disk, *self.layout))
-        return self.model_type, self.model_class, on_disk, "exact", self.rerouting
+        together = TOGETHER if self.requests == TOGETHER else f"one at a time: {self.requests}"
+        return self.model_type, self.model_class, on_disk, "exact", self.rerouting, together
 
 
 def prove(model_type: str, folder: Path) -> FamilyRow:
@@ -70,7 +83,8 @@ def prove(model_type: str, folder: Path) -> FamilyRow:
     Raises
     ------
     ExperimentError
-        When the family is served but not exactly, or rerouted other than its rule says.
+        When the family is served but not exactly, rerouted other than its rule says, or simultaneous requests get other
+        answers than alone.
     UnsupportedFamilyError, CheckpointError
         When it is refused.
     """
@@ -85,6 +99,7 @@ def prove(model_type: str, folder: Path) -> FamilyRow:
             raise ExperimentError(f"{model_type}: logits at tolerance 0 are not those of stock transformers")
         if not counters.evictions:
             raise ExperimentError(f"{model_type}: the prompt asked for too few experts to prove anything")
+        requests = _check_requests(engine, stock, model_type)
         rules = _check_rules(engine, model_type)
         on_disk, layout = _on_disk(engine.index), _layout(engine)
     try:
@@ -100,7 +115,7 @@ def prove(model_type: str, folder: Path) -> FamilyRow:
             raise ExperimentError(
                 f"{model_type}: rerouting at tolerance 1 does not work ({rules}, {rerouted} reroutes)"
             )
-    return FamilyRow(model_type, model_class.__name__, on_disk, layout, rules)
+    return FamilyRow(model_type, model_class.__name__, on_disk, layout, rules, requests)
 
 
 def recorded() -> tuple[FamilyRow, ...]:
@@ -126,16 +141,17 @@ def as_markdown(rows: tuple[FamilyRow, ...]) -> str:
         f"Of {len(rows)} model types with routed experts in transformers, {len(served)} are served bit-identically at "
         f"tolerance 0, {len(rerouted)} of them can be rerouted, and {len(rows) - len(served)} are refused. Each row is "
         "proven by `tests/test_families.py` on a tiny random checkpoint that transformers itself wrote: prefill and a "
-        "decode step with a KV cache in float32, slots for 30% of the experts, and the routing rule compared with the "
-        "family's own router. `emoe models --check TYPE` repeats the proof; this file is `emoe models --markdown`.",
+        "decode step with a KV cache in float32, slots for 30% of the experts, the routing rule compared with the "
+        "family's own router, and four simultaneous requests with the answers of `generate`. `emoe models --check TYPE` repeats the proof; this file is `emoe models --markdown`.",
         "",
         '*Experts on disk*: "one by one" is a tensor for each expert, "fused" one for all experts of a layer. '
         "*Rerouting* names what weights are proportional to, and what is added: a correction of the choice (bias), a "
-        "factor per expert (scale), a limit to the best groups. A class for images or sound is served whole, as "
+        "factor per expert (scale), a limit to the best groups. *Requests* share a batch (together), or run one at a time, "
+        "which serving does by itself. A class for images or sound is served whole, as "
         "transformers loads it; the proof is of text.",
         "",
-        "| model type | class in transformers | experts on disk | tolerance 0 | rerouting |",
-        "|---|---|---|---|---|",
+        "| model type | class in transformers | experts on disk | tolerance 0 | rerouting | requests |",
+        "|---|---|---|---|---|---|",
         *(f"| {' | '.join(row.cells())} |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
@@ -160,6 +176,47 @@ def _prefill_and_decode(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return first.logits, second.logits
 
 
+def _check_requests(engine: emoe_core.Engine, stock: Any, model_type: str) -> str:
+    """Compare the answers of simultaneous requests with stock's alone; return how requests run."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, (1, size), generator=generator) for size in REQUEST_TOKENS]
+    failures: dict[int, Exception] = {}
+    loop = ServingLoop(engine, make_scheduler("fcfs", None), BatchLimits(4, 4096), on_failure=failures.__setitem__)
+    for prompt in prompts:
+        loop.submit(prompt[0].tolist(), UNKNOWN, ANSWER_TOKENS)
+    answers = {answer.number: list(answer.token_ids) for answer in loop.run()}
+    for number, prompt in enumerate(prompts):
+        if number in failures:
+            raise ExperimentError(f"{model_type}: one of four requests failed: {failures[number]}")
+        expected, close = _greedy(stock, prompt)
+        differs = next((place for place in range(ANSWER_TOKENS) if answers[number][place] != expected[place]), None)
+        if differs is not None and (engine.one_at_a_time is not None or not close[differs]):
+            raise ExperimentError(
+                f"{model_type}: of four simultaneous requests, {number} gets another answer than alone"
+            )
+    return engine.one_at_a_time or TOGETHER
+
+
+def _greedy(stock: Any, prompt: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """Return the tokens of ``generate`` after a prompt [1, T], and where the second best was a close call."""
+    kept, stock.generation_config.eos_token_id = stock.generation_config.eos_token_id, None
+    try:
+        with torch.no_grad():
+            output = stock.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=ANSWER_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+    finally:
+        stock.generation_config.eos_token_id = kept
+    best = [logits[0].float().log_softmax(-1).topk(2).values for logits in output.logits]
+    return output.sequences[0, prompt.shape[1] :].tolist(), [bool(two[0] - two[1] < CLOSE_CALL) for two in best]
+
+
 def _check_rules(engine: emoe_core.Engine, model_type: str) -> str | None:
     """Compare rules with the routers on a new prompt; return the rules' names, None if a layer has none."""
     names, differing = set(), []
@@ -175,9 +232,9 @@ def _check_rules(engine: emoe_core.Engine, model_type: str) -> str | None:
 
         return asked
 
+    if not engine.reroutable:
+        return None
     for handle in handles:
-        if not handle.explained:
-            return None
         if handle.rule is not None:
             names.add(handle.rule.name)
             handle.watch = compare(handle)

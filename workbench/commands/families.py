@@ -38,7 +38,7 @@ def models(
         typer.echo(as_markdown(rows), nl=False)
         return
     table = Table()
-    for column in ("model type", "class in transformers", "experts on disk", "tolerance 0", "rerouting"):
+    for column in ("model type", "class in transformers", "experts on disk", "tolerance 0", "rerouting", "requests"):
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row.cells())

@@ -162,6 +162,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "step3p5": {"sliding_window": 16, "share_expert_dim": 16},
     "jetmoe": {"num_key_value_heads": 2, "kv_channels": 8},
     "qwen3_omni_moe": {"enable_audio_output": False},
+    # Its code reads it, its configuration class has no such field; published checkpoints bring it.
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 20},
     "muse_spark_audio": {"hidden_sizes": (8, 8, 16, 32), "depths": (1, 1, 1, 1)},
     "inkling_audio": {"mel_vocab_size": 8},
     "inkling_vision": {"patch_size": 8},

@@ -15,11 +15,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from emoe_core.costs import ServingCosts
 from emoe_core.engine import Engine
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, is_out_of_memory
 from emoe_core.metrics import Counters
 from emoe_core.sampling import Sampling
 from emoe_core.scheduler import BatchLimits, Objective, RequestTooLargeError, Scheduler
@@ -261,8 +259,7 @@ def _run_errand(errand: Callable[[], Any], outcome: Future[Any]) -> None:
 
 
 def _failure(error: Exception) -> ApiError:
-    # On the CPU, torch has no class of its own for this.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+    if is_out_of_memory(error):
         message = "this request ran out of memory and ended alone: shorten its prompt or answer, or serve fewer at once"
         return ApiError(500, message, "server_error", "out_of_memory")
     message = f"this request failed while it ran ({type(error).__name__}: {error}); others go on"

@@ -74,10 +74,10 @@ def answer_alone(engine: emoe_core.Engine, question: Question, ends: Collection[
     row = Row(request, numbers[0], question.prompt_ids, sampler, 0.0)
     try:
         with torch.no_grad():
-            row.tokens.append(batch.prefill(row))
-            batch.rows.append(row)
+            batch.prefill(row)
             while len(row.tokens) < question.max_tokens and row.tokens[-1] not in ends:
-                row.tokens += batch.step()
+                for error in batch.step().values():
+                    raise error
     finally:
         batch.abandon()
         batch.seat(())

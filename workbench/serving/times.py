@@ -154,8 +154,8 @@ def _steps(
 
 def _step(batch: RunningBatch) -> float:
     started = time.perf_counter()
-    for row, token in zip(batch.rows, batch.step(), strict=True):
-        row.tokens.append(token)
+    for error in batch.step().values():
+        raise error
     return time.perf_counter() - started
 
 
@@ -179,8 +179,7 @@ def _read(engine: emoe_core.Engine, batch: RunningBatch, row: Row, ids: Sequence
     """Run a prompt, whose row joins the batch; return its seconds. Choosing a token waits for the device."""
     row.prompt_ids = ids
     started = time.perf_counter()
-    row.tokens.append(batch.prefill(row))
-    batch.rows.append(row)
+    batch.prefill(row)
     return time.perf_counter() - started
 
 
