@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from .classifier import classify
 from .errors import OptionError, UnsupportedFamilyError
+from .generation_rules import embedded_tokens, end_tokens, require_known_tokens, require_served
 from .tasks import UNKNOWN
 from .text_stream import TextStream
 
@@ -118,7 +119,8 @@ def generate(
     Raises
     ------
     OptionError
-        No tokenizer, or counts below one.
+        No tokenizer, counts below one, a prompt with tokens that the model does not have, or a generation_config that
+        asks for what is not served (see `generation_rules`).
     """
     tokenizer = engine.tokenizer
     if tokenizer is None:
@@ -132,10 +134,13 @@ def generate(
         raise OptionError("prompts is one text: pass a list of prompts, even for one")
     if tasks is not None and len(tasks) != len(prompts):
         raise OptionError(f"{len(prompts)} prompts came with {len(tasks)} task types: give one each, or none")
+    require_served(engine)
     named = [task or classify(prompt) for prompt, task in zip(prompts, tasks or [None] * len(prompts), strict=True)]
     done: list[Generation] = []
     for start in range(0, len(prompts), batch_size):
         ids = [encode(tokenizer, prompt, chat) for prompt in prompts[start : start + batch_size]]
+        for row in ids:
+            require_known_tokens(engine, row)
         relay = None if on_token is None else (lambda row, text, first=start: on_token(first + row, text))
         done += _generate_batch(engine, tokenizer, ids, named[start : start + batch_size], max_new_tokens, relay)
     return done
@@ -167,6 +172,7 @@ def score(
     for place, (prompt, continuation) in enumerate(sequences):
         if not len(prompt) or not len(continuation):
             raise OptionError(f"sequence {place} needs at least one prompt token and one continuation token")
+        require_known_tokens(engine, [*prompt, *continuation])
         task = (tasks[place] if tasks is not None else None) or UNKNOWN
         started = time.perf_counter()
         ids = torch.tensor([[*prompt, *continuation]], device=engine.device)
@@ -213,7 +219,7 @@ def _generate_batch(
     started = time.perf_counter()
     width = max(len(row) for row in ids)
     ends = end_tokens(engine, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    pad = _pad_token(engine, tokenizer, ends)
     inputs = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=engine.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=engine.device)
     watch = TokenWatch(tokenizer, ends, on_token)
@@ -228,6 +234,7 @@ def _generate_batch(
                 do_sample=False,
                 pad_token_id=pad,
                 eos_token_id=sorted(ends) or None,
+                return_dict_in_generate=False,
                 stopping_criteria=StoppingCriteriaList([watch]),
             )
     finally:
@@ -280,17 +287,14 @@ class TokenWatch(StoppingCriteria):
             self._on_token(row, text)
 
 
+def _pad_token(engine: Engine, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> int:
+    """Return the tokenizer's padding, or another token where the model has no embedding of that: it is masked."""
+    known = embedded_tokens(engine)
+    return next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None and token < known), 0)
+
+
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
     for place, token in enumerate(tokens):
         if token in ends:
             return tokens[: place + 1]
     return tokens
-
-
-def end_tokens(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the token ids that end an answer: the generation config's, else the tokenizer's."""
-    config = engine.model.generation_config
-    declared = getattr(config, "eos_token_id", None) if config is not None else None
-    if declared is None:
-        declared = tokenizer.eos_token_id
-    return set() if declared is None else {declared} if isinstance(declared, int) else set(declared)

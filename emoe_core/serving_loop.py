@@ -28,14 +28,15 @@ turns bytes into such tokens. Padding to the longest row comes on top (`batch_ca
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .costs import ServingCosts
 from .errors import OptionError
+from .generation_rules import GenerationRules, require_known_tokens
 from .planner import DEFAULT_OUTPUT_TOKENS, RunningRequest
 from .running_batch import Row, RunningBatch
 from .sampling import Sampler, Sampling
@@ -85,6 +86,8 @@ class ServingLoop:
     ------
     CostsError
         When the costs are another model's.
+    OptionError
+        When the checkpoint's generation_config asks for what is not served.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class ServingLoop:
         self._queue = WaitingQueue()
         self._on_token = on_token
         self._on_failure = on_failure
+        self._rules = GenerationRules(engine)
         self._asked: dict[int, _Asked] = {}
         self._batch = RunningBatch(engine, on_pass, clock)
         self._submitted = 0
@@ -142,6 +146,7 @@ class ServingLoop:
         sampling: Sampling | None = None,
         ends: Callable[[int], bool] | None = None,
         to_limit: bool = False,
+        settings: Mapping[str, Any] | None = None,
     ) -> int:
         """Take a request; return its number.
 
@@ -163,11 +168,14 @@ class ServingLoop:
             Told each token; returns whether the answer ends with it.
         to_limit : bool
             Go on past the loop's stop tokens, to ``max_new_tokens``.
+        settings : mapping, optional
+            What it changes of the checkpoint's generation_config (see `generation_rules`).
 
         Raises
         ------
         OptionError
-            When the tolerance is out of range, or the family is served exactly only.
+            When the tolerance is out of range, the family is served exactly only, a token id has no embedding, or a
+            setting is refused.
         RequestTooLargeError
             When the request would not fit the batch's limits alone.
         """
@@ -175,6 +183,7 @@ class ServingLoop:
             raise OptionError(f"tolerance is {tolerance}: it must lie in [0, 1], 0 being exact")
         if tolerance and not self._engine.reroutable:
             raise OptionError(f"{self._engine.index.model_type} is served exactly only: leave tolerance out, or give 0")
+        require_known_tokens(self._engine, prompt_ids)
         if expected_output_tokens is None:
             profile = self._engine.control.profile
             known = None if profile is None else profile.expected_output_tokens(task, DEFAULT_OUTPUT_TOKENS)
@@ -184,8 +193,10 @@ class ServingLoop:
             self._submitted, task, came_s, len(prompt_ids), max_new_tokens, expected_output_tokens, objective
         )
         self._limits.require_fit(request)
+        processors = self._rules.processors(prompt_ids, max_new_tokens, settings)
+        sampler = Sampler(sampling, processors, prompt_ids, max_new_tokens)
         self._submitted += 1
-        self._asked[request.number] = _Asked(tuple(prompt_ids), tolerance, Sampler(sampling), ends, to_limit)
+        self._asked[request.number] = _Asked(tuple(prompt_ids), tolerance, sampler, ends, to_limit)
         self._queue.add(request)
         return request.number
 

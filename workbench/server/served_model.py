@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emoe_core.engine import Engine
 from emoe_core.errors import OptionError
-from emoe_core.generation import end_tokens
+from emoe_core.generation_rules import end_tokens
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import emoe_core
-from emoe_core.generation import end_tokens
+from emoe_core.generation_rules import GenerationRules, end_tokens
 from emoe_core.running_batch import Row, RunningBatch
-from emoe_core.sampling import Sampler, Sampling
+from emoe_core.sampling import Sampler
 from emoe_core.scheduler import ServiceRequest
 from emoe_core.serving_loop import NO_PROMISE
 from emoe_core.tasks import UNKNOWN
@@ -43,21 +44,21 @@ class Offline:
 class _CloseCalls(Sampler):
     """Chooses as a sampler does, and notes where it was a close call."""
 
-    def __init__(self, sampling: Sampling | None) -> None:
-        super().__init__(sampling)
+    def __init__(self, *of_sampler: Any) -> None:
+        super().__init__(*of_sampler)
         self.close: list[bool] = []
         self._noise = torch.Generator().manual_seed(0)
 
-    def choose(self, logits: torch.Tensor) -> int:
+    def _pick(self, logits: torch.Tensor) -> int:
         own = self._generator
         before = None if own is None else own.get_state()
-        chosen, others = super().choose(logits), set()
+        chosen, others = super()._pick(logits), set()
         after = None if own is None else own.get_state()
         for _ in range(TRIES):
             if own is not None and before is not None:
                 own.set_state(before)
             noise = ROUNDING * torch.randn(logits.shape, generator=self._noise)
-            others.add(super().choose(logits.float().cpu() + noise))
+            others.add(super()._pick(logits.float().cpu() + noise))
         if own is not None and after is not None:
             own.set_state(after)
         self.close.append(others != {chosen})
@@ -67,8 +68,9 @@ class _CloseCalls(Sampler):
 def answer_alone(engine: emoe_core.Engine, question: Question, ends: Collection[int]) -> Offline:
     """Answer one question in a batch of its own."""
     assert engine.tokenizer is not None
-    sampler, batch = _CloseCalls(question.sampling), RunningBatch(engine)
-    size = len(question.prompt_ids)
+    size, batch = len(question.prompt_ids), RunningBatch(engine)
+    processors = GenerationRules(engine).processors(question.prompt_ids, question.max_tokens)
+    sampler = _CloseCalls(question.sampling, processors, question.prompt_ids, question.max_tokens)
     numbers = engine.passes.admit_beside([UNKNOWN], [size])
     request = ServiceRequest(0, UNKNOWN, 0.0, size, question.max_tokens, 1.0, NO_PROMISE)
     row = Row(request, numbers[0], question.prompt_ids, sampler, 0.0)
