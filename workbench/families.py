@@ -1,8 +1,9 @@
 """What emoe does with each Mixture-of-Experts family: proven on a tiny random checkpoint, and recorded.
 
 `prove` is the proof: it writes a checkpoint of the family, loads it with stock transformers and through an engine that
-holds too few experts, and compares logits, and the answers of four simultaneous requests with ``generate``. The table that `emoe models` shows is a record of its answers
-(``families.json``), which the tests repeat family by family; it says nothing that a test does not.
+holds too few experts, and compares logits, and the answers of four simultaneous requests with ``generate``. The table
+that `emoe models` shows is a record of its answers (``families.json``), which the tests repeat family by family; it
+says nothing that a test does not.
 """
 
 from __future__ import annotations
@@ -142,13 +143,14 @@ def as_markdown(rows: tuple[FamilyRow, ...]) -> str:
         f"tolerance 0, {len(rerouted)} of them can be rerouted, and {len(rows) - len(served)} are refused. Each row is "
         "proven by `tests/test_families.py` on a tiny random checkpoint that transformers itself wrote: prefill and a "
         "decode step with a KV cache in float32, slots for 30% of the experts, the routing rule compared with the "
-        "family's own router, and four simultaneous requests with the answers of `generate`. `emoe models --check TYPE` repeats the proof; this file is `emoe models --markdown`.",
+        "family's own router, and four simultaneous requests with the answers of `generate`. "
+        "`emoe models --check TYPE` repeats the proof; this file is `emoe models --markdown`.",
         "",
         '*Experts on disk*: "one by one" is a tensor for each expert, "fused" one for all experts of a layer. '
         "*Rerouting* names what weights are proportional to, and what is added: a correction of the choice (bias), a "
-        "factor per expert (scale), a limit to the best groups. *Requests* share a batch (together), or run one at a time, "
-        "which serving does by itself. A class for images or sound is served whole, as "
-        "transformers loads it; the proof is of text.",
+        "factor per expert (scale), a limit to the best groups. *Requests* share a batch "
+        "(together), or run one at a time, which serving does by itself. A class for images or sound is served whole, "
+        "as transformers loads it; the proof is of text.",
         "",
         "| model type | class in transformers | experts on disk | tolerance 0 | rerouting | requests |",
         "|---|---|---|---|---|---|",
