@@ -243,5 +243,6 @@ def model_state(model: Any) -> str:
     folder = Path(str(model)).expanduser()
     if model is None or not (folder / "config.json").is_file():
         return ""
-    files = [(item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in sorted(folder.glob("*.safetensors"))]
+    weights = sorted(folder.rglob("*.safetensors*"))  # an index too: it says which files count
+    files = [(str(item.relative_to(folder)), item.stat().st_size, item.stat().st_mtime_ns) for item in weights]
     return hashlib.sha256((folder / "config.json").read_bytes() + json.dumps(files).encode()).hexdigest()
