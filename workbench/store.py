@@ -191,7 +191,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     if known.lifecycle_stage != "active":
         raise ExperimentError(
             f"the MLflow experiment {name!r} was deleted. Restore it in the MLflow UI, or remove it for good with "
-            f"`mlflow gc --backend-store-uri {'ADDRESS_OF_ITS_DATABASE' if server_uri() else shlex.quote(store_uri())}`."
+            f"`mlflow gc --backend-store-uri {'ITS_DATABASE' if server_uri() else shlex.quote(store_uri())}`."
         )
     return str(known.experiment_id)
 
