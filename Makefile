@@ -29,7 +29,7 @@ endif
 load: $(READY)
 	test -x .load/bin/guidellm || { $(PYTHON) -m venv .load && \
 	  .load/bin/pip install --quiet guidellm==0.8.1 $$(grep ^torch== constraints.txt); }
-	PATH=$(CURDIR)/.load/bin:$$PATH $(BIN)/python -m pytest -p no:xdist tests/test_load_generator.py
+	PATH="$$PWD/.load/bin:$$PATH" $(BIN)/python -m pytest -p no:xdist tests/test_load_generator.py
 
 docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict
@@ -41,11 +41,12 @@ lab: $(READY)
 # Notebooks and their Python files in notebooks/source hold the same cells. The notebook wins: which one is newer means
 # nothing after git has written both.
 pair: $(READY)
-	cd notebooks && $(CURDIR)/$(BIN)/jupytext --quiet --to source//py:percent *.ipynb
+	cd notebooks && ../$(BIN)/jupytext --quiet --to source//py:percent *.ipynb
 
 ui: $(READY)
 	@echo "Opens at http://127.0.0.1:5000; '$(BIN)/emoe report --hints' names the address of each sweep's runs, arranged."
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db
+	@command=$$($(BIN)/python -c 'from workbench.store import ui_command; print(ui_command())') && \
+	  printf '%s\n' "$$command" && eval "$$command"
 
 clean:
 	rm -rf .venv .load build dist reports .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -23,8 +23,9 @@ from emoe_core.dense import build_dense_model, meta_model
 from emoe_core.errors import CheckpointError, OptionError, UnsupportedFamilyError
 from emoe_core.int8 import SCALE, int8_layer, quantize
 from emoe_core.model_config import expert_count, find_model, read_config, top_k
-from emoe_core.shards import ALIGNMENT, Shard, TensorRef, find_shards, fingerprint
+from emoe_core.shards import ALIGNMENT, Shard, TensorRef, fingerprint, tensors_by_name
 from emoe_core.undecorated import adapter_of
+from emoe_core.weight_files import find_shards
 
 PARAM_ALIGN_BYTES = ALIGNMENT
 RECORD_ALIGN_BYTES = 4096
@@ -135,8 +136,8 @@ class CheckpointIndex:
         return any(source.fused for source in self._sources.values())
 
     def source_mtimes(self) -> dict[str, int]:
-        """Return each shard's modification time in nanoseconds, by file name, as it was when the index was made."""
-        return {shard.file.name: shard.mtime_ns for shard in self.shards}
+        """Return each shard's modification time in nanoseconds, by its name, as it was when the index was made."""
+        return {shard.name: shard.mtime_ns for shard in self.shards}
 
     def build_model(
         self,
@@ -187,7 +188,7 @@ def open_checkpoint(path: str | Path, dtype: str | torch.dtype = "auto") -> Chec
     requested = parse_dtype(dtype)
     folder = find_model(path)
     config = read_config(folder)
-    shards, metadata = find_shards(folder)
+    shards, metadata = find_shards(folder, getattr(config, "transformers_weights", None))
     config, resolved = _get_dtype(
         requested, [str(shard.file) for shard in shards], config, metadata or None, None, True
     )
@@ -199,8 +200,7 @@ def open_checkpoint(path: str | Path, dtype: str | torch.dtype = "auto") -> Chec
     expert_params = {
         f"{name}.{key}": parameter for name, params in modules.items() for key, parameter in params.items()
     }
-    refs = [ref for shard in shards for ref in shard.tensors]
-    sources, dense = match_sources(model, refs, expert_params, resolved)
+    sources, dense = match_sources(model, tensors_by_name(shards).values(), expert_params, resolved)
     layers = tuple(_layer(index, name, params, sources) for index, (name, params) in enumerate(modules.items()))
     return CheckpointIndex(
         path=folder,

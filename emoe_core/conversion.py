@@ -164,7 +164,10 @@ def match_sources(
         if target not in names and ref.name in names:
             target, pattern = rename_source_key(ref.name, [], [], model.base_model_prefix, names)
         if target in expert_params:
-            collected.setdefault(target, {}).setdefault(pattern or "", []).append(ref)
+            found = collected.setdefault(target, {})
+            # Of a stacked tensor under several names the stock loader takes the first.
+            if "" not in found:
+                found.setdefault(pattern or "", []).append(ref)
         else:
             others[ref.name] = ref
     converter_of = {name: _converter(found, by_pattern) for name, found in collected.items()}

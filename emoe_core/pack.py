@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,7 +193,9 @@ def _same_files(pack: Pack, index: CheckpointIndex) -> bool:
 
 
 def _remember(pack: Pack, index: CheckpointIndex) -> None:
-    _seen_file(pack.path).write_text(json.dumps(index.source_mtimes()))
+    # Where that cannot be written, the next load compares again.
+    with suppress(OSError):
+        _seen_file(pack.path).write_text(json.dumps(index.source_mtimes()))
 
 
 def _round_up(value: int) -> int:

@@ -1,9 +1,9 @@
-"""The safetensors files of a checkpoint: which there are, where each tensor's bytes lie, and whether a file is whole.
+"""The safetensors files of a checkpoint: where each tensor's bytes lie, and whether a file is whole.
 
 A *shard* is one safetensors file: eight bytes with the header's length, a JSON header, then the tensors' bytes. Tensors
 are read with plain reads into memory of their own, never through a mapping of the file: a mapped file would count
-towards the process's resident memory, which this project measures. Only safetensors is read; formats that can carry
-code (pickled ``*.bin``) are refused.
+towards the process's resident memory, which this project measures. Which files of a directory count is the matter of
+`emoe_core.weight_files`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,11 @@ from types import EllipsisType
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 
 from emoe_core.errors import CheckpointError
-from emoe_core.json_file import parse, read_text
+from emoe_core.json_file import parse
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 << 20
-MAX_NAME = 255
 SAMPLES_PER_SHARD = 64
 SAMPLE_BYTES = 4096
 # A cache line, and the widest vector of current processors.
@@ -120,8 +116,9 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file, with its tensors in the file's order."""
+    """One safetensors file, with its tensors in the file's order; ``name`` is its path within the checkpoint."""
 
+    name: str
     file: Path
     size_bytes: int
     mtime_ns: int
@@ -130,74 +127,24 @@ class Shard:
     tensors: tuple[TensorRef, ...]
 
 
-def find_shards(folder: Path) -> tuple[tuple[Shard, ...], dict[str, object]]:
-    """Return the shards of a checkpoint directory and the index file's metadata (empty for a single file).
+def read_shard(file: Path, name: str | None = None) -> Shard:
+    """Read and check one safetensors header; the tensors' bytes are not read. ``name``: see `Shard`.
 
     Raises
     ------
     CheckpointError
-        When there is no safetensors weight file, a shard is missing, or a file is truncated or malformed.
+        When the file cannot be read, its header is malformed or its size is not what the header says.
     """
-    index_file = folder / INDEX_NAME
-    if index_file.is_file():
-        return _sharded(folder, index_file)
-    if (folder / SINGLE_NAME).is_file():
-        return (read_shard(folder / SINGLE_NAME),), {}
-    pickled = sorted(entry.name for entry in folder.glob("*.bin"))
-    if pickled:
-        raise CheckpointError(
-            f"{folder} holds only pickled weights ({pickled[0]}): unpickling can run code, so emoe reads safetensors "
-            f"only. Load the model once with transformers and save it again with save_pretrained()."
-        )
-    raise CheckpointError(
-        f"{folder} has a configuration but no weights: expected {SINGLE_NAME} or {INDEX_NAME}. Fetch the model again."
-    )
-
-
-def _sharded(folder: Path, index_file: Path) -> tuple[tuple[Shard, ...], dict[str, object]]:
     try:
-        index = parse(read_text(index_file))
-        weight_map = TypeAdapter(dict[str, str]).validate_python(index["weight_map"], strict=True)
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{index_file} is not a safetensors index ({error!r:.200}). Fetch it again.") from error
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        # The name alone counts: a link of that name may lead elsewhere, as all files of the hub's own cache do.
-        if Path(name).name != name or name in ("", ".", "..") or len(name) > MAX_NAME or "\0" in name:
-            raise CheckpointError(f"{index_file} names a file outside its directory: {name!r:.300}. Refused.")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of {len(names)} shards named in {INDEX_NAME}: {', '.join(missing[:3])}. "
-            f"Fetch the missing files."
-        )
-    shards = tuple(read_shard(folder / name) for name in names)
-    present = {ref.name: shard.file.name for shard in shards for ref in shard.tensors}
-    lost = [key for key, name in weight_map.items() if present.get(key) != name]
-    if lost:
-        raise CheckpointError(
-            f"{len(lost)} tensors named in {index_file} are not in their shard, the first is {lost[0]!r} in "
-            f"{weight_map[lost[0]]}. The index and the shards belong to different checkpoints; fetch both again."
-        )
-    metadata = index.get("metadata")
-    return shards, metadata if isinstance(metadata, dict) else {}
-
-
-def read_shard(file: Path) -> Shard:
-    """Read and check one safetensors header; the tensors' bytes are not read.
-
-    Raises
-    ------
-    CheckpointError
-        When the header is malformed or the file's size is not what the header says.
-    """
-    stat = file.stat()
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, max(stat.st_size - 8, 0)):
-            raise CheckpointError(f"{file} is no safetensors file or is truncated in its header. Fetch it again.")
-        header = stream.read(length)
+        stat = file.stat()
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, max(stat.st_size - 8, 0)):
+                raise CheckpointError(f"{file} is no safetensors file or is truncated in its header. Fetch it again.")
+            header = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     data_offset = 8 + length
     try:
         entries = parse(header)
@@ -211,7 +158,7 @@ def read_shard(file: Path) -> Shard:
             f"{file} is truncated or altered: its header describes {data_offset + end:,} bytes, the file has "
             f"{stat.st_size:,}. Fetch it again."
         )
-    return Shard(file, stat.st_size, stat.st_mtime_ns, data_offset, header, tensors)
+    return Shard(name or file.name, file, stat.st_size, stat.st_mtime_ns, data_offset, header, tensors)
 
 
 def _tensor(name: str, file: Path, data_offset: int, entry: Any) -> TensorRef:
@@ -242,6 +189,11 @@ def _end_bytes(tensors: tuple[TensorRef, ...], data_offset: int) -> int:
     return end - data_offset
 
 
+def tensors_by_name(shards: tuple[Shard, ...]) -> dict[str, TensorRef]:
+    """Return every tensor once; where several shards hold one name the last counts, as in stock transformers."""
+    return {ref.name: ref for shard in shards for ref in shard.tensors}
+
+
 def fingerprint(shards: tuple[Shard, ...]) -> str:
     """Return a SHA-256 that names the weights: every shard's name, size, header, and samples of its bytes.
 
@@ -251,7 +203,7 @@ def fingerprint(shards: tuple[Shard, ...]) -> str:
     """
     digest = hashlib.sha256()
     for shard in shards:
-        digest.update(f"{shard.file.name}\0{shard.size_bytes}\0{len(shard.header)}\0".encode())
+        digest.update(f"{shard.name}\0{shard.size_bytes}\0{len(shard.header)}\0".encode())
         digest.update(shard.header)
         span = shard.size_bytes - shard.data_offset_bytes
         with shard.file.open("rb", buffering=0) as stream:

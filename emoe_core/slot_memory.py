@@ -114,8 +114,7 @@ class SlotMemory:
 
     def close(self) -> None:
         """Free the slots and the staging memory; no thread may still write. Idempotent."""
-        for buffer in self._pinned:
-            unpin(buffer)
-        self._pinned.clear()
+        while self._pinned:
+            unpin(self._pinned.pop())
         self._views.clear()
         self._memory = torch.empty(0, dtype=torch.uint8)

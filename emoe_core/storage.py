@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from io import FileIO
 from typing import Literal, Protocol
 
 import torch
@@ -142,12 +143,13 @@ class PackedFile(_Checked):
         super().__init__(pack, verify)
         self.direct = False
         self.fallback_reason: str | None = None
-        self._fd = -1
+        # A file object, not its number: whatever cuts the opening short, the file closes with its owner.
+        self._file: FileIO | None = None
         if direct:
-            self._fd, self.fallback_reason = open_direct(self.pack.path)
-            self.direct = self._fd >= 0
-        if self._fd < 0:
-            self._fd = self._open()
+            self._file, self.fallback_reason = open_direct(self.pack.path)
+            self.direct = self._file is not None
+        if self._file is None:
+            self._file = self._open()
 
     @property
     def description(self) -> str:
@@ -161,11 +163,13 @@ class PackedFile(_Checked):
             raise ValueError("direct reads need page-aligned memory: make the buffer with aligned_buffer()")
         packed = self.pack.layers[layer]
         offset = packed.record_offset(expert)
+        assert self._file is not None
+        descriptor = self._file.fileno()
         done = 0
         while done < len(view):
             # After a short direct read the rest may start off a page, which O_DIRECT refuses: step back to the page.
             done -= done % PAGE_BYTES if self.direct else 0
-            got = os.preadv(self._fd, [view[done:]], offset + done)
+            got = os.preadv(descriptor, [view[done:]], offset + done)
             if got == 0 or (self.direct and got < PAGE_BYTES and done + got < len(view)):
                 raise truncated(self.pack.path, packed.spec, expert)
             done += got
@@ -173,13 +177,12 @@ class PackedFile(_Checked):
 
     def close(self) -> None:
         self._closed = True
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._file is not None:
+            self._file.close()
 
-    def _open(self) -> int:
+    def _open(self) -> FileIO:
         try:
-            return os.open(self.pack.path, os.O_RDONLY | os.O_CLOEXEC)
+            return FileIO(self.pack.path)
         except OSError as error:
             raise PackError(f"cannot open the pack {self.pack.path}: {error.strerror}") from error
 
@@ -194,13 +197,15 @@ class HostMemory(_Checked):
         self, pack: Pack, pin: bool = False, verify: Verify = "first", progress: Progress | None = None
     ) -> None:
         super().__init__(pack, verify)
-        self.pinned = pin
+        self.pinned = False
+        self._memory = torch.empty(0, dtype=torch.uint8)
         sizes = [layer.spec.num_experts * layer.spec.record_bytes for layer in pack.layers]
         self._starts = [sum(sizes[:layer]) for layer in range(len(sizes))]
-        self._memory = aligned_buffer(sum(sizes), pin)
         source = PackedFile(pack, verify="never" if verify == "never" else "first")
         total = sum(layer.spec.num_experts for layer in pack.layers)
         try:
+            self._memory = aligned_buffer(sum(sizes), pin)
+            self.pinned = pin
             done = 0
             for layer, packed in enumerate(pack.layers):
                 for expert in range(packed.spec.num_experts):

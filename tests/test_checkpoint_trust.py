@@ -127,13 +127,23 @@ def test_a_model_laid_out_as_in_the_hubs_cache_loads(tmp_path: Path) -> None:
         assert engine.generate(["x"], max_new_tokens=1)[0].token_ids
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "..", "", "x\0", "x" * 300])
-def test_a_shard_is_named_in_its_own_folder(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *(
+            (name, "outside its directory")
+            for name in ("../x.safetensors", "/x.safetensors", "a/../../x.safetensors", "..")
+        ),
+        *((name, "no safetensors file") for name in ("", ".", "x.bin", "x\0")),
+        *((name, "lacks 1 of 1") for name in ("a/x.safetensors", "\0.safetensors", f"{'é' * 250}.safetensors")),
+    ],
+)
+def test_a_shard_is_a_safetensors_file_in_its_own_folder(tmp_path: Path, name: str, reason: str) -> None:
     model = tiny_moe(tmp_path / "model", max_shard_size="300KB")
     index = model / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     edit(index, weight_map=dict.fromkeys(weight_map, name))
-    with pytest.raises(CheckpointError, match="outside its directory"):
+    with pytest.raises(CheckpointError, match=reason):
         open_checkpoint(model)
 
 

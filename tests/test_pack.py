@@ -152,6 +152,15 @@ def test_a_copied_checkpoint_is_compared_once_and_keeps_its_pack(index: Checkpoi
     assert compared == []
 
 
+def test_a_pack_serves_though_nothing_can_be_remembered_beside_it(index: CheckpointIndex, tmp_path: Path) -> None:
+    file = ensure_pack(index, tmp_path / "cache").path
+    file.with_suffix(".seen.json").mkdir()
+    (shard,) = index.shards
+    os.utime(shard.file, ns=(shard.mtime_ns + 1, shard.mtime_ns + 1))
+    for _ in range(2):
+        assert ensure_pack(open_checkpoint(index.path), tmp_path / "cache").path == file
+
+
 def test_an_expert_altered_in_place_is_noticed_though_the_fingerprint_misses_it(
     index: CheckpointIndex, tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ def test_a_truncated_pack_fails_one_request_and_the_server_goes_on(tmp_path: Pat
 def test_a_disk_that_cannot_be_read_fails_one_request_and_the_server_goes_on(model: Path) -> None:
     with serving(model, predictor=None) as service:
         expected = service.complete().choices[0].text
-        with unreadable(service.engine.loader.storage._fd):
+        with unreadable(service.engine.loader.storage._file.fileno()):
             with pytest.raises(openai.InternalServerError, match="this request failed"):
                 service.complete(OTHER)
             # Who needs nothing from the disk is served meanwhile.

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from emoe_core.direct_io import open_direct
@@ -75,17 +76,17 @@ def measure_disk(
         descriptor, name = tempfile.mkstemp(prefix=".emoe-disk-", dir=folder)
     except OSError as error:
         return DiskSpeed(False, 0, None, f"no file can be made there: {error.strerror}")
-    reader, reason = -1, None
+    reader: FileIO | None = None
     try:
         try:
             reader, reason = open_direct(name)
         finally:
             Path(name).unlink()
         written = _write(descriptor, pieces, max_seconds, clock, report)
-        direct, done, spent_s = reason is None, 0, 0.0
-        if direct:
+        direct, done, spent_s = reader is not None, 0, 0.0
+        if reader is not None:
             try:
-                done, spent_s = _read(reader, written, max_seconds, clock, report)
+                done, spent_s = _read(reader.fileno(), written, max_seconds, clock, report)
             except OSError as error:  # some file systems accept the flag and refuse the read
                 direct, reason = False, f"the file system refuses direct reads: {error.strerror}"
         if not direct:
@@ -95,8 +96,8 @@ def measure_disk(
         return DiskSpeed(False, 0, None, f"the measurement failed: {error.strerror}")
     finally:
         os.close(descriptor)
-        if reader >= 0:
-            os.close(reader)
+        if reader is not None:
+            reader.close()
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from emoe_core.cache import cache_dir
@@ -31,7 +32,8 @@ def stored_predictor(checkpoint: str | Path, variant: str = "A") -> Path:
     path = predictor_path(open_checkpoint(checkpoint).source_hash, variant)
     if not path.exists():
         raise PredictorError(
-            f"{checkpoint} has no trained predictor yet: train one with `emoe predictor train {checkpoint}`"
+            f"{checkpoint} has no trained predictor yet: train one with "
+            f"`emoe predictor train {shlex.quote(str(checkpoint))}`"
         )
     return path
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -303,4 +304,6 @@ def stored_profile(checkpoint: str | Path) -> Profile:
             profile = Profile.load(path)
             if profile.model_hash == model_hash:
                 return profile
-    raise DataError(f"{checkpoint} has no task profile yet: measure one with `emoe profile {checkpoint}`")
+    raise DataError(
+        f"{checkpoint} has no task profile yet: measure one with `emoe profile {shlex.quote(str(checkpoint))}`"
+    )

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,10 +81,11 @@ def ui_command() -> str:
     runs itself.
     """
     if server := server_uri():
-        return f"open {server}"
+        return shlex.join(["open", server])
     beside = Path(sys.executable).with_name("mlflow")
-    program = beside if beside.exists() else "mlflow"
-    return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program} ui --backend-store-uri {store_uri()}"
+    program = str(beside) if beside.exists() else "mlflow"
+    words = [program, "ui", "--backend-store-uri", store_uri()]
+    return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.join(words)}"
 
 
 @contextlib.contextmanager
@@ -189,7 +191,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     if known.lifecycle_stage != "active":
         raise ExperimentError(
             f"the MLflow experiment {name!r} was deleted. Restore it in the MLflow UI, or remove it for good with "
-            f"`mlflow gc --backend-store-uri {'the address of its database' if server_uri() else store_uri()}`."
+            f"`mlflow gc --backend-store-uri {'ITS_DATABASE' if server_uri() else shlex.quote(store_uri())}`."
         )
     return str(known.experiment_id)
 

@@ -17,8 +17,10 @@ from typing import Any
 from emoe_core.errors import ExperimentError
 from emoe_core.json_file import parse, read_text
 from workbench.store import project_root
+from workbench.yaml_file import unquoted
 
 CHECKED_TYPES = {"bool", "int", "float", "str", "list", "None"}
+SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,15 @@ class Parameter:
             return names if names <= CHECKED_TYPES else set()
         default = self.literal()
         return set() if default is None else {type(default).__name__}
+
+    def meant(self, value: Any) -> Any:
+        """Return a value as the parameter takes it, where a file can say it in another type: yes, or 1e3 for 1000."""
+        allowed = self.type_names()
+        if isinstance(value, str) and "bool" in allowed and "str" not in allowed:
+            return SWITCHES.get(value.lower(), value)
+        if isinstance(value, float) and value.is_integer() and "int" in allowed and "float" not in allowed:
+            return int(value)
+        return value
 
     def literal(self) -> Any:
         """Return the default's value, None when it is not a literal."""
@@ -94,12 +105,26 @@ def check_parameter(notebook: Path, known: dict[str, Parameter], name: str, valu
     allowed = known[name].type_names()
     if not allowed:
         return
-    given = "None" if value is None else type(value).__name__
-    if given not in allowed and not (given == "int" and "float" in allowed):
-        raise ExperimentError(
-            f"{notebook.name}: parameter {name!r} is {value!r} ({given}), but takes {' or '.join(sorted(allowed))} "
-            f"(default {known[name].default})."
-        )
+    if _takes(allowed, value):
+        return
+    hint = ""
+    if isinstance(value, str) and _takes(allowed, unquoted(value)):
+        hint = "; write it without quotes"
+    elif "str" in allowed and isinstance(value, bool | int | float):
+        hint = "; to give it as a text, write it in quotes"
+    raise ExperimentError(
+        f"{notebook.name}: parameter {name!r} is {value!r} ({_type_name(value)}), but takes "
+        f"{' or '.join(sorted(allowed))} (default {known[name].default}){hint}."
+    )
+
+
+def _takes(allowed: set[str], value: Any) -> bool:
+    given = _type_name(value)
+    return given in allowed or (given == "int" and "float" in allowed)
+
+
+def _type_name(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 def read_notebook(notebook: Path) -> dict[str, Any]:

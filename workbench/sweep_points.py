@@ -15,14 +15,14 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
 from workbench.models import EMBEDDED
 from workbench.sweep_file import SweepSource
-from workbench.sweep_notebook import check_parameter, find_notebook, notebook_parameters, source_hash
+from workbench.sweep_notebook import Parameter, check_parameter, find_notebook, notebook_parameters, source_hash
 from workbench.sweep_schema import Needs, Range, Scalar, Search, Stage, Values
 from workbench.sweep_values import check_value
 
@@ -136,12 +136,13 @@ def plan_stages(sweep: SweepSource, beside: Path | None = None) -> list[StagePla
         With file and line, when a notebook is missing or does not take a parameter or its value.
     """
     plans, first = [], 0
-    for number, stage in enumerate(sweep.file.stages):
+    for number, written in enumerate(sweep.file.stages):
         try:
-            notebook = find_notebook(stage.notebook, beside)
+            notebook = find_notebook(written.notebook, beside)
             known = notebook_parameters(notebook)
         except ExperimentError as error:
             raise ExperimentError(f"{sweep.source.place('stages', number, 'notebook')}: {error}") from None
+        stage = written.read_by(partial(meant, known))
         for keys, name, value in settings(stage):
             try:
                 check_parameter(notebook, known, name, value)
@@ -154,6 +155,11 @@ def plan_stages(sweep: SweepSource, beside: Path | None = None) -> list[StagePla
         first += stage.search.runs if plan.study and stage.search else len(plan.points)
     check_points(sweep.file.name, plans)
     return plans
+
+
+def meant(known: dict[str, Parameter], name: str, value: Any) -> Any:
+    """Return a value as the notebook's parameter of this name takes it; as it is where there is none."""
+    return known[name].meant(value) if name in known else value
 
 
 def settings(stage: Stage) -> Iterator[tuple[tuple[str, ...], str, Any]]:
@@ -243,5 +249,6 @@ def model_state(model: Any) -> str:
     folder = Path(str(model)).expanduser()
     if model is None or not (folder / "config.json").is_file():
         return ""
-    files = [(item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in sorted(folder.glob("*.safetensors"))]
+    weights = sorted(folder.rglob("*.safetensors*"))  # an index too: it says which files count
+    files = [(str(item.relative_to(folder)), item.stat().st_size, item.stat().st_mtime_ns) for item in weights]
     return hashlib.sha256((folder / "config.json").read_bytes() + json.dumps(files).encode()).hexdigest()

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -106,7 +107,7 @@ class Range(Strict):
     low: int | float
     high: int | float
     step: int | float | None = Field(default=None, gt=0)
-    log: bool = False
+    log: bool = Field(default=False, strict=False)  # yes and on are texts in YAML
     suffix: str = ""
 
     @model_validator(mode="after")
@@ -198,6 +199,28 @@ class Stage(Strict):
             if unknown:
                 raise ValueError(f"{key} names parameters that the stage does not set: {', '.join(unknown)}")
         return self
+
+    def read_by(self, meant: Callable[[str, Any], Any]) -> Stage:
+        """Return the stage with every value of a parameter as ``meant(parameter, value)`` has it."""
+
+        def each(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: meant(name, value) for name, value in values.items()}
+
+        changes: dict[str, Any] = {
+            "fixed": each(self.fixed),
+            "grid": {name: [meant(name, value) for value in values] for name, values in self.grid.items()},
+            "exclude": [each(entry) for entry in self.exclude],
+            "needs_where": [item.model_copy(update={"where": each(item.where)}) for item in self.needs_where],
+        }
+        if self.search:
+            space = {
+                name: axis.model_copy(update={"values": [meant(name, value) for value in axis.values]})
+                if isinstance(axis, Values)
+                else axis
+                for name, axis in self.search.space.items()
+            }
+            changes["search"] = self.search.model_copy(update={"space": space})
+        return self.model_copy(update=changes)
 
     def excludes(self, parameters: dict[str, Any]) -> bool:
         """Say whether a point with these parameters is left out."""

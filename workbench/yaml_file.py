@@ -1,9 +1,14 @@
-"""Reading YAML files that others may have written: plain data, and no more of it than the file's size suggests."""
+"""Reading YAML files that others may have written: plain data, and no more of it than the file's size suggests.
+
+Unquoted scalars are those of YAML 1.2's core schema, with underscores between digits. PyYAML reads YAML 1.1, where
+``1e-3`` is a text, ``010`` eight, ``1:30`` ninety, ``no`` false and ``2024-01-31`` a date.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -11,6 +16,40 @@ from emoe_core.errors import ExperimentError
 
 MAX_BYTES = 1 << 16
 MAX_VALUES = 100_000
+
+
+class CoreLoader(yaml.SafeLoader):
+    """PyYAML's safe loader with the core schema of YAML 1.2."""
+
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+
+    def whole_number(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node)).replace("_", "")
+        return int(text, 0 if text[:2] in ("0x", "0o") else 10)
+
+
+_TAG = "tag:yaml.org,2002:"
+_DIGITS = "[0-9][0-9_]*"
+_POINTED = rf"(?:\.{_DIGITS}|{_DIGITS}(?:\.[0-9_]*)?)"
+_SCALARS = {
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": rf"[-+]?{_POINTED}(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    "merge": "<<",
+}
+for _kind, _pattern in _SCALARS.items():  # the first that fits counts
+    CoreLoader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(rf"(?:{_pattern})\Z"), None)
+CoreLoader.add_constructor(f"{_TAG}int", CoreLoader.whole_number)
+
+
+def unquoted(text: str) -> Any:
+    """Return what a text means to YAML where no quotes stand around it; itself when that is no single value."""
+    tag = CoreLoader("").resolve(yaml.ScalarNode, text, (True, False))
+    try:
+        return CoreLoader("").construct_object(yaml.ScalarNode(tag, text))
+    except (ValueError, yaml.YAMLError):
+        return text
 
 
 def read_yaml(path: Path) -> Any:
@@ -25,7 +64,7 @@ def read_yaml(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it is longer than {MAX_BYTES:,} bytes, and no sweep file is")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), CoreLoader)
         if _values(content, {}) > MAX_VALUES:
             raise ValueError(f"its aliases stand for more than {MAX_VALUES:,} values")
     except Exception as error:  # ill-formed dates, numbers and depths raise several types beside YAMLError

@@ -25,7 +25,7 @@ import torch
 from emoe_core.cache import cache_dir
 from emoe_core.checkpoint import CheckpointIndex, MoeLayer
 from emoe_core.errors import DataError, UnsupportedFamilyError
-from emoe_core.shards import TensorRef, byte_view
+from emoe_core.shards import TensorRef, byte_view, tensors_by_name
 
 ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "mixtral": "llama"}
 _KINDS = {
@@ -194,21 +194,19 @@ def _write_metadata(writer: gguf.GGUFWriter, index: CheckpointIndex, architectur
 
 
 def _dense_entries(index: CheckpointIndex) -> Iterator[_Entry]:
-    experts = {tensor.name for shard in index.shards for tensor in shard.tensors if ".experts." in tensor.name}
-    for shard in index.shards:
-        for tensor in shard.tensors:
-            if tensor.name in experts:
-                continue
-            module, _, kind = tensor.name.rpartition(".")
-            name = f"{_gguf_name(module, index)}.{kind}"
-            shape = tuple(tensor.shape)
-            full = len(shape) == 1 or name.endswith(_FULL_PRECISION)
-            yield _Entry(
-                name,
-                shape,
-                torch.float32 if full else index.dtype,
-                partial(_dense_piece, index, tensor, module),
-            )
+    for tensor in tensors_by_name(index.shards).values():
+        if ".experts." in tensor.name:
+            continue
+        module, _, kind = tensor.name.rpartition(".")
+        name = f"{_gguf_name(module, index)}.{kind}"
+        shape = tuple(tensor.shape)
+        full = len(shape) == 1 or name.endswith(_FULL_PRECISION)
+        yield _Entry(
+            name,
+            shape,
+            torch.float32 if full else index.dtype,
+            partial(_dense_piece, index, tensor, module),
+        )
 
 
 def _gguf_name(module: str, index: CheckpointIndex) -> str:

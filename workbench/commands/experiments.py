@@ -50,7 +50,7 @@ def sweep(
     result = run_sweep(file, fresh=fresh, jobs=jobs, take_over=take_over, console=console, executor=place)
     console.print(_summary(result))
     experiment = open_store().get_run(result.parent_run_id).info.experiment_id
-    console.print(f"Look at the runs: [bold]{ui_command()}[/]\nthen {_view(experiment)}", soft_wrap=True)
+    console.print(f"Look at the runs: [bold]{escape(ui_command())}[/]\nthen {_view(experiment)}", soft_wrap=True)
     raise typer.Exit(result.exit_code)
 
 
@@ -76,7 +76,7 @@ def report(
     console.print(f"Report:      [bold]{escape(str(path))}[/]")
     if hints:
         console.print("Notebooks:   [bold]make lab[/]  (.venv/bin/jupyter lab notebooks)")
-        console.print(f"MLflow runs: [bold]make ui[/]   ({ui_command()})")
+        console.print(f"MLflow runs: [bold]make ui[/]   ({escape(ui_command())})")
         for name, experiment in _sweeps(sweep):
             console.print(f"             {escape(name)}: {_view(experiment)}")
 

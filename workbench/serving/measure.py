@@ -11,6 +11,7 @@ Times on a busy machine are wrong; the file records how busy it was.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,7 +145,9 @@ def stored_costs(checkpoint: str | Path) -> ServingCosts:
         costs = ServingCosts.load(path)
         if costs.model_hash == model_hash:
             return costs
-    raise DataError(f"{checkpoint} has no serving costs yet: measure them with `emoe costs {checkpoint}`")
+    raise DataError(
+        f"{checkpoint} has no serving costs yet: measure them with `emoe costs {shlex.quote(str(checkpoint))}`"
+    )
 
 
 def _settings(config: CostsConfig, engine: emoe_core.Engine) -> dict[str, Any]:

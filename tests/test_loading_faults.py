@@ -1,0 +1,152 @@
+"""Opening files and memory, cut short at any line by any error: no file, thread, mapping or half a pack stays."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from emoe_core import checkpoint, direct_io, pack, pack_format, shards, slot_memory, storage, weight_files
+from emoe_core.checkpoint import CheckpointIndex, open_checkpoint
+from emoe_core.errors import EmoeError
+from emoe_core.pack import compare_with_checkpoint, ensure_pack
+from emoe_core.shards import fingerprint
+from emoe_core.slot_memory import SlotMemory
+from emoe_core.slots import Entry
+from emoe_core.storage import HostMemory, PackedFile
+from emoe_core.weight_files import find_shards
+
+SOURCES = {
+    module.__file__ for module in (checkpoint, direct_io, pack, pack_format, shards, slot_memory, storage, weight_files)
+}
+Line = tuple[str, int]
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+@contextmanager
+def at_lines(act: Callable[[Line], None]) -> Iterator[None]:
+    """Call a function before every line of our own loading that runs."""
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in SOURCES:
+            return None
+        if event == "line":
+            act((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def held() -> tuple[list[str], int, int]:
+    """Return what this process holds: open files, threads, and shared mappings without a file (buffers)."""
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    files = [str(link.readlink()) for link in links]
+    mapped = sum("/dev/zero" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    return sorted(files), threading.active_count(), mapped
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> CheckpointIndex:
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    path = tmp_path_factory.mktemp("model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(path, max_shard_size="20KB")
+    return open_checkpoint(path)
+
+
+class NothingOpen:
+    """What is left of a step that closes all it opened."""
+
+    def close(self) -> None: ...
+
+
+def shards_read(index: CheckpointIndex, folder: Path) -> Closable:
+    found, _ = find_shards(index.path)
+    fingerprint(found)
+    found[0].tensors[0].read()
+    return NothingOpen()
+
+
+def new_pack(index: CheckpointIndex, folder: Path) -> Closable:
+    for file in (folder / "new").glob("*"):
+        file.unlink()
+    ensure_pack(index, folder / "new")
+    return NothingOpen()
+
+
+def pack_of_a_copy(index: CheckpointIndex, folder: Path) -> Closable:
+    later = tuple(replace(shard, mtime_ns=shard.mtime_ns + 1) for shard in index.shards)
+    (folder / "new").mkdir(exist_ok=True)
+    compare_with_checkpoint(ensure_pack(replace(index, shards=later), folder), index)
+    return NothingOpen()
+
+
+def slots_written(index: CheckpointIndex, folder: Path) -> Closable:
+    records = PackedFile(ensure_pack(index, folder))
+    try:
+        memory = SlotMemory(index.layers, records, 4, torch.device("cpu"))
+        memory.write(Entry(layer=0, expert=3, slot=1))
+        return memory
+    finally:
+        records.close()
+
+
+STEPS: dict[str, Callable[[CheckpointIndex, Path], Closable]] = {
+    "shards": shards_read,
+    "a new pack": new_pack,
+    "the pack of a copy": pack_of_a_copy,
+    "direct reads": lambda index, folder: PackedFile(ensure_pack(index, folder)),
+    "buffered reads": lambda index, folder: PackedFile(ensure_pack(index, folder), direct=False),
+    "host memory": lambda index, folder: HostMemory(ensure_pack(index, folder)),
+    "slots": slots_written,
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process holds is read from Linux's /proc")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("error", [OSError, MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("step", STEPS)
+def test_an_error_at_any_line_leaves_nothing_open(
+    index: CheckpointIndex, tmp_path: Path, step: str, error: type[BaseException]
+) -> None:
+    ensure_pack(index, tmp_path)
+    lines: dict[Line, None] = {}
+    with at_lines(lambda line: lines.setdefault(line)):
+        STEPS[step](index, tmp_path).close()
+    assert len(lines) > 20
+    before = held()
+    for wanted in lines:
+
+        def fail(line: Line, wanted: Line = wanted) -> None:
+            if line == wanted:
+                raise error("injected")
+
+        with suppress(error, EmoeError), at_lines(fail):
+            STEPS[step](index, tmp_path).close()
+        assert held() == before, wanted
+        assert {file.suffix for file in tmp_path.rglob("*.*")} <= {".emoe", ".json"}, wanted

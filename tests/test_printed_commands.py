@@ -1,0 +1,75 @@
+"""Commands that are printed to be pasted, and those of the Makefile, work in folders of any name."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from emoe_core.errors import DataError, PredictorError
+from workbench.predictor_training import stored_predictor
+from workbench.profiling import stored_profile
+from workbench.reference_model.tiny import tiny_moe
+from workbench.serving.measure import stored_costs
+from workbench.store import HOME_VARIABLE, store_uri, ui_command
+
+NAMES = ("two words", "it's", "a;b & $HOME `x` (y) [bold]")
+MAKEFILE = Path(__file__).parents[1] / "Makefile"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_for_the_interface_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / name))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("sys.executable", str(tmp_path / name / "python"))
+    show = tmp_path / name / "mlflow"
+    show.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
+    show.chmod(0o755)
+    shown = subprocess.run(["sh", "-c", ui_command()], capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == ["ui", "--backend-store-uri", store_uri()]
+
+
+def test_the_command_for_a_server_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host/a?b=1&c=2")
+    assert shlex.split(ui_command()) == ["open", "http://host/a?b=1&c=2"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_that_names_a_model_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
+    model = tiny_moe(tmp_path / name)
+    for ask, words in (
+        (stored_profile, ["profile"]),
+        (stored_costs, ["costs"]),
+        (stored_predictor, ["predictor", "train"]),
+    ):
+        with pytest.raises((DataError, PredictorError)) as error:
+            ask(model)
+        command = str(error.value).split("with `")[1].rsplit("`", 1)[0]
+        assert shlex.split(command) == ["emoe", *words, str(model)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_makefile_works_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    home = tmp_path / name
+    (home / ".venv/bin").mkdir(parents=True)
+    (home / "notebooks").mkdir()
+    for program in ("python", "jupytext"):
+        stub = home / ".venv/bin" / program
+        # Python is asked for the command that opens the interface, jupytext is called from another folder.
+        stub.write_text("#!/bin/sh\nprintf '%s' \"printf '<%s>' 'its words'\"\n")
+        stub.chmod(0o755)
+    shutil.copy(MAKEFILE, home)
+    for file in ("pyproject.toml", "constraints.txt", ".venv/.ready"):
+        (home / file).touch()
+    made = subprocess.run(["make", "--silent", "ui", "pair"], cwd=home, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert "<its words>" in made.stdout
