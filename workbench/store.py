@@ -184,8 +184,8 @@ def open_store() -> MlflowClient:
         except Exception as error:
             # Whatever MLflow, its database layer or its migrations raise: the store is what they could not open.
             raise told_in_one_line(error) or StoreError(
-                f"MLflow cannot open {file}: {str(error).strip().splitlines()[0]} After a copy of that file was made, "
-                f"`mlflow db upgrade {store_uri()}` brings an older store up to date."
+                f"MLflow cannot open {file}: {' '.join(str(error).split()).partition('. ')[0]}. If an older MLflow "
+                f"wrote it, make a copy of that file, then run: mlflow db upgrade {store_uri()}"
             ) from error
         relocate(file, folder)
     return client

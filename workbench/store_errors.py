@@ -13,32 +13,28 @@ from collections.abc import Iterator
 from emoe_core.errors import ExperimentError
 
 GO_ON = "and run the same command again; finished runs are kept."
-FULL = ("No space left on device", "database or disk is full", "Disk quota exceeded")
-SILENT = ("API request to",)
 BETWEEN_VERSIONS = (
     "Let an upgrade that still runs come to its end; of one that was interrupted, restore the copy of mlruns/mlflow.db "
     "that was made before."
 )
-# What the first line of an error says, and what helps.
+FULL = re.compile(r"No space left on device|database or disk is full|Disk quota exceeded", re.IGNORECASE)
+# What an error says, and what helps.
 ADVICE = (
     (FULL, f"Make room {GO_ON}"),
     (
-        ("Read-only file system", "attempt to write a readonly database", "Permission denied"),
+        re.compile(r"Read-only file system|attempt to write a readonly database|Permission denied"),
         "Make it writable for you, or write elsewhere (--out of a report; EMOE_HOME, the folder of the project).",
     ),
     (
-        ("database is locked", "database table is locked"),
+        re.compile(r"database (table )?is locked"),
         f"Another process holds it (a backup, a database browser, `mlflow gc`): end that one {GO_ON}",
     ),
     (
-        ("database disk image is malformed", "file is not a database", "disk I/O error"),
+        re.compile(r"disk image is malformed|file is not a database|disk I/O error"),
         "Restore mlruns/mlflow.db from a copy, or move the folder mlruns away to start a new store.",
     ),
-    (
-        ("no such table", "no such column", "has no column named", "already exists", "duplicate column name"),
-        BETWEEN_VERSIONS,
-    ),
-    (SILENT, f"See that the MLflow server runs and can be reached, {GO_ON}"),
+    (re.compile(r"no such (table|column)|has no column|table \S+ already exists|duplicate column"), BETWEEN_VERSIONS),
+    (re.compile(r"API request to"), f"See that the MLflow server runs and can be reached, {GO_ON}"),
 )
 DELETED = re.compile(
     r"The (?P<kind>run|experiment) (?P<id>\w+) must be in the 'active' state"
@@ -86,17 +82,15 @@ def told_in_one_line(error: Exception) -> ExperimentError | None:
         kind = gone["kind"] or ("run" if gone["run"] else "experiment")
         name = gone["id"] or gone["run"] or gone["experiment"]
         return DeletedError(f"the {kind} {name} was deleted in MLflow. Restore it there, or make it again.")
-    for signs, advice in ADVICE:
-        for sign in signs:
-            if sign.lower() in line.lower():
-                what = line.rstrip(".") if signs is SILENT else sign[0].lower() + sign[1:]
-                return StoreError(f"cannot use {getattr(error, 'filename', None) or store_name()}: {what}. {advice}")
+    for sign, advice in ADVICE:
+        if sign.search(line):
+            what = str(getattr(error, "strerror", None) or line.rpartition("Error) ")[2]).rstrip(".")
+            where = getattr(error, "filename", None) or store_name()
+            return StoreError(f"cannot use {where}: {what[0].lower()}{what[1:]}. {advice}")
     return None
 
 
 def disk_reason(text: str) -> str | None:
     """Return what is wrong with the disk if an error text says that it is full, else None."""
-    for sign in FULL:
-        if sign.lower() in text.lower():
-            return sign[0].lower() + sign[1:]
-    return None
+    found = FULL.search(text)
+    return None if found is None else found[0][0].lower() + found[0][1:]
