@@ -45,7 +45,7 @@ pair: $(READY)
 
 ui: $(READY)
 	@echo "Opens at http://127.0.0.1:5000; '$(BIN)/emoe report --hints' names the address of each sweep's runs, arranged."
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db
+	$(BIN)/emoe ui
 
 clean:
 	rm -rf .venv .load build dist reports .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -144,6 +144,7 @@ COMMANDS = (
     ("report", "--hints"),
     ("compare", "a", "b"),
     ("verify", "a"),
+    ("ui",),
     ("sweep", "SWEEP"),
     ("sweep", "SWEEP", "--dry-run"),
 )

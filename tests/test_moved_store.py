@@ -13,12 +13,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from sweep_bench import Bench
 
 from workbench import results, tracking
 from workbench.report import write_report
 from workbench.run_lookup import find_run
 from workbench.store import HOME_VARIABLE, open_store, store_uri
 from workbench.store_errors import StoreError
+from workbench.sweep import run_sweep
 
 Enter = Callable[[Path], Path]
 NAMES = ("plain", "a b", "50%", "a%20b", "a#b", "what?", "naïve 'quoted'", "mlruns")
@@ -104,6 +106,18 @@ def test_a_run_under_way_writes_beside_its_store_wherever_another_process_mounts
         run.log_text("late.txt", "text")
         assert [item.path for item in open_store().list_artifacts(run.run_id) if item.path == "late.txt"]
     assert not (old.parent / "mounted").exists()
+
+
+@pytest.mark.xdist_group("sweep")
+def test_a_sweep_goes_on_after_its_project_was_moved(old: Path, enter: Enter) -> None:
+    first = run_sweep(Bench(old).write(grid={"tolerance": [0.0]}))
+    new = enter(old.rename(old.with_name("new place")))
+    again = run_sweep(Bench(new).write(grid={"tolerance": [0.0, 1.0]}))
+    assert (again.skipped, again.finished) == (first.finished, ["dummy tolerance=1"])
+    assert again.parent_run_id == first.parent_run_id
+    for run in Bench(new).current():
+        assert (new / "mlruns" / "artifacts" / "dummy" / run.info.run_id / "artifacts" / "notebook").is_dir()
+    assert not old.exists()
 
 
 def test_artifacts_that_did_not_come_along_are_named_in_one_line(old: Path, enter: Enter, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def relocate(file: Path, folder: Path) -> None:
 
     The workbench itself does not depend on that, see `location_here`.
     """
-    with contextlib.suppress(sqlite3.OperationalError), opened(file, 0.0) as connection, connection:
+    with contextlib.suppress(sqlite3.Error), opened(file, 0.0) as connection, connection:
         recorded = [str(place) for (place,) in connection.execute("SELECT artifact_location FROM experiments")]
         for before in {_split(place, folder.name)[0] for place in recorded} - {None}:
             now = _now(str(before), folder)

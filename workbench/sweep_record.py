@@ -10,12 +10,11 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from emoe_core.errors import ExperimentError
 from workbench.environment import git_revision
 from workbench.executors.protocol import Ending, Job
 from workbench.mlflow_view import arrange_view
 from workbench.store import encode, experiment_id
-from workbench.store_errors import DeletedError
+from workbench.store_errors import DeletedError, StoreError
 from workbench.sweep_points import Point, StagePlan
 from workbench.sweep_schema import SweepFile
 from workbench.sweep_search import known_points
@@ -158,13 +157,14 @@ class SweepRecord:
 
     def close(self, status: str) -> None:
         """End the sweep: runs that are still open were killed. A store that cannot be written does not stop this."""
-        for run_id in self._open:
-            self._terminate(run_id, "KILLED")
+        with contextlib.suppress(StoreError):  # at the first one: each would wait for a lock
+            for run_id in self._open:
+                self._terminate(run_id, "KILLED")
+            self._terminate(self.parent_id, status)
+            with contextlib.suppress(DeletedError):
+                arrange_view(self._client, self._client.get_run(self.parent_id))
         self._open.clear()
-        self._terminate(self.parent_id, status)
-        with contextlib.suppress(ExperimentError):
-            arrange_view(self._client, self._client.get_run(self.parent_id))
 
     def _terminate(self, run_id: str, status: str) -> None:
-        with contextlib.suppress(ExperimentError):
+        with contextlib.suppress(DeletedError):
             self._client.set_terminated(run_id, status)
