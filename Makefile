@@ -45,8 +45,7 @@ pair: $(READY)
 
 ui: $(READY)
 	@echo "Opens at http://127.0.0.1:5000; '$(BIN)/emoe report --hints' names the address of each sweep's runs, arranged."
-	@command=$$($(BIN)/python -c 'from workbench.store import ui_command; print(ui_command())') && \
-	  printf '%s\n' "$$command" && eval "$$command"
+	$(BIN)/emoe ui
 
 clean:
 	rm -rf .venv .load build dist reports .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

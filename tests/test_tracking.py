@@ -18,7 +18,6 @@ from workbench import results, tracking
 from workbench.store import (
     HOME_VARIABLE,
     decode,
-    disk_reason,
     encode,
     experiment_id,
     open_store,
@@ -27,6 +26,7 @@ from workbench.store import (
     store_uri,
     ui_command,
 )
+from workbench.store_errors import disk_reason
 
 
 def test_a_run_by_hand_is_recorded_and_finishes(bench: Bench) -> None:

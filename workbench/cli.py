@@ -87,6 +87,7 @@ app.command("sweep")(experiments.sweep)
 app.command("report")(experiments.report)
 app.command("compare")(compare.compare)
 app.command("verify")(verify.verify)
+app.command("ui")(tracking.ui)
 app.command("tracking-server")(tracking.tracking_server)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+ENVIRONMENT_TAGS = "env."
 IDENTITY = ("seed", "dtype", "model_hash", "data_hash", "reference_hash")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "datasets", "mlflow", "papermill")
 # The instruction sets that decide how fast, and in which rounding, a matrix product runs.

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workbench.metric_groups import GROUPS, OTHER, group_of, in_order, main_metrics
-from workbench.store import disk_errors
 from workbench.sweep_state import AXES_TAG, METRICS_TAG, NOTEBOOK_TAG, SUPERSEDED_TAG, current_runs, listed_in
 from workbench.tracking import PARENT_TAG
 
@@ -45,8 +44,7 @@ def arrange_view(client: MlflowClient, parent: MlflowRun) -> None:
     """Give the experiment of a sweep the view of its current runs."""
     runs = current_runs(client, parent)
     if runs:
-        with disk_errors():
-            client.set_experiment_tag(parent.info.experiment_id, VIEW_TAG, encoded_view(runs, parent.info.run_id))
+        client.set_experiment_tag(parent.info.experiment_id, VIEW_TAG, encoded_view(runs, parent.info.run_id))
 
 
 def view_address(experiment: str, server: str = "http://127.0.0.1:5000") -> str:

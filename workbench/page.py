@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from workbench.store import disk_errors
+from workbench.store_errors import store_errors
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -21,7 +21,7 @@ def render_page(template: str, **values: Any) -> str:
 
 def write_page(out: Path, page: str) -> Path:
     """Write a page, its folder made if missing, and return its path."""
-    with disk_errors():
+    with store_errors():
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding="utf-8")
     return out

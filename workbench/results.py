@@ -82,6 +82,8 @@ def artifact_frame(run_id: str, name: str) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             path = client.download_artifacts(run_id, f"{DATA_FOLDER}/{name}.parquet", scratch)
+        except ExperimentError:
+            raise
         except Exception as error:
             raise ExperimentError(f"run {run_id} has no table {name!r}: {error}") from None
         return pd.read_parquet(path)

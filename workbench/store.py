@@ -1,9 +1,9 @@
-"""Where runs are kept: the store, its locks, and what goes wrong with its disk.
+"""Where runs are kept: the store, and its locks.
 
 Terms: the *store* is ``mlruns/mlflow.db`` (sqlite) with ``mlruns/artifacts`` under the project root, or the MLflow
 server that ``MLFLOW_TRACKING_URI`` names (http or https only; see `tracking_server`). Locks are files in
 ``mlruns/locks``; the system drops them when a process ends, however it ends. Writing a run is `tracking`'s matter,
-reading runs back that of `results`.
+reading runs back that of `results`, what can be wrong with a store that of `store_errors` and `store_file`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from emoe_core.errors import ExperimentError
+from workbench.store_errors import StoreError, store_errors, told_in_one_line
+from workbench.store_file import ARTIFACTS, refuse_unusable, relocate
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -58,15 +61,43 @@ def store_dir() -> Path:
     return folder
 
 
+def database_file() -> Path:
+    """Return the database of a store on this disk."""
+    return store_dir() / "mlflow.db"
+
+
 def server_uri() -> str | None:
-    """Return the address of the MLflow server that is to be used, None where the store is on this disk."""
+    """Return the address of the MLflow server that is to be used, None where the store is on this disk.
+
+    Raises
+    ------
+    StoreError
+        When another kind of store is named, which would be left without a word.
+    """
     chosen = os.environ.get(SERVER_VARIABLE, "").rstrip("/")
-    return chosen if chosen.startswith(("http://", "https://")) else None
+    if chosen.startswith(("http://", "https://")):
+        return chosen
+    named = unquote(chosen.partition(":///")[2])
+    if chosen and Path(named).resolve() != database_file().resolve():
+        raise StoreError(
+            f"{SERVER_VARIABLE}={chosen} is no MLflow server (http:// or https://). Unset it to use the store in "
+            f"{store_dir()}; another folder's is used with {HOME_VARIABLE}."
+        )
+    return None
 
 
 def store_uri() -> str:
     """Return the address of the store, for MLflow and its user interface."""
-    return server_uri() or f"sqlite:///{store_dir() / 'mlflow.db'}"
+    server = server_uri()
+    if server:
+        return server
+    file = str(database_file())
+    if "?" not in file and unquote(file) == file:
+        return f"sqlite:///{file}"
+    from sqlalchemy import URL
+
+    # With its driver named: of an address without, MLflow makes folders as it stands, quoted.
+    return URL.create("sqlite+pysqlite", database=file).render_as_string()
 
 
 def store_name() -> str:
@@ -95,8 +126,10 @@ def locked(name: str, *, shared: bool = False, wait: bool = True) -> Iterator[bo
     Yields whether the lock was obtained, which is always so when `wait`.
     """
     folder = store_dir() / "locks"
-    folder.mkdir(exist_ok=True)
-    with (folder / f"{name}.lock").open("a") as handle:
+    with contextlib.ExitStack() as stack:
+        with store_errors():
+            folder.mkdir(exist_ok=True)
+            handle = stack.enter_context((folder / f"{name}.lock").open("a"))
         mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         try:
             fcntl.flock(handle, mode)
@@ -123,19 +156,40 @@ def open_store() -> MlflowClient:
     """Return a client of the store, created on first use.
 
     The first use writes the schema, which takes seconds and breaks when two processes do it at once; hence the lock.
+    A store that this user may only read is read without.
+
+    Raises
+    ------
+    StoreError
+        When it cannot be opened: one line that says why, and what to do.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    for noisy in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    from mlflow.tracking import MlflowClient
+    # MLflow logs the traceback of an error of the database before it raises it.
+    for noisy, level in (("alembic", logging.WARNING), ("mlflow.store.db.utils", logging.CRITICAL)):
+        logging.getLogger(noisy).setLevel(level)
+    from workbench.store_client import StoreClient
 
     if server := server_uri():
         _ask_for_health(server)
-        return MlflowClient(tracking_uri=server)
-    with locked("schema"), disk_errors():
-        client = MlflowClient(tracking_uri=store_uri())
-        client.get_experiment_by_name("Default")
+        return StoreClient(server)
+    folder, file = store_dir(), database_file()
+    with contextlib.ExitStack() as stack:
+        if os.access(folder, os.W_OK):
+            stack.enter_context(locked("schema"))
+        refuse_unusable(file)
+        try:
+            client = StoreClient(store_uri(), folder)
+            client.get_experiment_by_name("Default")
+        except StoreError:
+            raise
+        except Exception as error:
+            # Whatever MLflow, its database layer or its migrations raise: the store is what they could not open.
+            raise told_in_one_line(error) or StoreError(
+                f"MLflow cannot open {file}: {' '.join(str(error).split()).partition('. ')[0]}. If an older MLflow "
+                f"wrote it, make a copy of that file, then run: mlflow db upgrade {store_uri()}"
+            ) from error
+        relocate(file, folder)
     return client
 
 
@@ -152,31 +206,6 @@ def _ask_for_health(server: str) -> None:
         ) from None
 
 
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn a full or read-only disk under the store into an `ExperimentError` that says what to do."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (OSError, MlflowException) as error:
-        reason = disk_reason(str(error))
-        if reason is None:
-            raise
-        raise ExperimentError(
-            f"cannot write to {store_name()}: {reason}. Make room and run the same command again; "
-            "finished runs are kept."
-        ) from error
-
-
-def disk_reason(text: str) -> str | None:
-    """Return what is wrong with the disk if an error text speaks of it, else None."""
-    for sign in ("No space left on device", "database or disk is full", "Disk quota exceeded", "Read-only file system"):
-        if sign.lower() in text.lower():
-            return sign[0].lower() + sign[1:]
-    return None
-
-
 def experiment_id(client: MlflowClient, name: str) -> str:
     """Return the id of an experiment, made if missing, with its artifacts beside the store."""
     known = client.get_experiment_by_name(name)
@@ -185,8 +214,9 @@ def experiment_id(client: MlflowClient, name: str) -> str:
         kind = {"mlflow.experimentKind": "custom_model_development"}
         if server_uri():
             return str(client.create_experiment(name, tags=kind))  # the server keeps the artifacts
-        place = store_dir() / "artifacts"
-        place.mkdir(exist_ok=True)
+        place = store_dir() / ARTIFACTS
+        with store_errors():
+            place.mkdir(exist_ok=True)
         return str(client.create_experiment(name, artifact_location=(place / slug(name)).as_uri(), tags=kind))
     if known.lifecycle_stage != "active":
         raise ExperimentError(

@@ -15,7 +15,7 @@ import contextlib
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from emoe_core.errors import ExperimentError, OptionError
 from workbench.executors.choice import ExecutorMaker
 from workbench.executors.local import LocalExecutor
 from workbench.executors.protocol import Ending, Executor, Kind
-from workbench.store import disk_reason, locked, open_store, server_uri, store_dir
+from workbench.store import locked, open_store, server_uri, store_dir
+from workbench.store_errors import DeletedError, disk_reason
 from workbench.sweep_file import read_sweep
 from workbench.sweep_plan import Expectation
 from workbench.sweep_points import Point, StagePlan, plan_stages
@@ -160,6 +161,7 @@ class _Sweep:
                 for part in parts:
                     with self.place.stage(part.kind):
                         self._run_part(part)
+            self.record.refuse_deleted()
             status = "FAILED" if self.result.failed else "FINISHED"
         except KeyboardInterrupt:
             self.screen.say("[yellow]Stopped.[/] The same command goes on from here.")
@@ -231,7 +233,11 @@ class _Sweep:
         """Record how a run ended; return what to try again when it was lost."""
         attempt = self.running.pop(ending.run_id)
         again = ending.lost and attempt.number < ATTEMPTS
-        metrics = self.record.end(ending, again=again)
+        metrics: dict[str, float] = {}
+        try:
+            metrics = self.record.end(ending, again=again)
+        except DeletedError as error:
+            again, ending = False, replace(ending, ok=False, error=str(error))
         self.place.forget(ending)
         label = attempt.point.label
         outcome = "finished" if ending.ok else "lost" if again else "failed"

@@ -10,11 +10,11 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from emoe_core.errors import ExperimentError
 from workbench.environment import git_revision
 from workbench.executors.protocol import Ending, Job
 from workbench.mlflow_view import arrange_view
-from workbench.store import disk_errors, encode
+from workbench.store import encode, experiment_id
+from workbench.store_errors import DeletedError, StoreError
 from workbench.sweep_points import Point, StagePlan
 from workbench.sweep_schema import SweepFile
 from workbench.sweep_search import known_points
@@ -73,32 +73,47 @@ class SweepRecord:
         self._open: dict[str, Point] = {}
         self.finished: dict[str, MlflowRun] = {}
         parent = None if fresh else find_parent(client, sweep.name)
-        with disk_errors():
-            if parent is None:
-                tags = {"mlflow.note.content": sweep.description, SOURCE_TAG: sweep.name}
-                self.parent_id = start_parent(client, sweep.name, tags)
-            else:
-                if not take_over:
-                    refuse_running_elsewhere(parent)
-                self.parent_id = parent.info.run_id
-                before = children(client, parent)
-                self.known = {plan.study: known_points(plan, before) for plan in plans if plan.study}
-                points += [point for known in self.known.values() for point, _ in known]
-                self.finished = reconcile(client, parent, {point.digest for point in points}, take_over=take_over)
-                client.update_run(self.parent_id, status="RUNNING")
-            client.set_tag(self.parent_id, OWNER_TAG, owner_tag())
-            for point in points:
-                if point.digest in self.finished:
-                    client.set_tag(self.finished[point.digest].info.run_id, INDEX_TAG, point.index)
+        if parent is None:
+            tags = {"mlflow.note.content": sweep.description, SOURCE_TAG: sweep.name}
+            self.parent_id = start_parent(client, sweep.name, tags)
+        else:
+            if not take_over:
+                refuse_running_elsewhere(parent)
+            self.parent_id = parent.info.run_id
+            before = children(client, parent)
+            self.known = {plan.study: known_points(plan, before) for plan in plans if plan.study}
+            points += [point for known in self.known.values() for point, _ in known]
+            self.finished = reconcile(client, parent, {point.digest for point in points}, take_over=take_over)
+            client.update_run(self.parent_id, status="RUNNING")
+        client.set_tag(self.parent_id, OWNER_TAG, owner_tag())
+        for point in points:
+            if point.digest in self.finished:
+                client.set_tag(self.finished[point.digest].info.run_id, INDEX_TAG, point.index)
 
     def other_commits(self) -> list[str]:
         """Return the revisions, shortened, that finished runs come from and that are not today's."""
         commit = git_revision()[0] or "unknown"
-        found = {item.data.tags.get("env.commit", "unknown").split()[0] for item in self.finished.values()}
+        found = {item.data.tags.get("env.commit", "unknown").partition(" ")[0] for item in self.finished.values()}
         return sorted(revision[:10] for revision in found - {commit})
 
+    def refuse_deleted(self) -> None:
+        """Refuse to go on with a sweep that was deleted: nobody would find its runs.
+
+        Raises
+        ------
+        ExperimentError
+            That says how to have it back.
+        """
+        experiment_id(self._client, self._sweep.name)
+        if self._client.get_run(self.parent_id).info.lifecycle_stage != "active":
+            raise DeletedError(
+                f"the run {self.parent_id} of sweep {self._sweep.name!r} was deleted in MLflow. The same command "
+                "starts the sweep anew; restore that run first to go on from here."
+            )
+
     def begin(self, point: Point) -> Job:
-        """Make a run for a point and return the job to carry out."""
+        """Make a run for a point and return the job to carry out; refuses a sweep that was deleted meanwhile."""
+        self.refuse_deleted()
         tags = {
             OWNER_TAG: owner_tag(),
             SWEEP_TAG: self._sweep.name,
@@ -113,38 +128,43 @@ class SweepRecord:
         }
         if point.study:
             tags[STUDY_TAG] = point.study
-        with disk_errors():
-            run_id = new_run(self._client, self._sweep.name, point.label, parent=self.parent_id, tags=tags)
-            self._open[run_id] = point
-            for name, value in point.parameters.items():
-                self._client.log_param(run_id, name, encode(value))
+        run_id = new_run(self._client, self._sweep.name, point.label, parent=self.parent_id, tags=tags)
+        self._open[run_id] = point
+        for name, value in point.parameters.items():
+            self._client.log_param(run_id, name, encode(value))
         return Job(run_id, point.notebook, point.parameters, point.needs, point.stage.kind)
 
     def end(self, ending: Ending, *, again: bool = False) -> dict[str, float]:
-        """Record how a run ended and return its metrics; `again` says that another attempt takes its place."""
-        with disk_errors():
-            for file in ending.files:
-                self._client.log_artifact(ending.run_id, str(file), NOTEBOOK_FOLDER)
-            if not ending.ok:
-                self._client.set_tag(ending.run_id, ERROR_TAG, ending.error[:ERROR_LETTERS])
-            if ending.traceback:
-                self._client.log_text(ending.run_id, ending.traceback, f"{NOTEBOOK_FOLDER}/traceback.txt")
-            if again:
-                self._client.set_tag(ending.run_id, SUPERSEDED_TAG, "true")
-            status = "FINISHED" if ending.ok else "KILLED" if again else "FAILED"
-            self._client.set_terminated(ending.run_id, status)
-            self._open.pop(ending.run_id)
-            return dict(self._client.get_run(ending.run_id).data.metrics)
+        """Record how a run ended and return its metrics; `again` says that another attempt takes its place.
+
+        Raises
+        ------
+        DeletedError
+            When the run was deleted meanwhile.
+        """
+        for file in ending.files:
+            self._client.log_artifact(ending.run_id, str(file), NOTEBOOK_FOLDER)
+        if not ending.ok:
+            self._client.set_tag(ending.run_id, ERROR_TAG, ending.error[:ERROR_LETTERS])
+        if ending.traceback:
+            self._client.log_text(ending.run_id, ending.traceback, f"{NOTEBOOK_FOLDER}/traceback.txt")
+        if again:
+            self._client.set_tag(ending.run_id, SUPERSEDED_TAG, "true")
+        status = "FINISHED" if ending.ok else "KILLED" if again else "FAILED"
+        self._client.set_terminated(ending.run_id, status)
+        self._open.pop(ending.run_id)
+        return dict(self._client.get_run(ending.run_id).data.metrics)
 
     def close(self, status: str) -> None:
         """End the sweep: runs that are still open were killed. A store that cannot be written does not stop this."""
-        for run_id in self._open:
-            self._terminate(run_id, "KILLED")
+        with contextlib.suppress(StoreError):  # at the first one: each would wait for a lock
+            for run_id in self._open:
+                self._terminate(run_id, "KILLED")
+            self._terminate(self.parent_id, status)
+            with contextlib.suppress(DeletedError):
+                arrange_view(self._client, self._client.get_run(self.parent_id))
         self._open.clear()
-        self._terminate(self.parent_id, status)
-        with contextlib.suppress(ExperimentError):
-            arrange_view(self._client, self._client.get_run(self.parent_id))
 
     def _terminate(self, run_id: str, status: str) -> None:
-        with contextlib.suppress(ExperimentError), disk_errors():
+        with contextlib.suppress(DeletedError):
             self._client.set_terminated(run_id, status)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from emoe_core.errors import ExperimentError
-from workbench.store import disk_errors
 from workbench.tracking import PARENT_TAG, new_run
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def search(client: MlflowClient, filter_string: str, experiments: list[str] | No
 def parents(client: MlflowClient) -> list[MlflowRun]:
     """Return the newest parent of every sweep in the store, newest first."""
     newest: dict[str, Any] = {}
-    for item in search(client, f"tags.`{ROLE_TAG}` = 'sweep'"):
+    for item in search(client, f"tags.`{ROLE_TAG}` = 'sweep' AND tags.`{SWEEP_TAG}` != ''"):
         newest.setdefault(item.data.tags[SWEEP_TAG], item)
     return list(newest.values())
 
@@ -102,7 +101,15 @@ def listed_in(runs: Iterable[MlflowRun], tag: str) -> list[str]:
 def current_runs(client: MlflowClient, parent: MlflowRun) -> list[MlflowRun]:
     """Return the current children of a sweep in the order of its file."""
     found = [item for item in children(client, parent) if item.data.tags.get(SUPERSEDED_TAG) != "true"]
-    return sorted(found, key=lambda item: int(item.data.tags.get(INDEX_TAG, 0)))
+    return sorted(found, key=_place)
+
+
+def _place(run: MlflowRun) -> int:
+    """Return the place of a run in its sweep, first where its tag is missing or was edited into no number."""
+    try:
+        return int(run.data.tags.get(INDEX_TAG, 0))
+    except ValueError:
+        return 0
 
 
 def start_parent(client: MlflowClient, name: str, tags: dict[str, str]) -> str:
@@ -136,17 +143,16 @@ def reconcile(
     finished, or not part of the sweep any more, is tagged as superseded.
     """
     finished: dict[str, Any] = {}
-    with disk_errors():
-        for item in children(client, parent):
-            tags, status = item.data.tags, item.info.status
-            if status == "RUNNING" and (take_over or not is_alive(tags.get(OWNER_TAG, ""))):
-                client.set_terminated(item.info.run_id, "KILLED")
-                status = "KILLED"
-            digest = tags.get(DIGEST_TAG, "")
-            if status == "FINISHED" and digest in digests and digest not in finished:
-                finished[digest] = item
-                if tags.get(SUPERSEDED_TAG) != "false":
-                    client.set_tag(item.info.run_id, SUPERSEDED_TAG, "false")
-            elif status != "RUNNING" and tags.get(SUPERSEDED_TAG) != "true":
-                client.set_tag(item.info.run_id, SUPERSEDED_TAG, "true")
+    for item in children(client, parent):
+        tags, status = item.data.tags, item.info.status
+        if status == "RUNNING" and (take_over or not is_alive(tags.get(OWNER_TAG, ""))):
+            client.set_terminated(item.info.run_id, "KILLED")
+            status = "KILLED"
+        digest = tags.get(DIGEST_TAG, "")
+        if status == "FINISHED" and digest in digests and digest not in finished:
+            finished[digest] = item
+            if tags.get(SUPERSEDED_TAG) != "false":
+                client.set_tag(item.info.run_id, SUPERSEDED_TAG, "false")
+        elif status != "RUNNING" and tags.get(SUPERSEDED_TAG) != "true":
+            client.set_tag(item.info.run_id, SUPERSEDED_TAG, "true")
     return finished

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workbench.request_spans import Span
-from workbench.store import disk_errors, server_uri, store_uri
+from workbench.store import SERVER_VARIABLE, store_uri
+from workbench.store_errors import store_errors
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -27,7 +28,7 @@ def log_traces(client: MlflowClient, run_id: str, roots: Sequence[Span]) -> list
 
     experiment = client.get_run(run_id).info.experiment_id
     ids = []
-    with _tracing_into_store(), disk_errors():
+    with _tracing_into_store(), store_errors():
         for root in roots:
             span = mlflow.start_span_no_context(
                 root.name,
@@ -66,20 +67,21 @@ def _tracing_into_store() -> Iterator[None]:
     import mlflow
 
     before = mlflow.get_tracking_uri()
-    threaded = os.environ.get("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING")
+    # The address is also set in the environment, where it would outlive this.
+    kept = {name: os.environ.get(name) for name in (SERVER_VARIABLE, "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING")}
     # Written when they are logged: a notebook's kernel may end right afterwards.
     os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"
-    mlflow.set_tracking_uri(server_uri() or store_uri())
+    mlflow.set_tracking_uri(store_uri())
     mlflow.tracing.reset()
     try:
         yield
     finally:
         mlflow.set_tracking_uri(before)
         mlflow.tracing.reset()
-        if threaded is None:
-            del os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"]
-        else:
-            os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = threaded
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _ns(moment_s: float) -> int:

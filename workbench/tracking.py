@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
 from workbench.environment import Environment, describe_environment, installed_packages
-from workbench.store import disk_errors, encode, experiment_id, open_store
+from workbench.store import encode, experiment_id, open_store
+from workbench.store_errors import store_errors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,8 +72,7 @@ class Run:
         from mlflow.entities import Param
 
         fresh = [Param(name, encode(value)) for name, value in params.items() if name not in known]
-        with disk_errors():
-            self._client.log_batch(self.run_id, params=fresh)
+        self._client.log_batch(self.run_id, params=fresh)
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
         """Record metrics, names with units; entries that are None are left out.
@@ -94,8 +94,7 @@ class Run:
                     f"metric {name!r} is {value!r}: a metric is one number; log tables with log_frame."
                 )
             rows.append(Metric(name, float(value), now_ms, step))
-        with disk_errors():
-            self._client.log_batch(self.run_id, metrics=rows)
+        self._client.log_batch(self.run_id, metrics=rows)
 
     def log_stats(self, stats: Mapping[str, Any]) -> None:
         """Record a flat dictionary such as ``engine.stats().to_dict()``: numbers as metrics, the rest as tags."""
@@ -107,8 +106,7 @@ class Run:
         """Record tags."""
         from mlflow.entities import RunTag
 
-        with disk_errors():
-            self._client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
+        self._client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
     def log_frame(self, name: str, frame: pd.DataFrame) -> None:
         """Record a table as ``data/NAME.parquet``."""
@@ -121,8 +119,7 @@ class Run:
 
     def log_text(self, name: str, text: str) -> None:
         """Record a text file under the given name."""
-        with disk_errors():
-            self._client.log_text(self.run_id, text, name)
+        self._client.log_text(self.run_id, text, name)
 
     def log_traces(self, roots: Sequence[Span]) -> list[str]:
         """Record traces of requests (`request_spans`) beside the run and return their ids."""
@@ -140,7 +137,7 @@ class Run:
         self.log_tags(self.environment.tags())
 
     def _log_file(self, name: str, folder: str, write: Callable[[Path], object]) -> None:
-        with tempfile.TemporaryDirectory() as scratch, disk_errors():
+        with tempfile.TemporaryDirectory() as scratch, store_errors():
             path = Path(scratch) / name
             write(path)
             self._client.log_artifact(self.run_id, str(path), folder)
@@ -174,8 +171,7 @@ def run(
     environment = describe_environment(**{**own, **identity})
     client = open_store()
     swept = os.environ.get(RUN_VARIABLE)
-    with disk_errors():
-        run_id = swept or new_run(client, experiment, name)
+    run_id = swept or new_run(client, experiment, name)
     record = Run(client, run_id, environment)
     record.log_tags({EXPERIMENT_TAG: experiment, **(tags or {})})
     record.log_params(given)
@@ -183,7 +179,8 @@ def run(
         yield record
     except BaseException as error:
         if not swept:
-            client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+            with contextlib.suppress(ExperimentError):  # what went wrong first is what is told
+                client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     if not swept:
         client.set_terminated(run_id, "FINISHED")

@@ -17,7 +17,8 @@ import pandas as pd
 
 from emoe_core.errors import ExperimentError
 from workbench.quantities import show_bytes
-from workbench.store import disk_errors, finite
+from workbench.store import finite
+from workbench.store_errors import store_errors
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -39,7 +40,7 @@ class Download:
 def write_table(site: Path, name: str, table: pd.DataFrame, title: str) -> list[Download]:
     """Write a table as ``data/NAME.csv`` and ``data/NAME.json`` (a list of records; what does not exist is null)."""
     records = [finite(row) for row in table.astype(object).to_dict("records")]
-    with disk_errors():
+    with store_errors():
         folder = site / DATA
         folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False)
@@ -57,11 +58,13 @@ def copy_artifacts(client: MlflowClient, run_id: str, site: Path) -> tuple[list[
         When the store names an artifact that it does not give.
     """
     folder = site / RUNS / run_id[:ID_LETTERS]
-    with disk_errors():
+    with store_errors():
         folder.mkdir(parents=True, exist_ok=True)
         for item in client.list_artifacts(run_id):
             try:
                 client.download_artifacts(run_id, item.path, str(folder))
+            except ExperimentError:
+                raise
             except Exception as error:
                 raise ExperimentError(
                     f"cannot read {item.path} of run {run_id}: {error}. Restore the store's artifacts, or delete that "

@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from workbench.store import disk_errors
+from workbench.store_errors import store_errors
 
 INK = {"light": "#1c2128", "dark": "#e4e8ed"}
 GRID = {"light": "#d9dde3", "dark": "#363e48"}
@@ -64,7 +64,7 @@ def draw_picture(title: str, draw: Draw, site: Path, name: str) -> Picture | Non
                 return None
             wide = figure.get_size_inches()[0] > READABLE_INCHES
             path = site / "figures" / f"{name}-{ground}.svg"
-            with disk_errors():
+            with store_errors():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
     return Picture(title, f"figures/{name}-light.svg", f"figures/{name}-dark.svg", wide)

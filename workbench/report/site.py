@@ -19,7 +19,8 @@ from workbench.page import render_page, write_page
 from workbench.report.files import as_tables, write_table
 from workbench.report.front_part import HEADINGS
 from workbench.report.sweep_page import SweepPage, read_by_hand, read_sweep_page
-from workbench.store import disk_errors, open_store, store_name
+from workbench.store import open_store, store_name
+from workbench.store_errors import store_errors
 from workbench.sweep_state import SWEEP_TAG, find_parent, parents
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def write_report(
     _refuse_other(out)
     client = open_store()
     chosen = parents(client) if sweeps is None else [_named(client, name) for name in sweeps]
-    with disk_errors():
+    with store_errors():
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -68,7 +69,7 @@ def write_report(
                 f"the store at {store_name()} holds no sweep and no run of a notebook. Run `emoe sweep FILE` first."
             )
         write_pages(pages, scratch)
-        with disk_errors():
+        with store_errors():
             scratch.chmod(0o755)  # temporary folders are private, a report is there to be shown
             if out.exists():
                 shutil.rmtree(out)

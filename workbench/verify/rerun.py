@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from workbench.executors.notebook_process import execute_text
 from workbench.executors.protocol import Ending
 from workbench.run_record import RunRecord
-from workbench.store import HOME_VARIABLE, disk_errors, machine_held, project_root
+from workbench.store import HOME_VARIABLE, machine_held, project_root
 from workbench.sweep import terminated_like_interrupted
 from workbench.sweep_state import ERROR_LETTERS, ERROR_TAG, KIND_TAG, NOTEBOOK_TAG, OWNER_TAG, SOURCE_TAG, owner_tag
 from workbench.tracking import NOTEBOOK_FOLDER, new_run
@@ -50,8 +50,7 @@ def rerun(client: MlflowClient, run: RunRecord, plan: Plan, tell: Callable[[str]
     # Runs that measure time must not be disturbed by this one, and this one's times only matter if it is such a run.
     alone = run.tags.get(KIND_TAG) == "timing"
     with terminated_like_interrupted(), machine_held(alone, tell):
-        with disk_errors():
-            run_id = new_run(client, EXPERIMENT, f"verify {run.name}", tags=tags)
+        run_id = new_run(client, EXPERIMENT, f"verify {run.name}", tags=tags)
         status = "KILLED"
         try:
             outcome = _execute(client, run_id, plan)
@@ -73,6 +72,5 @@ def _execute(client: MlflowClient, run_id: str, plan: Plan) -> Ending:
         )
         for file in ending.files:
             if file.name == plan.name:
-                with disk_errors():
-                    client.log_artifact(run_id, str(file), NOTEBOOK_FOLDER)
+                client.log_artifact(run_id, str(file), NOTEBOOK_FOLDER)
         return ending

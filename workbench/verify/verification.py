@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from emoe_core.errors import ExperimentError
 from workbench.compare.differences import Difference, environment_differences
 from workbench.run_record import RunRecord
-from workbench.store import disk_errors, finite
+from workbench.store import finite
 from workbench.sweep_state import ERROR_TAG
 from workbench.verify.checks import check_data, check_model, machine_differences
 from workbench.verify.judge import FAILING, PROSE_TABLES, Judgement, Tolerances, judge_metrics, judge_table
@@ -128,8 +128,7 @@ def verify_run(
             if recorded is not None and name not in PROSE_TABLES:
                 tables += judge_table(name, recorded, again.table(name), limits)
     found = Verification(run, again, plan, metrics, tables, differences)
-    with disk_errors():
-        client.log_text(again.run_id, json.dumps(found.to_dict(), indent=1), "verification.json")
-        word = "not reproduced" if found.failures else "reproduced"
-        client.set_tag(run.run_id, VERIFIED_TAG, f"{word} by {again.run_id}")
+    client.log_text(again.run_id, json.dumps(found.to_dict(), indent=1), "verification.json")
+    word = "not reproduced" if found.failures else "reproduced"
+    client.set_tag(run.run_id, VERIFIED_TAG, f"{word} by {again.run_id}")
     return found
