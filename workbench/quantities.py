@@ -83,7 +83,11 @@ def column_texts(name: str, values: Sequence[float | None]) -> tuple[str, list[s
     digits = len(f"{largest * scale:.0f}")
     decimals = 0 if whole else max(0, 3 - digits) if unit in ("ms", "s") else 1 if unit == "%" else max(0, 4 - digits)
     return unit, [
-        "–" if value is None else f"{value * scale:,.{decimals}f}" if math.isfinite(value) else str(value)
+        "–"
+        if value is None or math.isnan(value)
+        else f"{value * scale:,.{decimals}f}"
+        if math.isfinite(value)
+        else str(value)
         for value in values
     ]
 
