@@ -2,7 +2,8 @@
 
 Terms: a *pair* is one prompt that both runs had, or one configuration that both sweeps ran. The difference is B - A and
 the ratio B / A. Intervals are percentile bootstrap intervals over pairs (95%); resampling keeps pairs together, so
-that what is hard for both does not count as noise. Below `quality.LEAST_PROMPTS` pairs there is none. It speaks of other prompts of the same kind, not of other machines.
+that what is hard for both does not count as noise. Below `quality.LEAST_PROMPTS` pairs there is none. The interval
+speaks of other prompts of the same kind, not of other machines.
 """
 
 from __future__ import annotations
