@@ -33,9 +33,10 @@ from workbench.bench.replay import replayed_loads
 from workbench.bench.roofline import roofline
 from workbench.bench.routing_pass import RoutingPass, routing_pass
 from workbench.bench.runner import read_results, run_bench, schedule
-from workbench.bench.summary import summarise
+from workbench.bench.summary import as_metrics, summarise
 from workbench.commands.bench import _systems, bench_systems
 from workbench.control_groups import Controller, find_controller
+from workbench.metric_catalogue import metric_of
 from workbench.reference_model.tiny import tiny_moe
 from workbench.simulate_accesses import accesses_of
 from workbench.synthetic.shapes import SHAPES, overridden
@@ -345,6 +346,8 @@ def test_the_table_has_medians_spread_ratios_and_bounds(checkpoint: Path, routed
     results += [{**measured_row("stock-eager", 0, 1.0), "outcome": KILLED}]
     given = prepared_for(checkpoint, routed)
     table, notes = summarise(plan, given, results, "emoe")
+    logged = as_metrics(table, notes)
+    assert logged["emoe/tokens_per_s"] == pytest.approx(5) and all(metric_of(name) is not None for name in logged)
     rows = table.set_index("system")
     emoe = rows.loc["emoe"]
     assert (emoe["tokens_per_s"], emoe["tokens_per_s_low"], emoe["tokens_per_s_high"]) == pytest.approx((5, 2.5, 10))

@@ -256,16 +256,11 @@ def _track(
 
     from workbench import tracking
     from workbench.bench.figure import bench_figure
+    from workbench.bench.summary import as_metrics
 
     name = f"{Path(plan.model).name}, {plan.limit or 'no limit'}"
     with tracking.run("bench", name, params=asdict(plan), model_hash=model_hash) as run:
-        metrics = {"ideal_tokens_per_s": notes["ideal_tokens_per_s"]}
-        for row in table.to_dict("records"):
-            metric = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in row["system"])
-            for figure in ("tokens_per_s", "tpot_s", "ttft_s", "load_s", "peak_bytes", "share_of_bound"):
-                if row.get(figure) == row.get(figure):
-                    metrics[f"{metric}/{figure}"] = row.get(figure)
-        run.log_metrics(metrics)
+        run.log_metrics(as_metrics(table, notes))
         run.log_frame("systems", table)
         run.log_text("results.jsonl", "\n".join(json.dumps(row) for row in results))
         run.log_text("notes.json", json.dumps(notes, indent=1))
