@@ -123,7 +123,7 @@ class TaskProfile:
     similarities : tuple of float, as long as ``depths``
         Mean similarity of the output at each depth.
     similarity_intervals : tuple of (low, high), length 0 or as ``depths``
-        95% bootstrap interval over prompts.
+        95% bootstrap interval over prompts; none where prompts were too few for one.
     layer_kl_nats : tuple of float, length 0 or MoE layers
         Divergence, nats per token, when one layer alone is routed at random.
     n_prompts, n_kl_prompts : int

@@ -16,8 +16,9 @@ from rich.console import Console
 from emoe_core.budget import plan_slots
 from emoe_core.checkpoint import open_checkpoint
 from emoe_core.errors import BudgetError, LimitError, OptionError
-from workbench.baselines import systems as named_systems
-from workbench.baselines.systems import DEFAULT_SYSTEMS, SYSTEMS, find_system, find_systems
+from workbench import control_groups
+from workbench.baselines import llama_cpp
+from workbench.baselines.systems import DEFAULT_SYSTEMS, SYSTEMS, find_system, find_systems, require_runnable
 from workbench.bench import prepare as preparation
 from workbench.bench import runner
 from workbench.bench.bandwidth import Bandwidths, memory_rate
@@ -32,9 +33,10 @@ from workbench.bench.replay import replayed_loads
 from workbench.bench.roofline import roofline
 from workbench.bench.routing_pass import RoutingPass, routing_pass
 from workbench.bench.runner import read_results, run_bench, schedule
-from workbench.bench.summary import summarise
-from workbench.commands.bench import _systems
+from workbench.bench.summary import as_metrics, summarise
+from workbench.commands.bench import _systems, bench_systems
 from workbench.control_groups import Controller, find_controller
+from workbench.metric_catalogue import metric_of
 from workbench.reference_model.tiny import tiny_moe
 from workbench.simulate_accesses import accesses_of
 from workbench.synthetic.shapes import SHAPES, overridden
@@ -72,8 +74,7 @@ def spec_of(checkpoint: Path, adapter: str = "emoe", **options: Any) -> dict[str
 
 
 def test_every_system_is_described_and_every_default_is_known() -> None:
-    text = named_systems.__doc__ or ""
-    assert all(f"\n{name} " in text for name in SYSTEMS)
+    assert all(system.what for system in SYSTEMS.values())
     assert [system.name for system in find_systems(DEFAULT_SYSTEMS)] == list(DEFAULT_SYSTEMS)
 
 
@@ -121,10 +122,35 @@ def test_a_folder_takes_more_repeats_and_no_other_settings(tmp_path: Path) -> No
 
 
 def test_llama_cpp_without_its_package_is_refused_with_the_extra_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "is_installed", lambda: False)
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     with pytest.raises(OptionError, match=r"the extra 'llama'.*pip install"):
-        preparation.require_llama(find_systems(["emoe", "llama.cpp:no-limit"]))
-    preparation.require_llama(find_systems(["emoe"]))
+        require_runnable(find_systems(["emoe", "llama.cpp:no-limit"]))
+    require_runnable(find_systems(["emoe"]))
+
+
+def test_every_system_is_listed_with_whether_it_runs_here_and_why_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_limit() -> Controller:
+        raise LimitError("there is no memory controller [of any version]")
+
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    monkeypatch.setattr(control_groups, "find_controller", no_limit)
+    bench_systems()
+    told = capsys.readouterr().out
+    lines = {words[0]: words[-1] for words in map(str.split, told.splitlines()) if words and words[0] in SYSTEMS}
+    assert set(lines) == set(SYSTEMS) and all(system.what in told for system in SYSTEMS.values())
+    assert "llama.cpp cannot run here: it needs the extra 'llama': CMAKE_ARGS" in told and "-e '.[llama]'" in told
+    assert "No memory limit can be set (--limit): there is no memory controller [of any version]" in told
+
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
+    monkeypatch.setattr(control_groups, "find_controller", lambda: Controller(2, Path("/sys/fs/cgroup")))
+    bench_systems()
+    told = capsys.readouterr().out
+    lines = {words[0]: words[-1] for words in map(str.split, told.splitlines()) if words and words[0] in SYSTEMS}
+    assert lines == dict.fromkeys(SYSTEMS, "yes")
+    assert "cannot" not in told and "A memory limit can be set (--limit): cgroup v2, memory.max" in told
 
 
 def test_the_notice_of_what_is_left_out_names_the_extra_as_it_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,6 +346,8 @@ def test_the_table_has_medians_spread_ratios_and_bounds(checkpoint: Path, routed
     results += [{**measured_row("stock-eager", 0, 1.0), "outcome": KILLED}]
     given = prepared_for(checkpoint, routed)
     table, notes = summarise(plan, given, results, "emoe")
+    logged = as_metrics(table, notes)
+    assert logged["emoe/tokens_per_s"] == pytest.approx(5) and all(metric_of(name) is not None for name in logged)
     rows = table.set_index("system")
     emoe = rows.loc["emoe"]
     assert (emoe["tokens_per_s"], emoe["tokens_per_s_low"], emoe["tokens_per_s_high"]) == pytest.approx((5, 2.5, 10))

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import emoe_core
 from emoe_core.errors import ExperimentError
+from workbench import memory
 from workbench.measured_process import mapped_checkpoint_bytes, process_peak_bytes, reset_peak
 from workbench.memory import as_metrics, measure
 from workbench.reference_model.tiny import tiny_moe
@@ -42,6 +44,29 @@ def test_a_tiny_model_needs_little_more_than_its_control(tmp_path: Path, cache: 
     assert 0 <= measured.others_cpu_share <= 1
     # The control is kept: it depends on libraries, code, tokenizer and options only.
     assert len(list((cache / "controls").iterdir())) == 1
+
+
+def test_tokens_are_those_of_the_timed_prompts_alone_and_equal_in_both_systems(tmp_path: Path) -> None:
+    checkpoint = tiny_moe(tmp_path / "model", family="mixtral", seed=1)
+    with emoe_core.load(checkpoint) as engine:
+        timed = engine.generate(PROMPTS[1:], max_new_tokens=3)[0]
+    for options in ({"implementation": "stock"}, {"budget": "50%"}):
+        measured = measure(checkpoint, PROMPTS, TASKS, max_new_tokens=3, options=options)
+        assert measured.tokens == timed.prompt_tokens + len(timed.token_ids), options
+
+
+def test_a_measured_process_finds_its_pack_written(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tiny_moe(tmp_path / "model", family="mixtral", seed=1)
+    there: list[set[Path]] = []
+    started = memory._child
+    monkeypatch.setattr(
+        memory, "_child", lambda *given: (there.append(set((cache / "packs").glob("*.emoe"))), started(*given))[1]
+    )
+    measure(checkpoint, PROMPTS, TASKS, max_new_tokens=2, options={"budget": "50%", "expert_dtype": "int8"})
+    # First the configuration, then its control: a pack more each time, and none that they would have written.
+    assert [len(packs) for packs in there] == [1, 2] and there[-1] == set((cache / "packs").glob("*.emoe"))
 
 
 def test_one_prompt_is_too_few_to_time(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def test_rounding_alone_leaves_most_texts_of_a_small_model_as_they_are(tmp_path,
     assert (found["prompts"] == 3).all()
     assert (found["similarity"] == found["identical"]).all()
     assert found.loc["grouped products", "identical"] == 1.0
+    assert found[["similarity_low", "similarity_high"]].isna().all(axis=None), "three prompts have no interval"
 
 
 def test_without_answers_there_is_no_floor() -> None:

@@ -65,3 +65,7 @@ def test_a_column_has_one_unit_and_one_number_of_decimals(
 def test_a_metric_table_has_words_and_units_and_a_dash_for_what_is_missing() -> None:
     table = metric_table({"slot_bytes": 2e9, "hit_rate": 0.5}, ["slot_bytes", "hit_rate", "kl_nats"])
     assert table[""].to_dict() == {"slot bytes": "2 GB", "hit rate": "50.0%", "kl": "–"}
+
+
+def test_a_value_that_does_not_exist_is_a_dash_in_a_column() -> None:
+    assert column_texts("perplexity_ratio_low", [1.25, math.nan, None]) == ("", ["1.250", "–", "–"])

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from serving_bench import make_costs
 
+import emoe_core
 from emoe_core.checkpoint import open_checkpoint
 from emoe_core.costs import CostsError, ServingCosts, TaskLoad
 from emoe_core.errors import DataError, OptionError
 from emoe_core.tasks import TASK_TYPES
 from workbench import cli
 from workbench.reference_model.tiny import LAYERS, tiny_moe
+from workbench.server.listen import EmoeServer
+from workbench.serving import conditions
 from workbench.serving.measure import CostsConfig, costs_path, measure_costs, stored_costs
 from workbench.serving.times import fit_line
 
@@ -130,8 +133,53 @@ def test_everything_resident_never_swaps(model: Path, cache: Path, monkeypatch: 
     assert np.array(found.slots_per_layer).tolist() == [8] * LAYERS
 
 
+def test_conditions_other_than_the_measured_ones_are_told(
+    model: Path, measured: ServingCosts, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMOE_CACHE", str(cache))
+    with emoe_core.load(model, budget="4 slots", tolerance=1.0) as engine:
+        same = conditions.conditions_here(engine)
+    assert conditions.warning(measured, same) is None
+    changes = {
+        "slots_per_layer": ((2,) * LAYERS, f"expert slots {4 * LAYERS} in {LAYERS} layers, here {2 * LAYERS} in"),
+        "tolerance": (0.0, "tolerance 1, here 0"),
+        "dtype": ("float16", "dtype float32, here float16"),
+        "expert_dtype": ("int8", "expert dtype auto, here int8"),
+        "device": ("tpu", f"device {same.device}, here tpu"),
+        "cpu": ("another", "here another"),
+        "threads": (64, f"threads {same.threads}, here 64"),
+    }
+    assert set(changes) == {item.name for item in fields(conditions.Conditions)}
+    for name, (value, words) in changes.items():
+        (told,) = conditions.differences(measured, replace(same, **{name: value}))
+        assert words in told
+    assert conditions.differences(measured, conditions.Conditions()) == []
+
+
+def test_a_server_says_that_its_costs_are_of_another_budget(
+    model: Path,
+    measured: ServingCosts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
+    # What follows the start of a server is others' to test; this one ends when it would listen.
+    monkeypatch.setattr(EmoeServer, "run_until_stopped", lambda self: self.worker.stop())
+    measured.save(costs_path(measured.model_hash))
+    for arguments, told in (
+        (("--budget", "2 slots", "--scheduler", "emoe"), True),
+        (("--budget", "4 slots", "--tolerance", "1", "--scheduler", "emoe"), False),
+        (("--budget", "2 slots", "--scheduler", "fcfs"), False),
+    ):
+        monkeypatch.setattr(sys, "argv", ["emoe", "serve", str(model), "--port", "0", *arguments])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert ("costs were measured under other conditions" in capsys.readouterr().err) == told, arguments
+
+
 def test_the_commands_measure_and_simulate(
-    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("EMOE_CACHE", str(cache))
 

@@ -112,5 +112,6 @@ def test_the_embedded_models_costs_belong_to_it_and_say_how_busy_the_machine_was
     costs.require_model(Profile.load(RECIPES / "upcycled" / "profile.json").model_hash)
     assert set(costs.tasks) == set(TASK_TYPES)
     assert costs.settings["budget"] in report.caveat(costs)
+    assert f"{sum(costs.slots_per_layer)} in 30 layers, here 90 in 30 layers" in report.caveat(costs, 3)
     busy = replace(costs, environment={"others_cpu_share": 0.5})
     assert "unreliable" in report.caveat(busy) and "unreliable" not in report.caveat(replace(costs, environment={}))

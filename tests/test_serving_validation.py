@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
-from emoe_core.costs import CostsError
+from emoe_core.costs import CostsError, ServingCosts
 from emoe_core.errors import OptionError
 from emoe_core.serving_records import Pass
 from workbench.reference_model.tiny import tiny_moe
@@ -19,19 +22,27 @@ from workbench.store import HOME_VARIABLE
 
 
 @pytest.fixture(scope="module")
-def validated(tmp_path_factory: pytest.TempPathFactory) -> Validation:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("validation")
-    model = str(tiny_moe(folder / "model", "mixtral", seed=3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMOE_CACHE", str(folder))
         patch.setenv(HOME_VARIABLE, str(folder))
-        costs = measure_costs(
-            CostsConfig(model, prompt_tokens=(4, 16), batches=(1, 4), repeats=2, prompts=1, source="fixture")
-        )
-        config = ValidationConfig(
-            model, n_requests=12, max_batch=4, max_input_tokens=16, max_output_tokens=6, repeats=2, source="fixture"
-        )
-        return validate(config, costs)
+        yield str(tiny_moe(folder / "model", "mixtral", seed=3))
+
+
+@pytest.fixture(scope="module")
+def costs(model: str) -> ServingCosts:
+    return measure_costs(
+        CostsConfig(model, prompt_tokens=(4, 16), batches=(1, 4), repeats=2, prompts=1, source="fixture")
+    )
+
+
+@pytest.fixture(scope="module")
+def validated(model: str, costs: ServingCosts) -> Validation:
+    config = ValidationConfig(
+        model, n_requests=12, max_batch=4, max_input_tokens=16, max_output_tokens=6, repeats=2, source="fixture"
+    )
+    return validate(config, costs)
 
 
 def test_both_drivers_serve_every_request_once_with_the_same_tokens(validated: Validation) -> None:
@@ -85,6 +96,18 @@ def test_clusters_stay_within_their_bounds(validated: Validation) -> None:
     closing = beside_paper(validated.table, scaled)
     assert len(closing) == 3 and "20 replicas" in closing["what"].iloc[-1]
     assert len(agreement_figure(validated.requests).axes) == 2
+
+
+def test_costs_of_another_budget_are_measured_anew_or_refused(model: str, costs: ServingCosts) -> None:
+    config = ValidationConfig(
+        model, "3 slots", ("fcfs",), n_requests=4, max_batch=2, max_input_tokens=8, max_output_tokens=3, repeats=1,
+        source="fixture",
+    )  # fmt: skip
+    found = validate(config, costs).costs
+    assert found.slots_per_layer == (3,) * len(costs.slots_per_layer) != costs.slots_per_layer
+    assert found.settings["budget"] == "3 slots"
+    with pytest.raises(CostsError, match=r"expert slots .* here .*emoe costs MODEL"):
+        validate(replace(config, remeasure=False), costs)
 
 
 def test_nonsense_is_refused(validated: Validation) -> None:

@@ -21,7 +21,7 @@ from workbench.configuration import ExperimentConfig
 from workbench.experiment import all_resident, quality_metrics, run_experiment, warm_trace
 from workbench.memory import MemoryMeasurement, measure
 from workbench.models import resolve_model
-from workbench.quality import LEAST_PROMPTS, bootstrap_interval
+from workbench.quality import bootstrap_interval
 from workbench.workloads import prompt_stream
 
 Progress = Callable[[str, int, int], None]
@@ -137,7 +137,7 @@ def run_quantized(config: ExperimentConfig, formats: Iterable[str], progress: Pr
 def paired_difference(requests: pd.DataFrame, label: str, baseline: str, column: str) -> tuple[float, float, float]:
     """Return the mean difference of two variants over their common prompts, and its 95% bootstrap interval.
 
-    The interval is NaN below `LEAST_PROMPTS` prompts: resampling few values says nothing of those that are not there.
+    Too few prompts for an interval leave it NaN (`quality.LEAST_PROMPTS`).
 
     Parameters
     ----------
@@ -158,9 +158,7 @@ def paired_difference(requests: pd.DataFrame, label: str, baseline: str, column:
         axis=None
     ):
         raise ExperimentError(f"{label!r} and {baseline!r} were run on different prompts: they cannot be compared")
-    enough = len(common) >= LEAST_PROMPTS
-    low, high = bootstrap_interval(difference, tokens) if enough else (float("nan"), float("nan"))
-    return float(np.average(difference, weights=tokens)), low, high
+    return float(np.average(difference, weights=tokens)), *bootstrap_interval(difference, tokens)
 
 
 def timed(

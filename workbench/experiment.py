@@ -127,8 +127,9 @@ def run_experiment(
             engine.warm_start(warm)
         watch = ResidencyWatch(engine)
         rows = score_prompts(engine, prompts, told, reference, config.stepwise, watch, progress)
-        answers = _answer(engine, prompts[: config.answers], told, reference, config.max_new_tokens)
+        # Counters are those of the scored prompts: free answers come after them, and only some runs ask for any.
         stats = engine.stats().to_dict()
+        answers = _answer(engine, prompts[: config.answers], told, reference, config.max_new_tokens)
         slots = engine.plan.slots_per_layer
         predicted = {} if engine.quality is None else dict(engine.quality.predicted_loss)
         exact_layers = {} if engine.quality is None else {t: len(v) for t, v in engine.quality.exact.items()}

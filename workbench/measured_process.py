@@ -130,7 +130,7 @@ def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
         raise OptionError(f"{spec['checkpoint']} has no tokenizer: save one beside the weights")
     load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()
     reset_peak()
-    ttft, tpot, tokens = [], [], 0
+    ttft, tpot, tokens = [], [], []
     others = OtherWork()
     for place, prompt in enumerate(spec["prompts"]):
         if place == 1:
@@ -147,7 +147,7 @@ def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
             )
         ttft.append(watch.times[0] - started)
         tpot.append((watch.times[-1] - watch.times[0]) / (len(watch.times) - 1) if len(watch.times) > 1 else None)
-        tokens += output.shape[1]
+        tokens.append(output.shape[1])
     others_share = others.share()
     index = open_checkpoint(spec["checkpoint"], options.get("dtype", "auto"))
     return {
@@ -160,7 +160,7 @@ def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
         "dense_bytes": index.dense_bytes_total,
         "stall_share": 0.0,
         "bytes_loaded": 0,
-        "tokens": tokens,
+        "tokens": sum(tokens[1:]),
         "hit_rate": 1.0,
         "page_cache": "not used after loading",
     }

@@ -1,48 +1,27 @@
-"""What a metric is about, read from its name: memory, quality, time or something else, and which way is better.
+"""What a metric is about, and which way is better, as the catalogue says it; and metrics in the order of tables.
 
-A metric belongs to the first group of `GROUPS` that names a part of it. Times are whatever a clock or the load of the
-machine decides; they are the only metrics that a second run of the same code cannot be expected to repeat. *Measured*
-memory is the operating system's: it repeats within a few percent; memory that is computed (slots) repeats exactly.
+What the catalogue does not know has no direction, and is a time where its name ends with a unit of time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-# In the order in which tables show them.
-GROUPS = {
-    "memory": (
-        *("model_bytes", "peak_bytes", "serving_bytes", "slot_bytes", "slot_share", "dense_bytes", "expert_bytes"),
-        "memory",
-    ),
-    "quality": ("perplexity", "kl_", "agreement", "similarity", "accuracy", "identical"),
-    "time": ("ttft", "tpot", "stall", "_s", "per_s", "cpu_share"),
-}
-OTHER = "other"
-MEASURED_MEMORY = (
-    "peak_bytes",
-    "model_bytes",
-    "serving_bytes",
-    "control_bytes",
-    "mapped_bytes",
-    "memory_ratio",
-    "serving_ratio",
-)
-LOWER_IS_BETTER = ("perplexity", "kl_", "log_ratio", "_bytes", "bytes_", "memory", "loads", "reroutes", "evictions")
-HIGHER_IS_BETTER = ("agreement", "similarity", "accuracy", "hit_rate", "per_s", "attainment", "goodput", "skill")
+from workbench.metric_catalogue import GROUPS, MEMORY, NEITHER, OTHER, QUALITY, TIME, metric_of
+from workbench.quantities import TIME_UNITS, unit_of
 
 
 def group_of(metric: str) -> str:
     """Return the group that a metric belongs to."""
-    for group, parts in GROUPS.items():
-        if any(metric.endswith(part) if part.startswith("_") else part in metric for part in parts):
-            return group
-    return OTHER
+    row = metric_of(metric)
+    if row is not None:
+        return row.group
+    return TIME if unit_of(metric) in TIME_UNITS else OTHER
 
 
 def rank_of(metric: str) -> int:
     """Return the place of a metric's group in tables."""
-    return [*GROUPS, OTHER].index(group_of(metric))
+    return GROUPS.index(group_of(metric))
 
 
 def in_order(metrics: Iterable[str], named: Sequence[str]) -> list[str]:
@@ -53,16 +32,14 @@ def in_order(metrics: Iterable[str], named: Sequence[str]) -> list[str]:
 
 def is_measured_memory(metric: str) -> bool:
     """Say whether a metric is memory as the operating system reports it."""
-    return any(metric.endswith(ending) for ending in MEASURED_MEMORY)
+    row = metric_of(metric)
+    return row is not None and row.measured
 
 
 def better_direction(metric: str) -> int:
     """Return -1 where lower is better, 1 where higher is, 0 where neither can be said."""
-    if any(part in metric for part in HIGHER_IS_BETTER):
-        return 1
-    if group_of(metric) == "time" and not metric.endswith(("cpu_share", "spread_s")):
-        return -1
-    return -1 if any(part in metric for part in LOWER_IS_BETTER) else 0
+    row = metric_of(metric)
+    return NEITHER if row is None else row.better
 
 
 def main_metrics(named: Sequence[str], every: Sequence[str]) -> list[str]:
@@ -75,6 +52,6 @@ def main_metrics(named: Sequence[str], every: Sequence[str]) -> list[str]:
     if not chosen:
         return list(every)
     groups = {group_of(name) for name in chosen}
-    if "memory" in groups and "quality" not in groups:
-        chosen |= {name for name in every if group_of(name) == "quality"}
+    if MEMORY in groups and QUALITY not in groups:
+        chosen |= {name for name in every if group_of(name) == QUALITY}
     return [name for name in every if name in chosen]

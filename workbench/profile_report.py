@@ -16,10 +16,9 @@ from matplotlib.figure import Figure
 from emoe_core.tasks import LENGTH_QUANTILES, Profile
 from workbench.configuration import ExperimentConfig
 from workbench.experiment import run_experiment
+from workbench.quality import LEAST_PROMPTS
 
 PAPER_RULE, OUR_RULE = "leading layers by similarity (paper)", "cheapest layers by divergence (ours)"
-# An interval over two prompts says nothing.
-LEAST_FOR_A_BAND = 3
 MARKERS = "osD^vP"
 Progress = Callable[[str, int, int], None]
 
@@ -124,7 +123,7 @@ def curves_figure(profile: Profile) -> Figure:
     for place, (name, task) in enumerate(profile.tasks.items()):
         color = sns.color_palette("colorblind")[place]
         axis.plot([0, *task.depths], [1.0, *task.similarities], marker=MARKERS[place], color=color, label=name)
-        if task.similarity_intervals and task.n_prompts >= LEAST_FOR_A_BAND:
+        if task.similarity_intervals and task.n_prompts >= LEAST_PROMPTS:
             low, high = np.array(task.similarity_intervals).T
             axis.fill_between(task.depths, low, high, color=color, alpha=0.08)
     axis.axhline(profile.threshold, color="black", linestyle="--", linewidth=1.2)
@@ -132,7 +131,7 @@ def curves_figure(profile: Profile) -> Figure:
     axis.set_xlim(left=0, right=profile.n_layers)
     axis.set_ylim(top=1.01)
     axis.set_xlabel("leading MoE layers routed at random")
-    banded = all(task.n_prompts >= LEAST_FOR_A_BAND for task in profile.tasks.values())
+    banded = all(task.n_prompts >= LEAST_PROMPTS for task in profile.tasks.values())
     band = "; band: 95% interval over prompts" if banded else ", few prompts"
     axis.set_ylabel(f"similarity to the undisturbed answer\n(cosine{band})")
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), title="task", frameon=False)

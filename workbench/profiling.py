@@ -134,7 +134,7 @@ def measure_profile(config: ProfileConfig, progress: Progress | None = None) -> 
             measured[task] = {
                 "depths": tuple(depths),
                 "similarities": tuple(float(np.mean(values)) for values in curve.values()),
-                "similarity_intervals": intervals,
+                "similarity_intervals": intervals if np.isfinite(intervals).all() else (),
             }
         passes = _Count("single layers", len(config.tasks) * config.kl_prompts * layers, progress)
         for task in config.tasks:

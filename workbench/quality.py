@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Below so many prompts there is no interval: few values say nothing of those that are not there.
+# Below so many prompts (or pairs) there is no interval: few values say nothing of those that are not there.
 LEAST_PROMPTS = 8
 
 
@@ -70,7 +70,7 @@ def perplexity_ratio(log_ratio_nats: np.ndarray) -> float:
 def bootstrap_interval(
     values: np.ndarray, weights: np.ndarray | None = None, *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of a (weighted) mean over prompts.
+    """Return the percentile bootstrap interval of a (weighted) mean over prompts; NaN below `LEAST_PROMPTS` of them.
 
     Parameters
     ----------
@@ -85,14 +85,19 @@ def bootstrap_interval(
 def bootstrap_means(
     values: np.ndarray, weights: np.ndarray | None = None, *, draws: int = 2000, seed: int = 0
 ) -> np.ndarray:
-    """Return (weighted) means of resampled prompts, float64 [draws]; equal seeds and lengths draw the same prompts."""
+    """Return (weighted) means of resampled prompts, float64 [draws]; equal seeds and lengths draw the same prompts.
+
+    Every interval of the bench is made of them: below `LEAST_PROMPTS` prompts they are NaN, and so is what follows.
+    """
     values = np.asarray(values, dtype=float)
+    if len(values) < LEAST_PROMPTS:
+        return np.full(draws, np.nan)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=float)
     picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     return np.asarray((values[picks] * weights[picks]).sum(axis=1) / weights[picks].sum(axis=1))
 
 
 def percentile_interval(means: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Return the middle `level` of resampled means."""
+    """Return the middle `level` of resampled means; NaN where there are none."""
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -1,9 +1,9 @@
 """Numbers with units as people read them.
 
-A metric's unit is the end of its name: ``_bytes``, ``_s``, ``_share``, ``_rate``; bytes may stand anywhere in it, as in
-``fresh_bytes_loaded``. `words_of` and `unit_of` split a name, `show` formats one value, `column_texts` many in the same
-unit, `metric_table` a choice of metrics. Bytes are decimal (1 MB = 1,000,000 bytes), as storage is sold and as budgets
-are given.
+`words_of` and `unit_of` split a metric's name, `show` formats one value, `column_texts` many in the same unit,
+`metric_table` a choice of metrics. The unit is the catalogue's (`metric_catalogue`); names say it too, at their end,
+and that counts where the catalogue lacks a name. Bytes are decimal (1 MB = 1,000,000 bytes), as storage is sold and as
+budgets are given.
 """
 
 from __future__ import annotations
@@ -12,33 +12,42 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from workbench.metric_catalogue import metric_of
+
 if TYPE_CHECKING:
     import pandas as pd
 
 BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-SHARE_ENDINGS = ("_share", "_rate", "_agreement", "_mass")
+TIME_UNITS = ("s", "tokens/s", "bytes/s", "1/s")
+# How names end, and the unit that this says; the longer first. Shares keep the word.
+_ENDINGS = {
+    "_tokens_per_s": "tokens/s",
+    "_bytes_per_s": "bytes/s",
+    "_per_s": "1/s",
+    "_bytes": "bytes",
+    "_nats": "nats",
+    "_s": "s",
+}
+_SHARES = ("_share", "_rate", "_agreement", "_mass")
 
 
 def unit_of(name: str) -> str:
-    """Return the unit that a metric's name says, an empty text when it has none."""
-    if name.endswith("_tokens_per_s"):
-        return "tokens/s"
-    if name.endswith("_bytes_per_s"):
-        return "bytes/s"
-    if name.endswith("_s"):
-        return "s"
-    if name.endswith("_nats"):
-        return "nats"
-    if name.endswith(SHARE_ENDINGS):
+    """Return the unit of a metric, an empty text when it has none."""
+    row = metric_of(name)
+    if row is not None:
+        return row.unit
+    if name.endswith(_SHARES):
         return "%"
-    return "bytes" if "bytes" in name.split("_") and not name.endswith("_ratio") else ""
+    return next((unit for ending, unit in _ENDINGS.items() if name.endswith(ending)), "")
 
 
 def words_of(name: str) -> str:
     """Return a metric's name as words, without its unit."""
-    for ending in ("_tokens_per_s", "_bytes_per_s", "_bytes", "_s", "_nats"):
-        name = name.removesuffix(ending)
-    return name.replace("_", " ")
+    unit = unit_of(name)
+    ending = next((ending for ending, said in _ENDINGS.items() if said == unit), "")
+    # "tokens per second" may be the whole name behind a label: LABEL/tokens_per_s.
+    plain = name.removesuffix(ending).removesuffix(f"/{ending.removeprefix('_')}") if ending else name
+    return plain.replace("_", " ")
 
 
 def title_of(name: str) -> str:
@@ -55,6 +64,8 @@ def show(name: str, value: float | None) -> str:
         return show_bytes(value) + unit.removeprefix("bytes")
     if unit == "s":
         return show_seconds(value)
+    if unit == "1/s":
+        return f"{show_number(value)}/s"
     if unit == "%":
         return f"{100 * value:.1f}%"
     return f"{show_number(value)} {unit}".strip()
@@ -83,7 +94,11 @@ def column_texts(name: str, values: Sequence[float | None]) -> tuple[str, list[s
     digits = len(f"{largest * scale:.0f}")
     decimals = 0 if whole else max(0, 3 - digits) if unit in ("ms", "s") else 1 if unit == "%" else max(0, 4 - digits)
     return unit, [
-        "–" if value is None else f"{value * scale:,.{decimals}f}" if math.isfinite(value) else str(value)
+        "–"
+        if value is None or math.isnan(value)
+        else f"{value * scale:,.{decimals}f}"
+        if math.isfinite(value)
+        else str(value)
         for value in values
     ]
 

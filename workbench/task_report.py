@@ -11,8 +11,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from workbench.comparison import LEAST_PROMPTS, paired_difference
+from workbench.comparison import paired_difference
 from workbench.figures import MEGABYTE
+from workbench.quality import LEAST_PROMPTS
 
 AWARE, AGNOSTIC = "task-aware", "task-agnostic"
 

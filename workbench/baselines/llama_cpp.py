@@ -12,8 +12,8 @@ from importlib.metadata import version
 from typing import Any
 
 EXTRA = (
-    "llama.cpp needs the extra 'llama': CMAKE_ARGS=\"-DGGML_NATIVE=ON\" pip install -e '.[llama]' (compiles for some "
-    "minutes; needs cmake and a C++ compiler), or leave it out of --systems"
+    "it needs the extra 'llama': CMAKE_ARGS=\"-DGGML_NATIVE=ON\" pip install -c constraints.txt -e '.[llama]' "
+    "(compiles for some minutes; needs cmake and a C++ compiler)"
 )
 
 

@@ -1,24 +1,7 @@
-"""The systems that the bench compares, by name.
+"""The systems that the bench compares, by name, and whether each can run on this machine.
 
 `emoe` configurations and the policies of other systems share one engine, so that a difference between them is the
-policy's and nothing else's; transformers, accelerate and llama.cpp run their own code.
-
-=====================  ==============================================================================================
-name                   what runs
-=====================  ==============================================================================================
-emoe                   the engine, exact (tolerance 0), keeping experts by decayed demand
-emoe-lookahead         the same, fetching what the next layer's router is guessed to want
-emoe-lossy-0.1         the engine at miss tolerance 0.1
-emoe-lossy-1.0         the engine at miss tolerance 1: absent experts are replaced, not loaded
-emoe-resident          the engine with every expert resident
-lru                    on-demand LRU, the cache of mixtral-offloading, on our engine (its quantisation left out)
-activation-map         MoE-Infinity's activation map choosing residents, on our engine, taught the warm-up's routing
-lookahead              on-demand LRU with lookahead, on our engine
-stock-eager            transformers, every expert resident, experts computed one by one
-stock-grouped_mm       transformers, every expert resident, its grouped products
-accelerate             transformers with accelerate's disk offload for what the limit leaves no room for
-llama.cpp              llama.cpp on a GGUF file of the same weights, memory-mapped
-=====================  ==============================================================================================
+policy's and nothing else's; transformers, accelerate and llama.cpp run their own code. All run on the processor.
 
 ``NAME:no-limit`` runs a system without the memory limit; ``NAME[key=value;key=value]`` changes its options.
 """
@@ -31,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emoe_core.errors import OptionError
+from workbench.baselines import llama_cpp
 
 NO_LIMIT = ":no-limit"
 
@@ -47,6 +31,8 @@ class System:
         "emoe", "stock", "accelerate" or "llama.cpp".
     options : dict
         Of the adapter; for "emoe" those of `emoe_core.load`.
+    what : str
+        What runs, for people.
     limited : bool
         Whether it runs under the bench's memory limit.
     resident : bool
@@ -56,6 +42,7 @@ class System:
     name: str
     adapter: str
     options: dict[str, Any]
+    what: str = ""
     limited: bool = True
     resident: bool = False
 
@@ -64,24 +51,50 @@ class System:
         """Whether it takes the bench's expert budget."""
         return self.adapter == "emoe" and "budget" not in self.options
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot run on this machine, and what would help; None where it can."""
+        return llama_cpp.EXTRA if self.adapter == "llama.cpp" and not llama_cpp.is_installed() else None
 
-def _emoe(**options: Any) -> System:
-    return System("", "emoe", {"predictor": None, "policy": "decayed_demand", **options})
+
+def _emoe(what: str, **options: Any) -> System:
+    return System("", "emoe", {"predictor": None, "policy": "decayed_demand", **options}, what)
 
 
 SYSTEMS: dict[str, System] = {
-    "emoe": _emoe(),
-    "emoe-lookahead": _emoe(lookahead=1),
-    "emoe-lossy-0.1": _emoe(tolerance=0.1),
-    "emoe-lossy-1.0": _emoe(tolerance=1.0),
-    "emoe-resident": replace(_emoe(budget="100%"), resident=True),
-    "lru": _emoe(policy="lru"),
-    "activation-map": _emoe(policy="lru", predictor="activation_map", interval=1),
-    "lookahead": _emoe(policy="lru", lookahead=1),
-    "stock-eager": System("", "stock", {"experts_implementation": "eager"}, resident=True),
-    "stock-grouped_mm": System("", "stock", {"experts_implementation": "grouped_mm"}, resident=True),
-    "accelerate": System("", "accelerate", {}),
-    "llama.cpp": System("", "llama.cpp", {}),
+    "emoe": _emoe("the engine, exact (tolerance 0), keeping experts by decayed demand"),
+    "emoe-lookahead": _emoe("emoe, fetching what the next layer's router is guessed to want", lookahead=1),
+    "emoe-lossy-0.1": _emoe("the engine at miss tolerance 0.1", tolerance=0.1),
+    "emoe-lossy-1.0": _emoe("the engine at miss tolerance 1: absent experts are replaced, not loaded", tolerance=1.0),
+    "emoe-resident": replace(_emoe("the engine with every expert resident", budget="100%"), resident=True),
+    "lru": _emoe(
+        "on-demand LRU, the cache of mixtral-offloading, on our engine (its quantisation left out)", policy="lru"
+    ),
+    "activation-map": _emoe(
+        "MoE-Infinity's activation map choosing residents, on our engine, taught the warm-up's routing",
+        policy="lru",
+        predictor="activation_map",
+        interval=1,
+    ),
+    "lookahead": _emoe("on-demand LRU with lookahead, on our engine", policy="lru", lookahead=1),
+    "stock-eager": System(
+        "",
+        "stock",
+        {"experts_implementation": "eager"},
+        "transformers, every expert resident, experts computed one by one",
+        resident=True,
+    ),
+    "stock-grouped_mm": System(
+        "",
+        "stock",
+        {"experts_implementation": "grouped_mm"},
+        "transformers, every expert resident, its grouped products",
+        resident=True,
+    ),
+    "accelerate": System(
+        "", "accelerate", {}, "transformers with accelerate's disk offload for what the limit leaves no room for"
+    ),
+    "llama.cpp": System("", "llama.cpp", {}, "llama.cpp on a GGUF file of the same weights, memory-mapped"),
 }
 DEFAULT_SYSTEMS = (
     "emoe", "emoe-lookahead", "emoe-lossy-0.1", "emoe-lossy-1.0", "lru", "activation-map", "lookahead",
@@ -105,6 +118,13 @@ def find_systems(names: Sequence[str]) -> list[System]:
     if twice:
         raise OptionError(f"{', '.join(twice)} was named twice: name each system once")
     return found
+
+
+def require_runnable(systems: Sequence[System]) -> None:
+    """Raise OptionError, with what would help, where one of the systems cannot run on this machine."""
+    for system in systems:
+        if system.obstacle is not None:
+            raise OptionError(f"{system.name} cannot run here: {system.obstacle}, or leave it out of --systems")
 
 
 def find_system(name: str) -> System:

@@ -7,7 +7,7 @@ the expert budget derived from the limit. None of it runs under the limit or cou
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,8 @@ import numpy as np
 from emoe_core.budget import SlotPlan, plan_slots
 from emoe_core.cache import cache_dir
 from emoe_core.checkpoint import CheckpointIndex, open_checkpoint
-from emoe_core.errors import OptionError
 from emoe_core.pack import ensure_pack
-from workbench.baselines.llama_cpp import EXTRA, is_installed
-from workbench.baselines.systems import System
+from workbench.baselines.systems import System, require_runnable
 from workbench.bench.bandwidth import Bandwidths, measure_bandwidths
 from workbench.bench.forced_tokens import ForcedTokens, forced_tokens
 from workbench.bench.limit_budget import control_bytes, limit_budget, require_possible
@@ -84,12 +82,6 @@ def common_spec(plan: BenchPlan, checkpoint: str, forced: ForcedTokens) -> dict[
     }
 
 
-def require_llama(systems: Sequence[System]) -> None:
-    """Raise OptionError, naming the extra, where llama.cpp is asked for and not installed."""
-    if any(system.adapter == "llama.cpp" for system in systems) and not is_installed():
-        raise OptionError(EXTRA)
-
-
 def prepare(plan: BenchPlan, folder: Path, controller: Controller | None, report: Report) -> Prepared:
     """Make or read back what a bench needs.
 
@@ -106,12 +98,12 @@ def prepare(plan: BenchPlan, folder: Path, controller: Controller | None, report
     Raises
     ------
     OptionError
-        llama.cpp is asked for and not installed, or the tokens do not suffice.
+        A system that is asked for cannot run here, or the tokens do not suffice.
     BudgetError
         The limit is too small.
     """
     systems = plan.found_systems()
-    require_llama(systems)
+    require_runnable(systems)
     index = open_checkpoint(resolve_model(plan.model), plan.dtype)
     if plan.limit_bytes is not None and plan.budget is None:
         require_possible(index, plan.limit_bytes, plan.max_tokens)

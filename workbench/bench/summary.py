@@ -102,6 +102,17 @@ def summarise(
     return table, notes
 
 
+def as_metrics(table: pd.DataFrame, notes: dict[str, Any]) -> dict[str, float]:
+    """Return what `summarise` found as metrics, ``SYSTEM/FIGURE``; figures that a system lacks are left out."""
+    metrics = {"ideal_tokens_per_s": float(notes["ideal_tokens_per_s"])}
+    for row in table.to_dict("records"):
+        system = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in row["system"])
+        for figure in ("tokens_per_s", "tpot_s", "ttft_s", "load_s", "peak_bytes", "share_of_bound"):
+            if pd.notna(row.get(figure)):
+                metrics[f"{system}/{figure}"] = float(row[figure])
+    return metrics
+
+
 def _system_row(
     system: System,
     results: list[dict[str, Any]],

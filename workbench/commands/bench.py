@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from workbench.commands.checkpoints import ModelArgument
 
@@ -110,23 +111,41 @@ def bench(
 
 
 def bench_systems() -> None:
-    """List the systems that `emoe bench` knows."""
-    from workbench.baselines import systems
+    """List the systems that `emoe bench` knows, which can run here, and why the others cannot."""
+    from emoe_core.errors import LimitError
+    from workbench.baselines.systems import NO_LIMIT, SYSTEMS
+    from workbench.control_groups import find_controller
 
-    typer.echo((systems.__doc__ or "").strip())
+    table = Table("system", Column("what runs", overflow="fold"), "runs here", box=SIMPLE_HEAD)
+    for name, system in SYSTEMS.items():
+        table.add_row(name, system.what, "[red]no[/]" if system.obstacle else "yes")
+    console = Console(highlight=False)
+    console.print(table)
+    for name, system in SYSTEMS.items():
+        if system.obstacle:
+            console.print(f"[yellow]{name} cannot run here: {escape(system.obstacle)}[/]", soft_wrap=True)
+    try:
+        console.print(f"A memory limit can be set (--limit): {find_controller().description}")
+    except LimitError as error:
+        console.print(f"[yellow]No memory limit can be set (--limit): {escape(str(error))}[/]", soft_wrap=True)
+    console.print(
+        f"NAME{NO_LIMIT} runs a system without the memory limit; NAME{escape('[key=value;key=value]')} changes its "
+        "options. All run on the processor.",
+        soft_wrap=True,
+    )
 
 
 def _systems(names: str | None, console: Console) -> tuple[str, ...]:
-    """Return the systems asked for; all of them, without llama.cpp where it is not installed, if none were."""
-    from workbench.baselines.llama_cpp import EXTRA, is_installed
-    from workbench.baselines.systems import DEFAULT_SYSTEMS
+    """Return the systems asked for; all that can run here if none were."""
+    from workbench.baselines.systems import DEFAULT_SYSTEMS, find_systems
 
     if names is not None:
         return tuple(name.strip() for name in names.split(",") if name.strip())
-    if is_installed():
-        return DEFAULT_SYSTEMS
-    console.print(f"[yellow]llama.cpp is left out: {escape(EXTRA)}[/]")
-    return tuple(name for name in DEFAULT_SYSTEMS if not name.startswith("llama.cpp"))
+    obstacles = {system.name: system.obstacle for system in find_systems(DEFAULT_SYSTEMS)}
+    for name, obstacle in obstacles.items():
+        if obstacle:
+            console.print(f"[yellow]{name} is left out: {escape(obstacle)}[/]")
+    return tuple(name for name, obstacle in obstacles.items() if not obstacle)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -237,16 +256,11 @@ def _track(
 
     from workbench import tracking
     from workbench.bench.figure import bench_figure
+    from workbench.bench.summary import as_metrics
 
     name = f"{Path(plan.model).name}, {plan.limit or 'no limit'}"
     with tracking.run("bench", name, params=asdict(plan), model_hash=model_hash) as run:
-        metrics = {"ideal_tokens_per_s": notes["ideal_tokens_per_s"]}
-        for row in table.to_dict("records"):
-            metric = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in row["system"])
-            for figure in ("tokens_per_s", "tpot_s", "ttft_s", "load_s", "peak_bytes", "share_of_bound"):
-                if row.get(figure) == row.get(figure):
-                    metrics[f"{metric}/{figure}"] = row.get(figure)
-        run.log_metrics(metrics)
+        run.log_metrics(as_metrics(table, notes))
         run.log_frame("systems", table)
         run.log_text("results.jsonl", "\n".join(json.dumps(row) for row in results))
         run.log_text("notes.json", json.dumps(notes, indent=1))

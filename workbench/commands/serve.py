@@ -80,6 +80,7 @@ def serve(
     from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler, require_scheduler
     from workbench.models import resolve_model
     from workbench.server.listen import EmoeServer
+    from workbench.serving import conditions
     from workbench.serving.measure import stored_costs
 
     require_scheduler(scheduler)
@@ -91,6 +92,8 @@ def serve(
     called = name or Path(model).name
     options = {"tolerance": tolerance, "device": device, "dtype": dtype, "expert_dtype": expert_dtype}
     with open_engine(checkpoint, budget, max_quality_loss, console, **options) as engine:
+        if costs is not None and (told := conditions.warning(costs, conditions.conditions_here(engine))):
+            console.print(f"[yellow]Warning: {escape(told)}.[/]", soft_wrap=True)
         say = announcer(console, called, host)
         EmoeServer(
             engine, chosen, limits, batch, called, host, port, api_key, costs, drain_s, on_listening=say

@@ -98,6 +98,7 @@ def serve_cluster(
     from workbench.replicas.service import Placement, running_replicas
     from workbench.server.app import make_app
     from workbench.server.listen import DrainingServer
+    from workbench.serving import conditions
     from workbench.serving.measure import stored_costs
 
     placement = Placement(replicas, router, slack, cpus, gpus)
@@ -113,7 +114,7 @@ def serve_cluster(
     make_scheduler(scheduler, costs)
     BatchLimits(max_batch, kv_tokens)
     index = open_checkpoint(checkpoint, dtype).with_expert_dtype(expert_dtype)
-    plan_slots(index, memory["budget"] or "100%")
+    plan = plan_slots(index, memory["budget"] or "100%")
     called = name or Path(model).name
     engine = {
         "tolerance": tolerance,
@@ -128,6 +129,18 @@ def serve_cluster(
     def tell(sentence: str) -> None:
         console.print(escape(sentence), soft_wrap=True)
 
+    if costs is not None:
+        # Of the nodes only that is known which they are told; slots under a quality target are found on each.
+        used = conditions.Conditions(
+            None if max_quality_loss is not None else tuple(plan.slots_per_layer),
+            tolerance,
+            str(index.dtype).removeprefix("torch."),
+            expert_dtype,
+            "cpu" if engine["device"] == "cpu" else "cuda",
+            threads=max(1, int(cpus)),
+        )
+        if told := conditions.warning(costs, used):
+            tell(f"Warning: {told}.")
     with running_replicas(config, placement, ray_address, drain_s, tell) as front:
         app = make_app(front, limits, api_key)
         DrainingServer(app, host, port, front.drain, drain_s, on_listening=announcer(console, called, host)).run()

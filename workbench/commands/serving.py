@@ -132,6 +132,8 @@ def simulate_serving(
     if as_json:
         typer.echo(json.dumps(json.loads(found.to_json(orient="records")), indent=1))
         return
+    from workbench.serving.report import caveat
+
     place = f"{replicas} replicas, {router}" if replicas > 1 else "one engine"
     console = Console()
     console.print()
@@ -146,6 +148,7 @@ def simulate_serving(
         "within 5x and TPOT within 2x of a task's unloaded median. goodput: requests a second that met both. Times are "
         "simulated; --json has every metric.[/]"
     )
+    console.print(f"[dim]{escape(caveat(known, slots))}[/]")
 
 
 def _service_table(found: pd.DataFrame) -> Table:

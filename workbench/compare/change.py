@@ -2,8 +2,8 @@
 
 Terms: a *pair* is one prompt that both runs had, or one configuration that both sweeps ran. The difference is B - A and
 the ratio B / A. Intervals are percentile bootstrap intervals over pairs (95%); resampling keeps pairs together, so
-that what is hard for both does not count as noise. Below `LEAST_PAIRS` pairs there is no interval: few values say
-nothing of those that are not there. The interval speaks of other prompts of the same kind, not of other machines.
+that what is hard for both does not count as noise. Below `quality.LEAST_PROMPTS` pairs there is none. The interval
+speaks of other prompts of the same kind, not of other machines.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 
 from workbench.metric_groups import better_direction
-from workbench.quality import LEAST_PROMPTS as LEAST_PAIRS
 from workbench.quality import bootstrap_means, percentile_interval
 from workbench.store import finite
 
 NAN = float("nan")
-NO_INTERVAL = (NAN, NAN)
 
 
 @dataclass(frozen=True)
@@ -114,15 +112,14 @@ def paired_change(
     ratio = NAN
     if positive:
         ratio = float(np.exp(np.mean(np.log(b / a)))) if geometric else mean_b / mean_a
-    interval, ratio_interval = NO_INTERVAL, NO_INTERVAL
-    if len(a) >= LEAST_PAIRS:
-        drawn_a, drawn_b = (shown(bootstrap_means(values, weights)) for values in (a, b))
-        interval = percentile_interval(drawn_b - drawn_a)
-        if positive and geometric:
-            low, high = percentile_interval(bootstrap_means(np.log(b / a)))
-            ratio_interval = (math.exp(low), math.exp(high))
-        elif positive and (drawn_a > 0).all():
-            ratio_interval = percentile_interval(drawn_b / drawn_a)
+    ratio_interval = (NAN, NAN)
+    drawn_a, drawn_b = (shown(bootstrap_means(values, weights)) for values in (a, b))
+    interval = percentile_interval(drawn_b - drawn_a)
+    if positive and geometric:
+        low, high = percentile_interval(bootstrap_means(np.log(b / a)))
+        ratio_interval = (math.exp(low), math.exp(high))
+    elif positive and (drawn_a > 0).all():
+        ratio_interval = percentile_interval(drawn_b / drawn_a)
     return Change(
         metric, variant, mean_a, mean_b, mean_b - mean_a, *interval, ratio, *ratio_interval,
         pairs=len(a), identical=bool((a == b).all()), by_prompt=by_prompt,

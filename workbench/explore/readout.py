@@ -12,7 +12,7 @@ from emoe_core.tasks import TASK_TYPES
 from workbench.busy import busy_warning
 from workbench.configuration import ExperimentConfig
 from workbench.explore.explorer import Observation
-from workbench.quantities import column_texts, show, words_of
+from workbench.quantities import column_texts, show, show_bytes, words_of
 
 ALL_TASKS = "all tasks"
 # Name, and how a reader tells better from worse.
@@ -55,14 +55,14 @@ def readout(seen: Observation) -> str:
     rest = metrics["computed_bytes"] - dense - slots
     absent = max(0.0, 1 - metrics["computed_bytes"] / whole)
     parts = [
-        Part("dense weights", dense / whole, show("bytes_", dense), GREY),
-        Part("slots", slots / whole, show("bytes_", slots), BLUE),
-        Part("cache and workspace", rest / whole, show("bytes_", rest), ORANGE),
+        Part("dense weights", dense / whole, show_bytes(dense), GREY),
+        Part("slots", slots / whole, show_bytes(slots), BLUE),
+        Part("cache and workspace", rest / whole, show_bytes(rest), ORANGE),
         Part("not resident", absent, f"{absent:.0%}", "#ddd"),
     ]
     memory = (
-        f"{show('bytes_', metrics['measured_bytes'])} measured, {show('bytes_', metrics['computed_bytes'])} computed; "
-        f"all resident {show('bytes_', metrics['all_resident_bytes'])}"
+        f"{show_bytes(metrics['measured_bytes'])} measured, {show_bytes(metrics['computed_bytes'])} computed; "
+        f"all resident {show_bytes(metrics['all_resident_bytes'])}"
     )
     rate, first = (show(name, metrics[name]) for name in ("answer_tokens_per_s", "ttft_s"))
     speed = f"{rate}, first token after {first}"

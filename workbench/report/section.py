@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.figures import REPORT_FIGURES
+from workbench.metric_catalogue import meaning_of
 from workbench.metric_groups import group_of, in_order, main_metrics
-from workbench.metric_words import meaning_of
 from workbench.quantities import column_texts, words_of
 from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture

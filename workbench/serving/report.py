@@ -6,6 +6,7 @@ Nothing here simulates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -15,6 +16,7 @@ from matplotlib.ticker import PercentFormatter
 
 from emoe_core.costs import ServingCosts
 from workbench.busy import busy_warning
+from workbench.serving import conditions
 from workbench.serving.throughput import ON_DEMAND
 
 MARKERS = "os^DvPX*"
@@ -67,13 +69,19 @@ def shown(table: pd.DataFrame, by: Sequence[str] = ("label", "load")) -> pd.Data
     return table[[*by, "rate_per_s", *names, *more]]
 
 
-def caveat(costs: ServingCosts) -> str:
-    """Return what to know of the costs behind a simulation: where they come from, and whether to trust them."""
+def caveat(costs: ServingCosts, slots: int | None = None) -> str:
+    """Return what to know of the costs behind a simulation: where they come from, and whether to trust them.
+
+    ``slots`` are the experts a layer that are simulated, where these are not the measured ones.
+    """
     told = costs.settings
     where = f"{costs.environment.get('cpu', 'unknown processor')}, {costs.environment.get('threads', '?')} threads"
     text = f"costs: budget {told.get('budget')}, {told.get('dtype')}, tolerance {told.get('tolerance')}, {where}"
-    warning = busy_warning(costs.environment.get("others_cpu_share"))
-    return text if warning is None else f"{text}; {warning}"
+    used = conditions.conditions_here()
+    if slots is not None:
+        used = replace(used, slots_per_layer=(slots,) * len(costs.slots_per_layer))
+    doubts = [busy_warning(costs.environment.get("others_cpu_share")), conditions.warning(costs, used)]
+    return "; ".join([text, *filter(None, doubts)])
 
 
 def schedulers_beside_paper(

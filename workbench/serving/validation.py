@@ -29,6 +29,7 @@ from emoe_core.serving_loop import ServingLoop
 from emoe_core.serving_records import Answer, Pass
 from workbench.busy import OtherWork
 from workbench.models import resolve_model
+from workbench.serving import conditions
 from workbench.serving.arrivals import Arrival, at_rate, draw_arrivals
 from workbench.serving.cluster import Cluster
 from workbench.serving.experiment import ServingConfig, capacity_per_s, make_replica, make_request, objectives
@@ -49,7 +50,7 @@ class ValidationConfig:
     ----------
     model : str
     budget : str
-        Should be the one that the costs were measured under.
+        Without ``remeasure``, the one that the costs were measured under.
     schedulers : tuple of str
     load : float
         Mean rate as a share of capacity.
@@ -138,6 +139,11 @@ def validate(config: ValidationConfig, costs: ServingCosts, progress: Progress |
         Of the model; task loads are theirs, times too unless they are measured anew.
     progress : callable, optional
         Called with (stage, done, total).
+
+    Raises
+    ------
+    CostsError
+        When the costs are another model's, or were measured under other conditions and are not to be measured anew.
     """
     report = progress or (lambda stage, done, total: None)
     with emoe_core.load(
@@ -153,7 +159,9 @@ def validate(config: ValidationConfig, costs: ServingCosts, progress: Progress |
         texts = task_tokens(engine, config.source, "test", config.seed)
         _warm(engine, texts)
         if config.remeasure:
-            costs = replace(costs, **asdict(_times(engine, config, report)))
+            costs = _measured_anew(costs, engine, config, report)
+        else:
+            conditions.require_conditions(costs, conditions.conditions_here(engine))
         coming = _arrivals(config, costs)
         promised = objectives(coming, costs, ServingConfig.ttft_factor, ServingConfig.tpot_factor)
         others, tables, parts = OtherWork(), [], []
@@ -256,6 +264,22 @@ def _arrivals(config: ValidationConfig, costs: ServingCosts) -> list[Arrival]:
         for one in draw_arrivals(costs.tasks, config.n_requests, 1.0, seed=config.seed)
     ]
     return at_rate(drawn, config.load * capacity_per_s(drawn, costs, config.max_batch))
+
+
+def _measured_anew(
+    costs: ServingCosts, engine: emoe_core.Engine, config: ValidationConfig, report: Progress
+) -> ServingCosts:
+    """Return the costs with times, slots and conditions of an engine."""
+    used = conditions.conditions_here(engine)
+    here = {name: getattr(used, name) for name in ("tolerance", "dtype", "expert_dtype", "device")}
+    return replace(
+        costs,
+        **asdict(_times(engine, config, report)),
+        slots_per_layer=tuple(engine.plan.slots_per_layer),
+        kv_token_bytes=engine.memory(1, 1).kv_bytes,
+        settings={**costs.settings, **here, "budget": config.budget},
+        environment={**costs.environment, "cpu": used.cpu, "threads": used.threads},
+    )
 
 
 def _times(engine: emoe_core.Engine, config: ValidationConfig, report: Progress) -> Times:
