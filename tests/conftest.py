@@ -9,10 +9,27 @@ from pathlib import Path
 # Before torch is imported: tiny matrices on many threads, beside other test processes, mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 from sweep_bench import Bench
 
 from workbench.store import HOME_VARIABLE, open_store
+
+# How long an example takes says what else the machine does.
+hypothesis.settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file that share what takes long to make in one worker, so that it is made once."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        definitions = [known[-1] for known in item._fixtureinfo.name2fixturedefs.values() if known]
+        shares = any(found.scope == "module" for found in definitions)
+        if shares and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

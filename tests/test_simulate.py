@@ -66,7 +66,7 @@ def test_the_replay_counts_what_the_engine_counts(model: Path, policy: str, budg
 
 
 @given(seed=st.integers(0, 10**6), slots=st.lists(st.integers(1, 5), min_size=2, max_size=2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nothing_loads_less_than_the_bound_in_any_layer(seed: int, slots: list[int]) -> None:
     accesses = draw_accesses(seed)
     bound = replay_policy(accesses, "min", slots)
@@ -77,7 +77,7 @@ def test_nothing_loads_less_than_the_bound_in_any_layer(seed: int, slots: list[i
 
 
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_bound_is_reached_by_some_choice_of_residents(seed: int, slots: int) -> None:
     needed = draw_accesses(seed, steps=5, layers=1, experts=4).needed
     # Exhaustive: after each step, any set of at most ``slots`` of those resident or needed.
@@ -125,7 +125,7 @@ def test_decayed_demand_keeps_what_a_long_pass_chose_most() -> None:
 
 
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_decayed_demand_leaves_its_table_in_order(seed: int, slots: int) -> None:
     table = DemandTable([slots, slots], 1, 5)
     replay_table(draw_accesses(seed), "decayed_demand", table)
