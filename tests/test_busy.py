@@ -19,7 +19,7 @@ ROUNDING = 0.05
 
 @pytest.fixture
 def one_core() -> Iterator[None]:
-    """Let this thread, and what it starts, run on one core: a good part of its time is then theirs, whatever else runs."""
+    """Let this thread, and what it starts, run on one core: a good part of its time is theirs, whatever else runs."""
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("this system does not bind threads to cores")
     allowed = os.sched_getaffinity(0)

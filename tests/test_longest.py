@@ -147,6 +147,7 @@ def trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trials:
     return Trials(str(resolve_model(TINY)), controller, new_tokens=2)
 
 
+@pytest.mark.long
 def test_trials_under_a_real_limit_end_as_they_should_and_are_remembered(
     trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
