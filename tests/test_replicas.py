@@ -114,10 +114,19 @@ def address(model: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def service(model: Path, address: str) -> Iterator[ClusterService]:
-    running = ClusterService(model, address)
-    yield running
-    running.close()
+def services() -> Iterator[list[ClusterService]]:
+    started: list[ClusterService] = []
+    yield started
+    for service in started:
+        service.close()
+
+
+@pytest.fixture
+def service(services: list[ClusterService], model: Path, address: str) -> ClusterService:
+    """Return the service of the test before, or a new one where that test ended it."""
+    if not services or services[-1].process.poll() is not None:
+        services.append(ClusterService(model, address))
+    return services[-1]
 
 
 @pytest.fixture(scope="module")
