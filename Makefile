@@ -16,7 +16,8 @@ run: $(READY)
 	$(BIN)/emoe sweep $(SWEEP); code=$$?; $(BIN)/emoe report --hints && exit $$code
 
 # Two processes of one thread each, kernels and what they start included: threads of one process wait for each other at
-# every product, and where a core is taken away they wait long. A cell's time limit is there to end one that hangs.
+# every product, and where a core is taken away they wait long. Whole files to a process: what their tests share is made once
+# (groups by mark, `loadgroup`, are lost on pytest 9.2 and pytest-xdist 3.8). A cell's time limit ends one that hangs.
 test test-long: export OMP_NUM_THREADS = 1
 
 test: $(READY)
@@ -24,7 +25,7 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/emoe model build
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 ifneq ($(NOTEBOOKS),)
 	EMOE_HOME=$(CURDIR)/build/notebooks $(BIN)/python -m pytest -n 2 --dist loadfile -p no:cacheprovider \
 	  --nbval-lax --nbval-cell-timeout=1200 $(NOTEBOOKS)
@@ -33,7 +34,7 @@ endif
 # What `make test` has no time for; docs/testing.md says when it was last run, and with what result.
 test-long: $(READY)
 	$(BIN)/emoe model build
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 	$(MAKE) load
 
 # guidellm wants other versions than constraints.txt has, so it gets an environment of its own.

@@ -22,16 +22,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("busy machine")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file that share what takes long to make in one worker, so that it is made once."""
-    for item in items:
-        assert isinstance(item, pytest.Function)
-        definitions = [known[-1] for known in item._fixtureinfo.name2fixturedefs.values() if known]
-        shares = any(found.scope == "module" for found in definitions)
-        if shares and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a project root whose store has its schema; writing one takes seconds."""

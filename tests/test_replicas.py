@@ -33,7 +33,6 @@ from workbench.replicas.residency import Residency, look, missing_for
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
 pytest.importorskip("grpc", reason="Ray Serve is not installed (extra `ray`)")
-pytestmark = pytest.mark.xdist_group("ray")
 
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000}
 PROMPTS = {"qa": "Why is the sky blue?", "code": "def add(a, b):"}
