@@ -9,10 +9,17 @@ from pathlib import Path
 # Before torch is imported: tiny matrices on many threads, beside other test processes, mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 from sweep_bench import Bench
 
 from workbench.store import HOME_VARIABLE, open_store
+
+# How long an example takes says what else the machine does.
+hypothesis.settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy machine")
 
 
 @pytest.fixture(scope="session")

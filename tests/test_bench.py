@@ -376,6 +376,7 @@ def test_reads_bound_a_system_that_computes_faster_than_it_reads(checkpoint: Pat
     assert memory_rate(1, 2**20, 1) > 0
 
 
+@pytest.mark.long
 def test_a_whole_bench_runs_under_the_limit_and_shows_one_table(
     checkpoint: Path, controller: Controller, tmp_path: Path
 ) -> None:

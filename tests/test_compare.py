@@ -113,7 +113,7 @@ def test_few_prompts_get_no_interval(bench: Bench) -> None:
     assert change.to_dict()["low"] is None
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(0.01, 10)), min_size=8, max_size=30))
 def test_swapping_a_and_b_turns_the_interval_around(pairs: list[tuple[float, float]]) -> None:
     a, b = np.array(pairs).T

@@ -75,7 +75,7 @@ def eager(lease: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.
     return total
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 9),
     k=st.integers(1, 4),

@@ -65,9 +65,9 @@ def test_other_deaths_are_not_put_down_to_the_limit(controller: Controller) -> N
 
 
 def test_a_process_that_takes_too_long_is_ended_with_its_children(controller: Controller) -> None:
-    code = "import subprocess, sys; print('on', flush=True); subprocess.run([sys.executable, '-c', 'input()'], stdin=0)"
-    waiting = python(f"import os; r, w = os.pipe(); os.dup2(r, 0); {code}")
-    found = run_limited(waiting, 4 * LIMIT_BYTES, controller=controller, timeout_s=1.0)
+    # A shell and its child: started long before the time is up, also where others keep the cores busy.
+    waiting = ["sh", "-c", "echo on; sleep 600 & wait"]
+    found = run_limited(waiting, LIMIT_BYTES, controller=controller, timeout_s=3.0)
     assert found.timed_out and not found.killed_by_limit and found.output == "on\n"
     assert groups(controller) == []
 
@@ -155,7 +155,7 @@ def test_the_command_does_not_outlive_a_killed_parent(controller: Controller, tm
         left.rmdir()
 
 
-def until(holds: Callable[[], bool], patience_s: float = 30.0) -> None:
+def until(holds: Callable[[], bool], patience_s: float = 120.0) -> None:
     deadline = time.monotonic() + patience_s
     while not holds():
         assert time.monotonic() < deadline

@@ -30,7 +30,7 @@ def rounded_stock(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 9), st.integers(1, 40), st.floats(1e-3, 1e3), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_rounding_is_within_half_a_step(rows: int, columns: int, size: float, dtype: torch.dtype) -> None:
     weight = (size * torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))).to(dtype)

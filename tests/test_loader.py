@@ -116,7 +116,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(EVENTS, max_size=12),
     st.integers(1, 4),

@@ -23,8 +23,9 @@ from workbench.limit_trials import (
     Trials,
     outcome_of,
 )
-from workbench.longest import MEGABYTE, SearchConfig, checkpoint_of, configurations, resolve_limit, search
+from workbench.longest import MEGABYTE, SearchConfig, configurations, resolve_limit, search
 from workbench.longest_report import beside_paper, limits_figure
+from workbench.models import TINY, resolve_model
 
 CLEAN = LimitedRun(10**9, 10**8, 0, False, False, 0, "", "", 1.0)
 
@@ -143,9 +144,10 @@ def trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trials:
     except LimitError as error:
         pytest.skip(str(error))
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
-    return Trials(checkpoint_of("tiny"), controller, new_tokens=2)
+    return Trials(str(resolve_model(TINY)), controller, new_tokens=2)
 
 
+@pytest.mark.long
 def test_trials_under_a_real_limit_end_as_they_should_and_are_remembered(
     trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:

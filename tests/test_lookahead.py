@@ -82,7 +82,7 @@ def test_a_set_that_does_not_fit_is_not_guessed(tmp_path: Path) -> None:
         assert engine.stats().counters.lookahead_guessed == engine.stats().counters.prefetches == 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sets(st.integers(0, EXPERTS - 1), max_size=4).map(sorted),
     st.lists(st.integers(0, EXPERTS - 1), unique=True, min_size=1, max_size=4),

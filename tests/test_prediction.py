@@ -30,7 +30,7 @@ def make_stream(seed: int, prompts: int = 12, layers: int = 2, experts: int = 5)
 
 
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 5), name=st.sampled_from(sorted(PREDICTORS)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_predictor_covers_more_than_hindsight(seed: int, slots: int, name: str) -> None:
     stream = make_stream(seed)
     summary, prompts = replay(stream, make_predictor(name, 2, 5, seed), slots=slots)

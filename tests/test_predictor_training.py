@@ -48,9 +48,18 @@ def test_a_recording_has_a_warm_up_and_a_stream_for_each_order(recording: Record
 
 
 def test_training_refuses_a_predictor_too_large_for_its_model(checkpoint: Path, recording: Recording) -> None:
+    path = predictor_path(recording.model_hash)
+    before = path.read_bytes() if path.exists() else None
     found = CliRunner().invoke(app, ["predictor", "train", str(checkpoint), *OPTIONS, "--width", "64"])
     assert isinstance(found.exception, PredictorError)
     assert "give a smaller width" in str(found.exception)
+    assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_a_model_without_a_predictor_is_told_how_to_get_one(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
     with pytest.raises(PredictorError, match="emoe predictor train"):
         stored_predictor(checkpoint)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from emoe_core.cache import cache_dir
 from emoe_core.errors import DataError
 from emoe_core.quality_target import choose
 from emoe_core.tasks import TASK_TYPES, Profile, ProfileError
@@ -82,8 +84,10 @@ def test_a_measured_profile_survives_its_file_and_serves_a_target(profile: Profi
 
 
 def test_without_disturbance_answers_are_equal_and_divergences_zero(
-    config: ProfileConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: pytest.MonkeyPatch
+    profile: Profile, config: ProfileConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Of what the profile's cache holds, only what the undisturbed model says.
+    shutil.copytree(cache_dir() / "references", tmp_path / "references")
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
     monkeypatch.setattr(disturbance, "_scrambler", lambda experts, generator: lambda module, args, output: None)
     found = measure_profile(replace(config, tasks=("qa", "code"))).tasks.values()

@@ -39,7 +39,7 @@ TARGETS = st.floats(0.0, 1.0)
 
 
 @given(profiles(), TARGETS, TARGETS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_looser_target_never_needs_more_slots_in_any_layer(profile: Profile, one: float, other: float) -> None:
     experts = [4] * profile.n_layers
     strict, loose = (choose(profile, target, experts, 1).slots_per_layer for target in sorted((one, other)))
@@ -47,7 +47,7 @@ def test_a_looser_target_never_needs_more_slots_in_any_layer(profile: Profile, o
 
 
 @given(profiles(), TARGETS, TARGETS, st.integers(1, 4))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_with_given_slots_a_looser_target_never_makes_more_layers_exact(
     profile: Profile, one: float, other: float, slots: int
 ) -> None:
@@ -58,7 +58,7 @@ def test_with_given_slots_a_looser_target_never_makes_more_layers_exact(
 
 
 @given(profiles(), TARGETS, st.one_of(st.none(), st.integers(1, 4)))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_predicted_loss_of_every_task_keeps_the_target(profile: Profile, target: float, slots: int | None) -> None:
     experts = [4] * profile.n_layers
     plan = choose(profile, target, experts, 2, None if slots is None else [slots] * len(experts))
@@ -70,7 +70,7 @@ def test_the_predicted_loss_of_every_task_keeps_the_target(profile: Profile, tar
 
 
 @given(profiles(), st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_target_of_zero_is_exact_everywhere(profile: Profile, slots: int) -> None:
     plan = choose(profile, 0.0, [4] * profile.n_layers, 1, [slots] * profile.n_layers)
     assert {

@@ -19,7 +19,6 @@ from workbench.sweep import run_sweep
 from workbench.sweep_state import DIGEST_TAG, ERROR_TAG, SUPERSEDED_TAG, find_parent
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
-pytestmark = pytest.mark.xdist_group("ray")
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000, "memory": 8_000_000_000}
 
 

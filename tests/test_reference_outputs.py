@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import emoe_core
 from emoe_core.errors import ExperimentError
 from workbench.reference_model.tiny import tiny_moe
-from workbench.reference_outputs import ReferenceSpec, reference_outputs
+from workbench.reference_outputs import Reference, ReferenceSpec, reference_outputs
 
 PROMPTS = ["Is this a question?", "Sum up the day.", "Good or bad?"]
 TASKS = ["qa", "summarization", "classification"]
@@ -22,16 +23,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_moe(tmp_path_factory.mktemp("tiny"), family="mixtral", seed=3)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("EMOE_CACHE", str(folder))
-    return folder
+@pytest.fixture(scope="module")
+def computed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reference]:
+    """Return a cache, and the outputs of the first two prompts, which it holds."""
+    folder = tmp_path_factory.mktemp("computed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMOE_CACHE", str(folder))
+        return folder, reference_outputs(checkpoint, PROMPTS[:2], TASKS[:2], max_new_tokens=4)
 
 
-def test_only_prompts_that_are_not_cached_are_computed(checkpoint: Path) -> None:
+@pytest.fixture
+def cache(computed: tuple[Path, Reference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of that cache, in use."""
+    shutil.copytree(computed[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.usefixtures("cache")
+def test_only_prompts_that_are_not_cached_are_computed(checkpoint: Path, computed: tuple[Path, Reference]) -> None:
     steps: list[tuple[int, int]] = []
-    first = reference_outputs(checkpoint, PROMPTS[:2], TASKS[:2], max_new_tokens=4)
+    _, first = computed
     both = reference_outputs(
         checkpoint, PROMPTS[::-1], TASKS[::-1], max_new_tokens=4, progress=lambda *step: steps.append(step)
     )
@@ -42,6 +54,7 @@ def test_only_prompts_that_are_not_cached_are_computed(checkpoint: Path) -> None
     assert reference_outputs(checkpoint, PROMPTS, TASKS, max_new_tokens=4).hash != both.hash
 
 
+@pytest.mark.usefixtures("cache")
 def test_the_trace_and_hidden_states_are_those_of_a_direct_run(checkpoint: Path) -> None:
     reference = reference_outputs(checkpoint, PROMPTS[:1], TASKS[:1], max_new_tokens=4)
     expected = reference.outputs[0]
@@ -54,13 +67,13 @@ def test_the_trace_and_hidden_states_are_those_of_a_direct_run(checkpoint: Path)
 
 
 def test_a_damaged_cache_entry_is_named(checkpoint: Path, cache: Path) -> None:
-    reference_outputs(checkpoint, PROMPTS[:1], TASKS[:1], max_new_tokens=4)
-    (path,) = (cache / "references").rglob("*.pt")
-    path.write_bytes(path.read_bytes()[:100])
+    for path in (cache / "references").rglob("*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ExperimentError, match="delete it and run again"):
         reference_outputs(checkpoint, PROMPTS[:1], TASKS[:1], max_new_tokens=4)
 
 
+@pytest.mark.usefixtures("cache")
 def test_the_folder_depends_on_the_model_and_the_length() -> None:
     base = ReferenceSpec("here", "a", "float32", 8)
     assert base.folder() == ReferenceSpec("there", "a", "float32", 8).folder()
@@ -75,6 +88,7 @@ def test_the_folder_depends_on_the_model_and_the_length() -> None:
     )
 
 
+@pytest.mark.usefixtures("cache")
 def test_another_number_of_threads_is_another_reference() -> None:
     one, two = (ReferenceSpec("model", "hash", "float32", 4, threads=threads) for threads in (1, 2))
     assert one.folder() != two.folder()

@@ -33,7 +33,6 @@ from workbench.replicas.residency import Residency, look, missing_for
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
 pytest.importorskip("grpc", reason="Ray Serve is not installed (extra `ray`)")
-pytestmark = pytest.mark.xdist_group("ray")
 
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000}
 PROMPTS = {"qa": "Why is the sky blue?", "code": "def add(a, b):"}
@@ -114,10 +113,19 @@ def address(model: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def service(model: Path, address: str) -> Iterator[ClusterService]:
-    running = ClusterService(model, address)
-    yield running
-    running.close()
+def services() -> Iterator[list[ClusterService]]:
+    started: list[ClusterService] = []
+    yield started
+    for service in started:
+        service.close()
+
+
+@pytest.fixture
+def service(services: list[ClusterService], model: Path, address: str) -> ClusterService:
+    """Return the service of the test before, or a new one where that test ended it."""
+    if not services or services[-1].process.poll() is not None:
+        services.append(ClusterService(model, address))
+    return services[-1]
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,6 @@ from workbench.report.sweep_page import read_sweep_page
 from workbench.store import HOME_VARIABLE, open_store
 from workbench.sweep_state import METRICS_TAG, find_parent
 
-# In the worker that runs the other sweeps: one sweep serves them all.
-pytestmark = pytest.mark.xdist_group("sweep")
-
 
 def section(bench: Bench, name: str | None = None) -> Section:
     """Return the first section of a sweep's page."""

@@ -15,8 +15,6 @@ from sweep_bench import Bench
 
 from workbench.report import write_report
 
-# In the worker that has the report's site already.
-pytestmark = pytest.mark.xdist_group("sweep")
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
     *("--disable-sync", "--no-first-run"),

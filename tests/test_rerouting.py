@@ -27,7 +27,7 @@ def top_k_choice(tokens: int, experts: int, k: int, seed: int) -> Choice:
     return Choice(logits, weights / weights.sum(-1, keepdim=True), index)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.floats(0, 1), st.integers(1, 7))
 def test_loss_stays_within_tolerance_and_smallest_weights_go_first(
     seed: int, k: int, tolerance: float, resident: int
@@ -49,7 +49,7 @@ def test_loss_stays_within_tolerance_and_smallest_weights_go_first(
         assert not bool(replace.any())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.sets(st.integers(0, 7)), st.floats(0, 5), st.floats(0, 5))
 def test_a_higher_bias_outbids_more_but_never_the_best_nor_what_is_there(
     seed: int, k: int, resident: set[int], one: float, other: float
@@ -75,7 +75,7 @@ def test_zero_tolerance_never_replaces_even_a_zero_weight() -> None:
     assert not bool(replaceable(weights, absent, torch.zeros(1)).any())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.sets(st.integers(0, 7), min_size=1))
 def test_substitutes_are_available_distinct_and_keep_the_total(seed: int, k: int, resident: set[int]) -> None:
     choice = top_k_choice(16, 8, k, seed)
@@ -105,7 +105,7 @@ def reroute_in_general(choice: Choice, present: set[int], tolerance: float, rule
     return substitute(choice, replace, available, rule) if bool(replace.any()) else None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(0, 10_000),
     st.integers(1, 4),

@@ -85,7 +85,7 @@ def test_probabilities_in_place_of_logits_and_a_factor_for_each_expert_are_recog
     assert rule is not None and rule.name == "probability+scale"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000))
 def test_choices_that_ignore_the_logits_have_no_rule(seed: int) -> None:
     index = torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(seed)).topk(K).indices

@@ -140,7 +140,7 @@ REQUESTS = st.lists(
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @given(drawn=REQUESTS, max_bypassed=st.integers(0, 6), max_requests=st.integers(1, 4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_nobody_is_bypassed_more_often_than_allowed_and_all_are_served(
     name: str, drawn: list[tuple[float, int, int, str, float, float]], max_bypassed: int, max_requests: int
 ) -> None:

@@ -106,7 +106,7 @@ def test_a_client_that_does_not_read_holds_up_nobody(model: Path) -> None:
 
 
 def test_a_client_that_does_not_send_its_request_is_given_up(model: Path) -> None:
-    with serving(model, ServerLimits(body_timeout_s=0.2)) as service, connected(service) as slow:
+    with serving(model, ServerLimits(body_timeout_s=2.0)) as service, connected(service) as slow:
         slow.sendall(post({"model": "tiny", "prompt": "x"})[:-4])
         assert service.complete().choices
         received = b""

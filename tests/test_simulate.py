@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
 
 import emoe_core
 from emoe_core.demand_table import POLICY_NAMES as ENGINE_POLICIES
 from emoe_core.demand_table import DemandTable
 from emoe_core.errors import OptionError
 from emoe_core.routing import RoutingTrace
+from workbench.cli import app
 from workbench.reference_model.tiny import tiny_moe
 from workbench.reference_outputs import reference_outputs
 from workbench.simulate import replay_policy, replay_table, simulate
@@ -66,7 +65,7 @@ def test_the_replay_counts_what_the_engine_counts(model: Path, policy: str, budg
 
 
 @given(seed=st.integers(0, 10**6), slots=st.lists(st.integers(1, 5), min_size=2, max_size=2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nothing_loads_less_than_the_bound_in_any_layer(seed: int, slots: list[int]) -> None:
     accesses = draw_accesses(seed)
     bound = replay_policy(accesses, "min", slots)
@@ -77,7 +76,7 @@ def test_nothing_loads_less_than_the_bound_in_any_layer(seed: int, slots: list[i
 
 
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_bound_is_reached_by_some_choice_of_residents(seed: int, slots: int) -> None:
     needed = draw_accesses(seed, steps=5, layers=1, experts=4).needed
     # Exhaustive: after each step, any set of at most ``slots`` of those resident or needed.
@@ -125,7 +124,7 @@ def test_decayed_demand_keeps_what_a_long_pass_chose_most() -> None:
 
 
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_decayed_demand_leaves_its_table_in_order(seed: int, slots: int) -> None:
     table = DemandTable([slots, slots], 1, 5)
     replay_table(draw_accesses(seed), "decayed_demand", table)
@@ -195,17 +194,19 @@ def test_wrong_requests_are_refused_with_the_fix() -> None:
         replay_policy(accesses, "pinned", [1, 1])
 
 
-def test_the_command_prints_every_policy_as_json_and_refuses_an_unknown_one(model: Path, tmp_path: Path) -> None:
-    def emoe(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "workbench.cli", "simulate", str(model), *arguments]
-        environment = {**os.environ, "EMOE_CACHE": str(tmp_path)}
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+def test_the_command_prints_every_policy_as_json_and_refuses_an_unknown_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
+
+    def emoe(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["simulate", str(model), *arguments])
 
     refused = emoe("--policy", "clock")
-    assert refused.returncode == 2 and "choose one of lru" in refused.stderr
+    assert isinstance(refused.exception, OptionError) and "choose one of lru" in str(refused.exception)
     small = ("--prompts", "2", "--warm-prompts", "2", "--max-new-tokens", "3", "--source", "fixture", "--mix", "sticky")
     found = emoe(*small, "--budget", "3 slots", "--policy", "lfu", "--policy", "pinned", "--json")
-    assert found.returncode == 0, found.stderr
+    assert found.exit_code == 0, found.exception
     rows = {row["policy"]: row for row in json.loads(found.stdout)}
     assert sorted(rows) == ["lfu", "lru", "min", "pinned"]
     assert rows["min"]["gap_closed"] == 1.0 and rows["lru"]["slots"] == 3.0

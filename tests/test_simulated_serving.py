@@ -148,7 +148,7 @@ COMING = st.lists(
     replicas=st.integers(1, 3),
     replan=st.sampled_from(["admission", "interval"]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_request_is_served_once_and_whole(
     drawn: list[tuple[float, str, int, int]], scheduler: str, router: str, replicas: int, replan: str
 ) -> None:
@@ -177,7 +177,7 @@ def test_every_request_is_served_once_and_whole(
 
 
 @given(drawn=COMING)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_first_come_first_served_keeps_the_order_and_never_idles_while_somebody_waits(
     drawn: list[tuple[float, str, int, int]],
 ) -> None:
@@ -197,7 +197,7 @@ def test_first_come_first_served_keeps_the_order_and_never_idles_while_somebody_
 
 
 @given(drawn=COMING, scheduler=st.sampled_from(SCHEDULERS))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_taking_steps_together_changes_nothing(drawn: list[tuple[float, str, int, int]], scheduler: str) -> None:
     """A cluster is advanced at every arrival, an engine with one request after the other only at its own."""
     costs = make_costs(steps={1: 1.0, 2: 1.25})
@@ -227,7 +227,7 @@ class TestResidents:
         seed=st.integers(0, 1000),
         slots=st.integers(1, 5),
     )
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_they_are_what_the_engines_planner_asks_for(
         self, data: list[tuple[str, int, bool]], seed: int, slots: int
     ) -> None:

@@ -88,7 +88,7 @@ class AnyUseOfTheTable(RuleBasedStateMachine):
         assert all(0 <= slot < self.table.slots for slot in used)
 
 
-AnyUseOfTheTable.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AnyUseOfTheTable.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestAnyUseOfTheTable = AnyUseOfTheTable.TestCase
 
 

@@ -23,7 +23,6 @@ from workbench.sweep_state import ERROR_TAG, OWNER_TAG, find_parent, is_alive, o
 from workbench.tracking import new_run
 
 # One worker runs all of these: they share one sweep that takes a while, and the machine.
-pytestmark = pytest.mark.xdist_group("sweep")
 
 
 @pytest.fixture

@@ -250,3 +250,11 @@ def test_the_projects_own_sweeps_fit_their_notebooks(file: Path, monkeypatch: py
     assert sweep.file.name == file.stem
     assert expand(sweep, file.parent)
     assert all(stage.seconds_per_run for stage in sweep.file.stages), "each states what it takes"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_a_committed_sweep_names_its_model_itself(path: Path) -> None:
+    for stage in yaml.safe_load(path.read_text())["stages"]:
+        assert "model" in stage.get("fixed", {}) | stage.get("grid", {}), "the notebook's default is not for figures"

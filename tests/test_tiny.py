@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emoe_core.errors import OptionError
+from workbench.models import TINY, resolve_model
+from workbench.reference_model import tiny
 from workbench.reference_model.tiny import FAMILIES, tiny_moe
 
 
@@ -53,3 +55,25 @@ def test_unknown_family_and_dtype_are_refused(tmp_path: Path) -> None:
         tiny_moe(tmp_path, "llama")
     with pytest.raises(OptionError, match="float32 or bfloat16"):
         tiny_moe(tmp_path, dtype="float16")
+
+
+def test_the_tiny_model_is_known_by_name_wherever_a_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
+    path = Path(resolve_model(TINY))
+    assert AutoModelForCausalLM.from_pretrained(path).config.model_type == "mixtral"
+    written = (path / "model.safetensors").stat().st_mtime_ns
+    assert resolve_model(TINY) == path and (path / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_tiny_model_that_was_not_written_to_its_end_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tiny, "tiny_tokenizer", interrupted)
+        resolve_model(TINY)
+    assert AutoTokenizer.from_pretrained(resolve_model(TINY)).vocab_size
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt

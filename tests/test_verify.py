@@ -40,7 +40,6 @@ from workbench.verify.plan import plan_rerun
 from workbench.verify.rerun import VERIFIES_TAG
 from workbench.workloads import prompt_stream, prompts_hash
 
-pytestmark = pytest.mark.xdist_group("sweep")
 FIXTURES = Path(__file__).parent / "fixtures"
 
 

@@ -22,7 +22,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs)
 def test_a_stream_is_decided_by_its_config_alone(config):
     stream = prompt_stream(config)
@@ -32,7 +32,7 @@ def test_a_stream_is_decided_by_its_config_alone(config):
     assert {prompt.task for prompt in stream} <= set(config.tasks)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs)
 def test_no_prompt_repeats_before_its_task_is_used_up(config):
     per_task = Counter(load_fixture()["task"])

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,6 +92,7 @@ def request_timeline(requests: pd.DataFrame) -> Figure:
     sns.scatterplot(x=place, y=requests["kl_nats"].to_numpy(), hue=requests["task"].to_numpy(), ax=axes[1], s=45)
     axes[1].set_ylabel("KL to all-resident (nats/token)")
     axes[1].set_xlabel("prompt in the stream")
+    axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1].set_ylim(bottom=min(0.0, float(requests["kl_nats"].min())))
     sns.move_legend(axes[1], "upper left", bbox_to_anchor=(1.01, 1.0), title="task", frameon=False)
     return figure

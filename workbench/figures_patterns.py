@@ -25,6 +25,7 @@ def share_maps(shares: Mapping[str, np.ndarray]) -> Figure:
         axis.set_visible(False)
     for axis, (task, values) in zip(axes.ravel(), shares.items(), strict=False):
         image = axis.imshow(values.T, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(task, fontsize=11)
         axis.grid(visible=False)
     figure.supxlabel("MoE layer", fontsize=11)

@@ -19,10 +19,8 @@ import psutil
 from emoe_core.budget import Budget
 from emoe_core.errors import ExperimentError, OptionError
 from workbench.limit_trials import STOCK, TOO_SLOW, Configuration, Trial, Trials
-from workbench.models import resolve_model
 from workbench.threshold import largest_that_holds, most_questions, smallest_that_holds
 
-TINY = "tiny"
 MEGABYTE = 10**6
 Progress = Callable[[str, int, int], None]
 _STOCK_LIMIT = re.compile(r"stock(?:\s*\+\s*(.+))?")
@@ -109,15 +107,6 @@ def require_host(device: str) -> None:
     """Refuse a device whose memory a control group does not limit."""
     if device not in ("cpu", "auto"):
         raise OptionError(f"device {device!r}: a control group limits host memory only, so models run on the CPU here")
-
-
-def checkpoint_of(model: str) -> str:
-    """Return the checkpoint of a model name; "tiny" is a random model that only shows that everything runs."""
-    if model != TINY:
-        return str(resolve_model(model))
-    from workbench.reference_model.tiny import cached_tiny_moe
-
-    return str(cached_tiny_moe())
 
 
 def resolve_limit(trials: Trials, config: SearchConfig, progress: Progress | None = None) -> int:

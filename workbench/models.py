@@ -1,4 +1,4 @@
-"""Which checkpoint a name stands for: an embedded model, built when missing; else a path or id."""
+"""Which checkpoint a name stands for: an embedded or the tiny model, made when missing; else a path or id."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from emoe_core.hub import HUB_ID
 REFERENCE = "reference"
 # The embedded models by name, and the kind of reference model that each is.
 EMBEDDED = {REFERENCE: "upcycled", "carved": "carved"}
+# Random weights of 1 MB: shows in seconds that everything runs, and measures nothing.
+TINY = "tiny"
 
 
 def resolve_model(name: str | Path) -> str | Path:
@@ -19,7 +21,8 @@ def resolve_model(name: str | Path) -> str | Path:
     Parameters
     ----------
     name : str or Path
-        "reference" (the embedded upcycled model), "carved" (the embedded fine-grained one), a directory, or a hub id.
+        "reference" (the embedded upcycled model), "carved" (the embedded fine-grained one), "tiny" (random weights,
+        which only show that everything runs), a directory, or a hub id.
 
     Raises
     ------
@@ -27,6 +30,10 @@ def resolve_model(name: str | Path) -> str | Path:
         When it can be neither.
     """
     require_model(name)
+    if str(name) == TINY:
+        from workbench.reference_model.tiny import cached_tiny_moe
+
+        return cached_tiny_moe()
     kind = EMBEDDED.get(str(name))
     if kind is None:
         return name
@@ -35,8 +42,9 @@ def resolve_model(name: str | Path) -> str | Path:
     return build(kind=kind)
 
 
-def require_model(name: str | Path, known: tuple[str, ...] = tuple(EMBEDDED)) -> None:
-    """Raise `CheckpointError` when a name is none of the known ones, no path that exists, and no hub id."""
+def require_model(name: str | Path) -> None:
+    """Raise `CheckpointError` when a name is none that `resolve_model` knows, no path that exists, and no hub id."""
+    known = (*EMBEDDED, TINY)
     text = str(name)
     if text in known or HUB_ID.fullmatch(text) or Path(name).expanduser().exists():
         return
@@ -44,5 +52,5 @@ def require_model(name: str | Path, known: tuple[str, ...] = tuple(EMBEDDED)) ->
     meant = f" Did you mean {close[0]!r}?" if close else ""
     raise CheckpointError(
         f"{text} does not exist.{meant} Give the folder of a Hugging Face checkpoint, a hub id (OWNER/NAME), or "
-        f"{' or '.join(map(repr, known))}."
+        f"one of {', '.join(map(repr, known))}."
     )

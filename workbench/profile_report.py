@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from emoe_core.tasks import LENGTH_QUANTILES, Profile
 from workbench.configuration import ExperimentConfig
@@ -131,6 +132,7 @@ def curves_figure(profile: Profile) -> Figure:
     axis.set_xlim(left=0, right=profile.n_layers)
     axis.set_ylim(top=1.01)
     axis.set_xlabel("leading MoE layers routed at random")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     banded = all(task.n_prompts >= LEAST_PROMPTS for task in profile.tasks.values())
     band = "; band: 95% interval over prompts" if banded else ", few prompts"
     axis.set_ylabel(f"similarity to the undisturbed answer\n(cosine{band})")

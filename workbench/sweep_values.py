@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import EmoeError, ExperimentError
-from workbench.models import EMBEDDED, require_model
+from workbench.models import require_model
 from workbench.sweep_notebook import Parameter
 
 SINGLE = (
@@ -47,7 +47,7 @@ ALIKE = {"timing_budget": "budget", "timing_dtype": "dtype"}
 def require_named_model(name: str) -> None:
     """Raise `CheckpointError` when a model is none; a path from where the notebook runs is left to the run."""
     if "/" not in name or Path(name).is_absolute():
-        require_model(name, (*EMBEDDED, "tiny"))
+        require_model(name)
 
 
 def check_value(known: dict[str, Parameter], name: str, value: Any) -> None:

@@ -5,9 +5,11 @@
 # next p - 1 prompts (Fig. 10 of the paper); with `replan="admission"` the frequencies are that old, but every admitted
 # prompt gets a plan for its own task. Task skipping takes the task profile into account: layers that a task is not
 # sensitive to claim no memory and use whatever is resident.
+#
+# The defaults check that everything runs; their figures mean nothing. `model = "reference"` gives some that do.
 
 # %% tags=["parameters"]
-model: str = "reference"  # "reference", a checkpoint directory, or a hub id
+model: str = "tiny"  # "tiny" (random, only shows that everything runs), "reference", "carved", a checkpoint directory, or a hub id
 budget: str = "60%"  # expert memory: share, bytes ("300MB") or slots per layer ("3 slots")
 tolerance: float = 1.0  # miss tolerance: 0 is exact, 1 replaces every absent expert
 strategy: str = "frequency"  # who chooses residents: frequency, random, lru (on demand)
@@ -18,7 +20,7 @@ n_prompts: int = 8  # prompts in the stream
 mix: str = "sticky"  # order of tasks: uniform or sticky
 source: str = "fixture"  # prompts: fixture (20 of our own), embedded (prepared data sets), hub
 warm_prompts: int = 6  # profile prompts that the predictor learns from first
-max_new_tokens: int = 16  # tokens of the all-resident continuation that are scored
+max_new_tokens: int = 8  # tokens of the all-resident continuation that are scored
 answers: int = 0  # prompts also answered freely, for text similarity
 dtype: str = "float32"  # of the quality measurement; "auto" is the checkpoint's own
 device: str = "auto"

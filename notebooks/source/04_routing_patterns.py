@@ -8,11 +8,11 @@
 # The defaults check that everything runs; the fixture's 20 prompts say little. Figures that count are at the end.
 
 # %% tags=["parameters"]
-model: str = "reference"  # "reference", "carved", a checkpoint directory, or a hub id
+model: str = "tiny"  # "tiny" (random, only shows that everything runs), "reference", "carved", a checkpoint directory, or a hub id
 n_prompts: int = 6  # prompts in each stream (sticky and uniform)
 source: str = "fixture"  # prompts: fixture (20 of our own), embedded (prepared data sets), hub
 warm_prompts: int = 6  # earlier prompts, whose experts the pinned policy holds
-max_new_tokens: int = 12  # tokens of each recorded answer
+max_new_tokens: int = 8  # tokens of each recorded answer
 slot_shares: str = "0.25,0.5,0.75"  # cache sizes, as shares of a layer's experts, comma-separated
 batch_size: int = 1  # prompts served together in the cache simulation
 dtype: str = "float32"  # of the recording; "auto" is the checkpoint's own

@@ -10,7 +10,7 @@
 # profile that comes with the model, whose figures count.
 
 # %% tags=["parameters"]
-model: str = "reference"  # "reference", a checkpoint directory, or a hub id
+model: str = "tiny"  # "tiny" (random, only shows that everything runs), "reference", "carved", a checkpoint directory, or a hub id
 profile_path: str = ""  # "": measure now; "committed": the model's own; else the path of a profile file
 tasks: str = "qa,classification"  # measure now: tasks, comma-separated, or "all"
 prompts: int = 1  # measure now: prompts of each task, for lengths and similarities

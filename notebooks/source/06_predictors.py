@@ -10,7 +10,7 @@
 # figures mean nothing. Figures that count are at the end.
 
 # %% tags=["parameters"]
-model: str = "reference"  # "reference", a checkpoint directory, or a hub id
+model: str = "tiny"  # "tiny" (random, only shows that everything runs), "reference", "carved", a checkpoint directory, or a hub id
 learned: str = "none"  # trained predictors: none, stored (in the cache), train (needs 4 warm-up prompts of each task)
 slots: int = 4  # experts that each layer may hold
 intervals: str = "1,8"  # prediction intervals p, comma-separated
@@ -19,7 +19,7 @@ n_prompts: int = 6  # prompts in each test stream
 source: str = "fixture"  # prompts: fixture (20 of our own), embedded (prepared data sets), hub
 warm_prompts: int = 6  # profile prompts that predictors observe first; with learned = "train", that they are trained on
 cold: bool = False  # start without the warm-up's history (what a trained predictor learned stays in its weights)
-max_new_tokens: int = 16  # tokens of each recorded answer
+max_new_tokens: int = 8  # tokens of each recorded answer
 dtype: str = "float32"  # of the recording; "auto" is the checkpoint's own
 device: str = "auto"
 seed: int = 0

@@ -9,7 +9,7 @@
 # The defaults check that everything runs; their figures mean nothing. What was measured is at the end.
 
 # %% tags=["parameters"]
-model: str = "reference"  # "reference", "carved", a checkpoint directory, or a hub id
+model: str = "tiny"  # "tiny" (random, only shows that everything runs), "reference", "carved", a checkpoint directory, or a hub id
 budgets: str = "50%"  # expert memory, comma-separated: shares, bytes ("300MB") or slots per layer ("3 slots")
 strategies: str = "frequency,random,oracle"  # who chooses residents, comma-separated
 formats: str = ""  # quantised experts beside them: q8_0, q4_0, comma-separated

@@ -8,7 +8,7 @@
 # The defaults check that everything runs; their figures mean nothing. What was measured is at the end.
 
 # %% tags=["parameters"]
-model: str = "reference"  # "reference", "carved", a checkpoint directory, or a hub id
+model: str = "tiny"  # "tiny" (random, only shows that everything runs), "reference", "carved", a checkpoint directory, or a hub id
 budget: str = "50%"  # expert memory: share, bytes ("300MB") or slots per layer ("3 slots")
 strategy: str = "frequency"  # who predicts
 interval: int = 1  # p: predict before every p-th prompt

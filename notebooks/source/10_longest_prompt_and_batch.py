@@ -12,7 +12,7 @@
 # %% tags=["parameters"]
 model: str = "tiny"  # "tiny" (random, only shows that everything runs), "reference", a checkpoint directory, or a hub id
 budget: str = "50%"  # expert memory of emoe: share, bytes ("300MB") or slots per layer ("3 slots")
-tried: str = "stock,exact"  # of stock, all (emoe, all experts), exact, rerouting (emoe with the budget, tolerance 0 and 1)
+tried: str = "exact"  # of stock, all (emoe, all experts), exact, rerouting (emoe with the budget, tolerance 0 and 1)
 limit: str = "1GB"  # memory of every trial: bytes, "stock" (what stock needs for base_tokens, measured) or "stock + 200MB"
 step_mb: int = 16  # stock's limit is found to this many MB
 base_tokens: int = 64  # the prompt that stock's limit is measured with; longer ones are tried from it upwards
@@ -35,8 +35,9 @@ from workbench import tracking
 from workbench.control_groups import find_controller
 from workbench.figures import set_style
 from workbench.limit_trials import Trials
-from workbench.longest import MEGABYTE, SearchConfig, checkpoint_of, configurations, require_host, resolve_limit, search
+from workbench.longest import MEGABYTE, SearchConfig, configurations, require_host, resolve_limit, search
 from workbench.longest_report import as_metrics, beside_paper, limits_figure
+from workbench.models import resolve_model
 from workbench.progress import stage_bars
 
 set_style()
@@ -53,7 +54,7 @@ except LimitError as error:
     display(Markdown(f"**Nothing was measured:** {error}"))
 if controller is not None:
     trials = Trials(
-        checkpoint_of(model), controller, new_tokens=new_tokens, timeout_s=timeout_s, dtype=dtype, seed=seed,
+        str(resolve_model(model)), controller, new_tokens=new_tokens, timeout_s=timeout_s, dtype=dtype, seed=seed,
     )
     with stage_bars() as progress:
         limit_bytes = resolve_limit(trials, config, progress)

@@ -19,7 +19,7 @@ max_batch: int = 8  # requests that run at once
 kv_tokens: int = 16384  # tokens of KV cache
 interval: int = 40  # p: predict before every p-th admitted request
 replan: str = "admission"  # when to plan: admission or interval
-throughput_requests: int = 4  # requests that every system serves for real, at once; 0: not at all
+throughput_requests: int = 0  # requests that every system serves for real, at once (minutes); 0: not at all
 throughput_repeats: int = 1  # how often
 throughput_systems: str = "emoe,on demand"  # also emoe exact, all resident
 throughput_source: str = "fixture"  # prompts: "fixture" (20 of ours), "embedded" or "hub"
@@ -33,11 +33,12 @@ from IPython.display import display
 from workbench import figures, tracking
 from workbench.busy import busy_warning
 from workbench.comparison import listed
+from workbench.models import resolve_model
 from workbench.progress import stage_bars
 from workbench.serving import report
 from workbench.serving.comparison import bounds, compare_schedulers, gains, load_at_attainment, reachable_loads, variant
 from workbench.serving.experiment import ServingConfig, as_params, known_trace_folder
-from workbench.serving.measure import costs_of, model_path
+from workbench.serving.measure import costs_of
 from workbench.serving.throughput import ThroughputConfig, measure_throughput, summary
 
 figures.set_style()
@@ -90,7 +91,7 @@ tasks.style.format(precision=3).hide()
 throughput = None
 if throughput_requests:
     config = ThroughputConfig(
-        str(model_path(model)), costs.settings.get("budget", "60%"), tuple(listed(throughput_systems)), throughput_requests, max_batch,
+        str(resolve_model(model)), costs.settings.get("budget", "60%"), tuple(listed(throughput_systems)), throughput_requests, max_batch,
         repeats=throughput_repeats, source=throughput_source, seed=seed,
     )
     with stage_bars() as progress:

@@ -11,7 +11,7 @@ device: str = "auto"
 schedulers: str = "fcfs,emoe"  # also edf, shortest, affine, emoe_no_loading
 budget: str = "60%"  # of the engine; the costs of "reference" were measured under it
 load: float = 0.6  # request rate, as a share of what full batches could serve
-n_requests: int = 60  # served in real time: the reference model takes about 2 s for each
+n_requests: int = 24  # served in real time: the reference model takes about 2 s for each
 max_batch: int = 8  # requests that run at once
 max_input_tokens: int = 64  # longer prompts are cut
 max_output_tokens: int = 32  # longer answers are cut
@@ -28,16 +28,17 @@ from IPython.display import display
 from workbench import figures, tracking
 from workbench.busy import busy_warning
 from workbench.comparison import listed
+from workbench.models import resolve_model
 from workbench.progress import stage_bars
 from workbench.serving import validation_report as report
 from workbench.serving.experiment import ServingConfig
-from workbench.serving.measure import costs_of, model_path
+from workbench.serving.measure import costs_of
 from workbench.serving.scale import scale_up
 from workbench.serving.validation import ValidationConfig, validate
 
 figures.set_style()
 config = ValidationConfig(
-    model=str(model_path(model)), budget=budget, schedulers=tuple(listed(schedulers)), load=load, n_requests=n_requests, max_batch=max_batch,
+    model=str(resolve_model(model)), budget=budget, schedulers=tuple(listed(schedulers)), load=load, n_requests=n_requests, max_batch=max_batch,
     max_input_tokens=max_input_tokens, max_output_tokens=max_output_tokens, source=source, device=device, seed=seed,
 )
 with stage_bars() as progress:

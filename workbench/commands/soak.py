@@ -31,14 +31,14 @@ def soak(
     if not (hours > 0 and minutes > 0):
         raise OptionError("hours and minutes must be more than 0")
     import emoe_core
+    from workbench.models import resolve_model
     from workbench.progress import stage_bars
-    from workbench.serving.measure import model_path
     from workbench.serving.soak import SoakConfig, memory_slope, questions
     from workbench.serving.soak import soak as run_soak
     from workbench.serving.soak_check import judge
 
     config = SoakConfig(
-        str(model_path(model)),
+        str(resolve_model(model)),
         budget,
         simulated_s=3600 * hours,
         compression=60 * hours / minutes,

@@ -7,12 +7,14 @@ and files, they do not know any language. The tokenizer works on UTF-8 bytes and
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -206,7 +208,12 @@ def tiny_moe(
 def cached_tiny_moe() -> Path:
     """Return a tiny Mixtral that is kept in the cache, made if missing."""
     path = cache_dir() / "tiny-control"
-    return path if (path / "config.json").exists() else tiny_moe(path, family="mixtral", seed=0)
+    # Several processes may ask at once, and one of them may be killed: a folder that is there is whole.
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                tiny_moe(Path(scratch) / "model", family="mixtral", seed=0).rename(path)
+    return path
 
 
 def roughen(model: torch.nn.Module) -> None:

@@ -23,7 +23,7 @@ from emoe_core.costs import ServingCosts
 from emoe_core.errors import DataError, OptionError
 from workbench.busy import OtherWork
 from workbench.environment import describe_environment
-from workbench.models import resolve_model
+from workbench.models import TINY, resolve_model
 from workbench.profiling import RECIPES, profile_path
 from workbench.serving.task_loads import profile_of, task_loads
 from workbench.serving.times import measure_times
@@ -170,8 +170,8 @@ def costs_of(model: str, progress: Progress | None = None) -> ServingCosts:
     progress : callable, optional
         Called with (stage, done, total).
     """
-    checkpoint = model_path(model)
-    if model != "tiny":
+    checkpoint = resolve_model(model)
+    if model != TINY:
         return stored_costs(checkpoint)
     try:
         return stored_costs(checkpoint)
@@ -179,12 +179,3 @@ def costs_of(model: str, progress: Progress | None = None) -> ServingCosts:
         found = measure_costs(CostsConfig(str(checkpoint), source="fixture", prompts=3), progress)
         found.save(costs_path(found.model_hash))
         return found
-
-
-def model_path(model: str) -> str | Path:
-    """Return the checkpoint of a name that `costs_of` knows."""
-    if model != "tiny":
-        return resolve_model(model)
-    from workbench.reference_model.tiny import cached_tiny_moe
-
-    return cached_tiny_moe()
