@@ -5,9 +5,11 @@ Nothing but the model's modules is changed, so another model in the process does
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NoReturn
 
 import torch
@@ -100,6 +102,26 @@ def attach_lookahead(
     for handle in handles:
         handle.lookahead = lookahead
     return lookahead
+
+
+def infer_only(model: PreTrainedModel) -> None:
+    """Let a model's passes record no gradients.
+
+    Its parameters go on asking for them as stock's do: torch computes some products in another order, and rounds
+    otherwise, for parameters that do not.
+    """
+    whole, forward = weakref.ref(model), type(model).forward
+
+    @wraps(forward)
+    def infer(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        if torch.is_grad_enabled() and any(isinstance(one, torch.Tensor) and one.requires_grad for one in given):
+            raise IntegrationError(experts.INFERENCE_ONLY)
+        with torch.no_grad():
+            return forward(whole(), *args, **kwargs)
+
+    infer.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    model.forward = infer
 
 
 def refuse_misuse(model: PreTrainedModel) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import experts, generation
-from .attachment import Attached, attach_layers, attach_lookahead, refuse_misuse
+from .attachment import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
 from .cache import cache_dir
 from .checkpoint import CheckpointIndex, open_checkpoint
 from .control import ControlLoop
@@ -40,7 +40,7 @@ from .loader import ExpertLoader
 from .lookahead import Lookahead
 from .metrics import RunStats
 from .options import EngineConfig, resolve_device
-from .pack import Progress, ensure_pack
+from .pack import Pack, Progress, ensure_pack
 from .predictor import Predictor, make_predictor
 from .routing import RoutingTrace, TraceRecorder
 from .slots import SlotTable
@@ -102,14 +102,9 @@ class Engine:
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase | None
         with contextlib.ExitStack() as undo:
-            storage: PackedFile | HostMemory
-            if config.tier == "disk":
-                storage = PackedFile(pack, config.direct, config.verify)  # type: ignore[arg-type]
-            else:
-                storage = HostMemory(pack, self.device.type == "cuda", config.verify)  # type: ignore[arg-type]
-            undo.callback(storage.close)
-            self.loader = ExpertLoader(layers, storage, self._new_table(), self.device, config.threads)
-            undo.callback(self.loader.close)
+            table, storage = self._new_table(), undo.enter_context(contextlib.closing(self._open_storage(pack)))
+            loader = ExpertLoader(layers, storage, table, self.device, config.threads)
+            self.loader = undo.enter_context(contextlib.closing(loader))
             self.control = self._new_control(predictor)
             self.recorder = TraceRecorder(len(layers), self._most_experts) if config.record else None
             self.passes = ForwardPasses(
@@ -118,7 +113,6 @@ class Engine:
             experts.register()
             self.model = index.build_model(self.device, config.attn_implementation, experts.IMPLEMENTATION)
             self.tokenizer = load_tokenizer(index.path)
-            self.model.requires_grad_(False)
             self._attach()
             undo.pop_all()
 
@@ -308,6 +302,12 @@ class Engine:
         """Experts of the largest layer."""
         return max(self.plan.num_experts)
 
+    def _open_storage(self, pack: Pack) -> PackedFile | HostMemory:
+        config = self.config
+        if config.tier == "disk":
+            return PackedFile(pack, config.direct, config.verify)  # type: ignore[arg-type]
+        return HostMemory(pack, self.device.type == "cuda", config.verify)  # type: ignore[arg-type]
+
     def _new_table(self) -> SlotTable:
         return make_table(self.plan.slots_per_layer, self.plan.spare_slots, self.config.policy, self._most_experts)
 
@@ -336,6 +336,7 @@ class Engine:
             trim_during_prompts([self.model.get_submodule(layer.name) for layer in self.index.layers])
         self.model.register_forward_pre_hook(self.passes.begin, with_kwargs=True)
         self.model.register_forward_hook(self.passes.end, always_call=True)
+        infer_only(self.model)
         refuse_misuse(self.model)
 
     def _require_reroutable(self, config: EngineConfig) -> None:

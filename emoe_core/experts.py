@@ -35,6 +35,10 @@ from .routing_rules import Choice, RoutingRule
 from .undecorated import Eager, adapter_of
 
 IMPLEMENTATION = "emoe"
+INFERENCE_ONLY = (
+    "emoe serves inference only: expert slots are overwritten, so gradients would be wrong. Run under torch.no_grad(), "
+    "or fine-tune the stock model."
+)
 _ATTRIBUTE = "_emoe_layer"
 
 
@@ -95,10 +99,7 @@ class LayerHandle:
             self.watch(hidden, index, weights)
             return torch.zeros_like(hidden)
         if hidden.requires_grad and torch.is_grad_enabled():
-            raise IntegrationError(
-                "emoe serves inference only: expert slots are overwritten, so gradients would be wrong. Run under "
-                "torch.no_grad(), or fine-tune the stock model."
-            )
+            raise IntegrationError(INFERENCE_ONLY)
         step = self.session.step
         if step is not None and step.tokens != index.shape[0]:
             if self.reads_text:

@@ -168,6 +168,17 @@ def test_gradients_are_refused(model: Path, tmp_path: Path) -> None:
         assert forward(engine).isfinite().all()
 
 
+def test_parameters_ask_for_gradients_as_stock_s_do_and_no_pass_records_any(model: Path, tmp_path: Path) -> None:
+    """Whether they ask decides how torch computes some products, and thus how these round."""
+    plain = AutoModelForCausalLM.from_pretrained(model, experts_implementation="eager")
+    asked = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
+    with load(model, tmp_path) as engine:
+        dense = dict(engine.model.named_parameters())
+        assert {name: parameter.requires_grad for name, parameter in dense.items()}.items() <= asked.items()
+        assert torch.is_grad_enabled() and not engine.model(input_ids=IDS).logits.requires_grad
+        assert torch.is_grad_enabled()
+
+
 def test_a_second_forward_pass_at_once_is_refused_and_the_first_goes_on(model: Path, tmp_path: Path, stock) -> None:
     refused: list[BaseException] = []
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,22 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from emoe_core import checkpoint, direct_io, pack, pack_format, shards, slot_memory, storage, weight_files
+import emoe_core
+from emoe_core import (
+    attachment,
+    checkpoint,
+    direct_io,
+    pack,
+    pack_format,
+    shards,
+    slot_memory,
+    storage,
+    weight_files,
+)
+from emoe_core import engine as engine_module
 from emoe_core.checkpoint import CheckpointIndex, open_checkpoint
 from emoe_core.errors import EmoeError
+from emoe_core.loader import ExpertLoader
 from emoe_core.pack import compare_with_checkpoint, ensure_pack
 from emoe_core.shards import fingerprint
 from emoe_core.slot_memory import SlotMemory
@@ -37,11 +51,11 @@ class Closable(Protocol):
 
 
 @contextmanager
-def at_lines(act: Callable[[Line], None]) -> Iterator[None]:
+def at_lines(act: Callable[[Line], None], sources: Collection[str | None] = SOURCES) -> Iterator[None]:
     """Call a function before every line of our own loading that runs."""
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename not in SOURCES:
+        if frame.f_code.co_filename not in sources:
             return None
         if event == "line":
             act((frame.f_code.co_filename, frame.f_lineno))
@@ -150,3 +164,47 @@ def test_an_error_at_any_line_leaves_nothing_open(
             STEPS[step](index, tmp_path).close()
         assert held() == before, wanted
         assert {file.suffix for file in tmp_path.rglob("*.*")} <= {".emoe", ".json"}, wanted
+
+
+ENGINE = {engine_module.__file__, attachment.__file__}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process holds is read from Linux's /proc")
+def test_an_error_at_any_line_of_an_engine_s_loading_leaves_nothing_open(
+    index: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[object] = []
+
+    class Kept(PackedFile):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            # Kept alive, so that nothing is closed by being forgotten.
+            kept.append(self)
+
+    class KeptLoader(ExpertLoader):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            kept.append(self)
+
+    monkeypatch.setattr(engine_module, "PackedFile", Kept)
+    monkeypatch.setattr(engine_module, "ExpertLoader", KeptLoader)
+
+    def load() -> None:
+        emoe_core.load(index.path, pack_dir=tmp_path, budget="2 slots", record=True).close()
+
+    load()
+    lines: dict[Line, None] = {}
+    with at_lines(lambda line: lines.setdefault(line), ENGINE):
+        load()
+    assert len(lines) > 60 and len(kept) == 4
+    before = held()
+    for wanted in lines:
+
+        def fail(line: Line, wanted: Line = wanted) -> None:
+            # What closes is not cut short: a second error would be a test of something else.
+            if line == wanted and not any(frame.function == "close" for frame in inspect.stack(0)):
+                raise MemoryError("injected")
+
+        with suppress(MemoryError, EmoeError), at_lines(fail, ENGINE):
+            load()
+        assert held() == before, wanted
