@@ -28,6 +28,18 @@ PROMPT_TOKENS = 17
 # Between weights in float32 and those that a rule computes from the logits.
 MAX_SHARE_ERROR = 1e-4
 EXACT_ONLY = "exact only"
+# Their attention picks (indexes) or compresses earlier tokens, and takes padding for tokens: a prompt that is padded is
+# answered otherwise than alone, in stock transformers too.
+PADDING_CHANGES = (
+    "axk2",
+    "deepseek_v32",
+    "deepseek_v4",
+    "dots3_note",
+    "dots3_note_text",
+    "glm_moe_dsa",
+    "hy_v4",
+    "mistral_large4",
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,10 @@ def as_markdown(rows: tuple[FamilyRow, ...]) -> str:
         "*Rerouting* names what weights are proportional to, and what is added: a correction of the choice (bias), a "
         "factor per expert (scale), a limit to the best groups. A class for images or sound is served whole, as "
         "transformers loads it; the proof is of text.",
+        "",
+        f"Padded batches agree within rounding with the prompt alone, but for {len(PADDING_CHANGES)} model types: "
+        f"{', '.join(PADDING_CHANGES)}. Their attention picks or compresses earlier tokens and takes padding for "
+        "tokens, so a padded prompt may be answered otherwise, in stock transformers too (`tests/test_padding.py`).",
         "",
         "| model type | class in transformers | experts on disk | tolerance 0 | rerouting |",
         "|---|---|---|---|---|",
