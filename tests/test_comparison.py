@@ -10,7 +10,7 @@ import pytest
 
 from emoe_core.errors import ExperimentError, OptionError
 from workbench import interval_report, memory_report, task_report
-from workbench.comparison import Comparison, listed, paired_difference, period, run_quantized, run_variants
+from workbench.comparison import Comparison, listed, paired_difference, period, run_quantized, run_variants, timed
 from workbench.configuration import ORACLE, ExperimentConfig
 from workbench.reference_model.tiny import tiny_moe
 
@@ -146,6 +146,31 @@ def test_reports_of_intervals_and_tasks_hold_the_runs_figures(base: ExperimentCo
     assert task_report.awareness_figure(tasks, "frequency", "agnostic").axes[0].get_xlabel()
     assert task_report.error_figure(errors).axes[0].get_xlabel()
     assert "x1.50" in task_report.beside_paper(tasks, errors)["here"].iloc[1]
+
+
+def test_variants_are_timed_in_turn_and_compared_with_the_first_within_each_round(base: ExperimentConfig) -> None:
+    variants = {"stock": {"implementation": "stock"}, "on demand": {"budget": "3 slots", "predictor": None}}
+    done: list[tuple[str, int, int]] = []
+    times = timed(variants, base, prompts=1, tokens=3, rounds=2, progress=lambda *stage: done.append(stage))
+    assert done == [("timed processes", number, 4) for number in (1, 2, 3, 4)]
+    rows = times.set_index("label")
+    assert list(rows.index) == list(variants) and (rows["rounds"] == 2).all()
+    ratios = [f"{name}_ratio{end}" for name in ("serving", "ttft", "tpot") for end in ("", "_low", "_high")]
+    assert (rows.loc["stock", ratios] == 1).all(), "the first is compared with itself"
+    ours = rows.loc["on demand"]
+    for name in ("ttft", "tpot"):
+        assert 0 < ours[f"{name}_ratio_low"] <= ours[f"{name}_ratio"] <= ours[f"{name}_ratio_high"]
+    assert rows.loc["stock", ["bytes_loaded", "stall_share"]].tolist() == [0, 0]
+    assert ours["bytes_loaded"] > 0 and 0 < ours["stall_share"] < 1
+    assert rows.loc["stock", "page_cache"] == "not used after loading" != ours["page_cache"]
+
+    speed, memory = memory_report.time_figure(times).axes
+    assert [bar.get_width() for bar in speed.containers[-1]] == pytest.approx(list(times["tpot_ratio"]))
+    assert [bar.get_width() for bar in memory.containers[0]] == pytest.approx(list(times["serving_ratio"]))
+    assert "ratio to stock" in speed.get_xlabel()
+    for share, told in ((0.0, False), (0.9, True)):
+        axis = memory_report.time_figure(times.assign(others_cpu_share=share)).axes[0]
+        assert bool(axis.get_title(loc="left")) == told
 
 
 def test_notebook_parameters_are_read_as_lists() -> None:

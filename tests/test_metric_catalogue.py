@@ -17,7 +17,6 @@ from serving_bench import make_costs
 
 from workbench.compare.change import paired_change
 from workbench.configuration import ExperimentConfig
-from workbench.experiment import run_experiment
 from workbench.explore.explorer import Explorer
 from workbench.longest import with_ratios
 from workbench.longest_report import as_metrics
@@ -31,7 +30,7 @@ from workbench.serving.validation_report import COMPARED
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "notebooks" / "source").glob("*.py")), ROOT / "workbench" / "commands" / "bench.py"]
-# What notebooks log as a function gave it: each is called for real below.
+# What notebooks log as a function gave it: each is called for real below, a run's in `test_experiment.py`.
 REAL = {"result.metrics", "seen.metrics", "as_metrics(found)", "as_metrics(table, notes)"}
 # What an f-string puts into names, where it is not written beside it; any other varying part is a label.
 PARTS = {"row['metric']": COMPARED}
@@ -112,12 +111,6 @@ def test_what_sweep_files_name_is_in_the_catalogue() -> None:
     for path in sorted((ROOT / "sweeps").glob("*.yaml")):
         named = {name for stage in yaml.safe_load(path.read_text())["stages"] for name in stage["metrics"]}
         assert unknown(named) == [], path
-
-
-def test_every_metric_of_a_measured_run_is_in_the_catalogue(config: ExperimentConfig) -> None:
-    found = run_experiment(config, measure_memory=True, timing_prompts=1, timing_tokens=2).metrics
-    assert {"fresh_serving_bytes", "stock_tpot_s", "memory_ratio", "replayed_lru_hit_rate"} <= set(found)
-    assert unknown(found) == []
 
 
 def test_every_metric_of_an_explored_point_is_in_the_catalogue(config: ExperimentConfig) -> None:

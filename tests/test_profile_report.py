@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from emoe_core.tasks import Profile, TaskProfile
+from emoe_core.checkpoint import open_checkpoint
+from emoe_core.tasks import TASK_TYPES, Profile, TaskProfile
 from workbench import profile_report
+from workbench.configuration import ExperimentConfig
 from workbench.profile_report import OUR_RULE, PAPER_RULE
+from workbench.reference_model.tiny import LAYERS, tiny_moe
 
 QA = TaskProfile(
     "qa",
@@ -58,3 +62,41 @@ def test_every_figure_has_labelled_axes(profile: Profile) -> None:
     ):
         assert figure.axes[0].get_xlabel()
     assert list(profile_report.length_table(profile)["mean"]) == [12.0] * len(profile.tasks)
+
+
+def test_masks_are_measured_beside_no_skipping_and_lose_only_in_what_they_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
+    checkpoint = tiny_moe(tmp_path / "model", family="mixtral", seed=3)
+    config = ExperimentConfig(
+        str(checkpoint),
+        budget="3 slots",
+        tolerance=0.0,
+        n_prompts=8,
+        warm_prompts=4,
+        max_new_tokens=3,
+        source="fixture",
+    )
+    # The paper's rule frees the leading layer, ours all: each adds what costs nothing.
+    tasks = {
+        name: TaskProfile(name, (True,) * LAYERS, 3.0, depths=(1, LAYERS), similarities=(1.0, 0.1), layer_kl_nats=free)
+        for name, free in ((task, (0.0,) * LAYERS) for task in TASK_TYPES)
+    }
+    profile = Profile(open_checkpoint(checkpoint).source_hash, "data", LAYERS, tasks)
+    assert profile_report.with_mask(profile, PAPER_RULE, 0.0).tasks["qa"].sensitive == (False, *[True] * (LAYERS - 1))
+    found = profile_report.measure_masks(profile, config, 0.0).set_index("mask")
+    assert list(found.index) == ["no skipping", PAPER_RULE, OUR_RULE]
+    assert found.loc["no skipping", ["perplexity_ratio", "kl_nats", "reroutes"]].tolist() == [1.0, 0.0, 0.0]
+    assert (found["perplexity_ratio_low"] <= found["perplexity_ratio"]).all()
+    assert (found["perplexity_ratio"] <= found["perplexity_ratio_high"]).all()
+    one, every = found.loc[PAPER_RULE], found.loc[OUR_RULE]
+    assert 0 < one["reroutes"] < every["reroutes"], "who frees more layers reroutes more"
+    assert every["loads"] < one["loads"] < found.loc["no skipping", "loads"], "what is rerouted is not loaded"
+    assert one["kl_nats"] > 0 and every["kl_nats"] > 0
+
+    nothing = replace(
+        profile, tasks={n: replace(t, similarities=(0.1, 0.1), layer_kl_nats=(9.0,) * LAYERS) for n, t in tasks.items()}
+    )
+    same = profile_report.measure_masks(nothing, config, 0.0).drop(columns="mask")
+    assert (same == same.iloc[0]).all(axis=None), "masks that free nothing change nothing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -280,3 +281,14 @@ def test_a_store_without_runs_is_an_error(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="holds no sweep and no run of a notebook"):
         write_report(tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_an_interval_that_few_prompts_do_not_have_is_a_dash(bench: Bench) -> None:
+    low = {"perplexity_ratio": 1.25, "perplexity_ratio_low": math.nan, "perplexity_ratio_high": math.nan}
+    for budget in ("20%", "60%"):
+        add_run(bench, "s", budget, metrics=low | {"slot_share": 0.5, "slot_bytes": 1e9}, budget=budget)
+    site = write_report(bench.root / "report").parent
+    pages = [Page(site / "sweep-s.html"), *map(Page, site.glob("runs/*/index.html"))]
+    for page in pages:
+        words = re.sub(r"<[^>]+>", " ", page.text).split()
+        assert {"1.250", "1.25"} & set(words) and "–" in words and "nan" not in words

@@ -38,6 +38,18 @@ ANSWER_TOKENS = 12
 # Between log-probabilities: below, either token is right in a batch, whose products round by their shape.
 CLOSE_CALL = 1e-3
 TOGETHER = "together"
+# Their attention picks (indexes) or compresses earlier tokens, and takes padding for tokens: a prompt that is padded is
+# answered otherwise than alone, in stock transformers too.
+PADDING_CHANGES = (
+    "axk2",
+    "deepseek_v32",
+    "deepseek_v4",
+    "dots3_note",
+    "dots3_note_text",
+    "glm_moe_dsa",
+    "hy_v4",
+    "mistral_large4",
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,10 @@ def as_markdown(rows: tuple[FamilyRow, ...]) -> str:
         "factor per expert (scale), a limit to the best groups. *Requests* share a batch "
         "(together), or run one at a time, which serving does by itself. A class for images or sound is served whole, "
         "as transformers loads it; the proof is of text.",
+        "",
+        f"Padded batches agree within rounding with the prompt alone, but for {len(PADDING_CHANGES)} model types: "
+        f"{', '.join(PADDING_CHANGES)}. Their attention picks or compresses earlier tokens and takes padding for "
+        "tokens, so a padded prompt may be answered otherwise, in stock transformers too (`tests/test_padding.py`).",
         "",
         "| model type | class in transformers | experts on disk | tolerance 0 | rerouting | requests |",
         "|---|---|---|---|---|---|",
