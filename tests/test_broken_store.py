@@ -18,6 +18,7 @@ from sweep_bench import Bench
 from workbench import store_file, tracking
 from workbench.cli import main
 from workbench.report import write_report
+from workbench.request_spans import Span
 from workbench.store import SERVER_VARIABLE, database_file, open_store
 from workbench.store_errors import StoreError
 
@@ -197,6 +198,15 @@ def test_the_stores_own_address_may_be_named(bench: Bench, monkeypatch: pytest.M
     monkeypatch.chdir(bench.root)
     monkeypatch.setenv(SERVER_VARIABLE, "sqlite:///mlruns/mlflow.db")
     assert open_store().get_experiment_by_name("Default")
+
+
+def test_traces_leave_no_address_of_a_store_behind(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SERVER_VARIABLE, raising=False)
+    with tracking.run("by hand", "first") as run:
+        run.log_traces([Span("request", "CHAIN", 1.0, 2.0)])
+    assert SERVER_VARIABLE not in os.environ
+    with tracking.run("by hand", "second"):
+        pass
 
 
 def test_a_file_without_content_becomes_a_store(bench: Bench) -> None:
