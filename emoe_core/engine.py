@@ -102,9 +102,8 @@ class Engine:
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase | None
         with contextlib.ExitStack() as undo:
-            table, storage = self._new_table(), undo.enter_context(contextlib.closing(self._open_storage(pack)))
-            loader = ExpertLoader(layers, storage, table, self.device, config.threads)
-            self.loader = undo.enter_context(contextlib.closing(loader))
+            storage = undo.enter_context(contextlib.closing(self._open_storage(pack)))
+            self.loader = undo.enter_context(contextlib.closing(self._new_loader(storage)))
             self.control = self._new_control(predictor)
             self.recorder = TraceRecorder(len(layers), self._most_experts) if config.record else None
             self.passes = ForwardPasses(
@@ -307,6 +306,9 @@ class Engine:
         if config.tier == "disk":
             return PackedFile(pack, config.direct, config.verify)  # type: ignore[arg-type]
         return HostMemory(pack, self.device.type == "cuda", config.verify)  # type: ignore[arg-type]
+
+    def _new_loader(self, storage: PackedFile | HostMemory) -> ExpertLoader:
+        return ExpertLoader(self.index.layers, storage, self._new_table(), self.device, self.config.threads)
 
     def _new_table(self) -> SlotTable:
         return make_table(self.plan.slots_per_layer, self.plan.spare_slots, self.config.policy, self._most_experts)
