@@ -30,8 +30,8 @@ from workbench.server.limits import ApiError, ServerLimits
 from workbench.server.replies import Reply
 from workbench.server.served_model import ServedModel
 
-# OpenAI's limit; and one of ours, since so much text is held back.
-MOST_STOPS = 4
+# Each is sought in every character (OpenAI takes 4, lm-eval's tasks bring more), and so much text is held back.
+MOST_STOPS = 16
 LONGEST_STOP = 256
 
 
