@@ -164,6 +164,8 @@ def test_the_model_is_listed(service: Service) -> None:
         ({"model": "tiny", "prompt": "x", "top_p": 0}, 400, "top_p"),
         ({"model": "tiny", "prompt": "x", "seed": -1}, 400, "seed"),
         ({"model": "tiny", "prompt": "x", "stop": list("abcdefghijklmnopq")}, 400, "at most 16"),
+        ({"model": "tiny", "prompt": "x", "stop": {}}, 400, "stop: "),
+        ({"model": "tiny", "prompt": "x", "stream": 5}, 400, "stream: "),
         ({"model": "tiny", "prompt": "x", "n": 2}, 400, "n is not served with the value 2"),
         ({"model": "tiny", "prompt": "x", "best_of": 3}, 400, "best_of is not served"),
         ({"model": "tiny", "prompt": "x", "top_k": 40}, 400, "top_k"),

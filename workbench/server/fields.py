@@ -189,6 +189,6 @@ def _invalid(error: ValidationError) -> ApiError:
     errors = error.errors()
     # Of a field that may be several things, the error that came furthest is about the one that was meant.
     first = max((item for item in errors if item["loc"][:1] == errors[0]["loc"][:1]), key=lambda item: len(item["loc"]))
-    kinds = ("str", "list[")
-    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(kinds))
+    # Which of the things it was taken for stands in between.
+    place = ".".join(str(part) for part in first["loc"] if part != "str" and not str(part).startswith("list["))
     return ApiError(400, f"{place or 'the body'}: {first['msg']}", param=place or None)
