@@ -84,9 +84,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = True) -
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Return the token ids of a conversation (messages with "role" and "content") by the model's chat template."""
+    return list(tokenizer(chat_text(tokenizer, messages), add_special_tokens=False)["input_ids"])
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    add_generation_prompt: bool = True,
+    **options: Any,
+) -> str:
+    """Return the text of a conversation by the model's chat template, which may take options of its own."""
     turns = [dict(message) for message in messages]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt, **options)
+    return str(text)
 
 
 def generate(

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -18,6 +19,7 @@ from workbench.server.listen import EmoeServer
 
 PATIENCE_S = 120.0
 LONG = 400
+HELLO: list[Any] = [{"role": "user", "content": "Is the sky blue?"}]
 
 
 class Service:
@@ -81,3 +83,15 @@ def serving(
             yield service
         finally:
             service.close()
+
+
+def post(service: Service, **fields: Any) -> Any:
+    """Send a completion, or a chat where there are messages."""
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    prompt = {} if "messages" in fields else {"prompt": "x"}
+    return service.http.post(path, json={"model": "tiny", "max_tokens": 4} | prompt | fields)
+
+
+def said(service: Service, text: str, tokens: int = 4, **options: Any) -> str:
+    """Return the answer to a text as it stands."""
+    return str(service.complete(text, max_tokens=tokens, **options).choices[0].text)

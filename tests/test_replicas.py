@@ -191,7 +191,7 @@ def test_answers_are_those_of_offline_generation(service: ClusterService, engine
 
 
 def test_what_cannot_be_served_is_refused_as_by_one_engine(service: ClusterService) -> None:
-    with pytest.raises(openai.BadRequestError, match="one answer"):
+    with pytest.raises(openai.BadRequestError, match="n is not served"):
         service.complete("x", n=2)
     with pytest.raises(openai.NotFoundError, match="no model 'other'"):
         service.client.completions.create(model="other", prompt="x")

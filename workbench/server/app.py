@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -17,13 +17,18 @@ from starlette.types import Receive, Scope, Send
 from emoe_core.serving_records import Answer
 from emoe_core.text_stream import TextStream
 from workbench.server.backend import Backend, Exchange
+from workbench.server.fields import UNUSED_HEADER
 from workbench.server.limits import ApiError, ServerLimits
 from workbench.server.protocol import Wanted, understand
+from workbench.server.replies import Choice, Reply
 from workbench.server.served_model import ServedModel
 from workbench.server.stop_strings import StopStrings
 
 # Without a key. Load generators and proxies made for vLLM look for /health.
 OPEN_PATHS = ("/healthz", "/health", "/readyz")
+
+# The text of one answer as it comes, and at last the answer.
+Parts = AsyncIterator[str | Answer]
 
 
 class ClientGoneError(Exception):
@@ -82,53 +87,75 @@ def make_app(backend: Backend, limits: ServerLimits, api_key: str | None) -> Fas
             body = await _body(request, limits)
         except ClientGoneError:
             return Response(status_code=499)
-        wanted = understand(body, chat, served, limits)
-        exchange = backend.begin(wanted)
+        asked = understand(body, chat, served, limits)
+        headers = {UNUSED_HEADER: ", ".join(asked.unused)} if asked.unused else None
+        exchanges: list[Exchange] = []
         streams = False
         try:
+            for wanted in asked.wanted:
+                exchanges.append(backend.begin(wanted))
             # The first token decides the status, also of a stream.
-            first = await _unless_gone(request, exchange.next())
-            if wanted.stream:
+            first = await _unless_gone(request, exchanges[0].next())
+            answers = [
+                _parts(served, wanted, exchange, None if place else first)
+                for place, (wanted, exchange) in enumerate(zip(asked.wanted, exchanges, strict=True))
+            ]
+            if asked.stream:
                 streams = True
-                return _Stream(served, wanted, exchange, first)
-            return JSONResponse(await _unless_gone(request, _whole(served, wanted, exchange, first)))
+                return _Stream(_chunks(asked.reply, answers), exchanges, headers)
+            choices = await _unless_gone(request, _choices(answers))
+            return JSONResponse(asked.reply.whole(choices), headers=headers)
         except (ClientGoneError, asyncio.CancelledError):
             # Nobody reads this.
             return Response(status_code=499)
         finally:
             if not streams:
-                exchange.close()
+                for exchange in exchanges:
+                    exchange.close()
 
     return app
 
 
-async def _whole(served: ServedModel, wanted: Wanted, exchange: Exchange, event: int | Answer) -> dict[str, Any]:
-    *pieces, answer = [part async for part in _parts(served, wanted, exchange, event)]
-    assert isinstance(answer, Answer)
-    return wanted.whole("".join(str(piece) for piece in pieces), _reason(answer), len(answer.token_ids))
-
-
-async def _chunks(served: ServedModel, wanted: Wanted, exchange: Exchange, event: int | Answer) -> AsyncIterator[str]:
+async def _choices(answers: Sequence[Parts]) -> list[Choice]:
+    """Await all, or end with the first that fails, leaving none behind."""
+    tasks = [asyncio.ensure_future(_choice(parts)) for parts in answers]
     try:
-        async for part in _parts(served, wanted, exchange, event):
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _choice(parts: Parts) -> Choice:
+    *pieces, answer = [part async for part in parts]
+    assert isinstance(answer, Answer)
+    return Choice("".join(str(piece) for piece in pieces), _reason(answer), len(answer.token_ids))
+
+
+async def _chunks(reply: Reply, answers: Sequence[Parts]) -> AsyncIterator[str]:
+    output_tokens = 0
+    try:
+        if reply.chat:
+            yield _sse(reply.first())
+        async for index, part in _interleaved(answers):
             if isinstance(part, str):
-                yield _sse(wanted.piece(part))
+                yield _sse(reply.piece(index, part))
                 continue
-            yield _sse(wanted.piece("", _reason(part)))
-            if wanted.include_usage:
-                yield _sse(wanted.last(len(part.token_ids)))
+            output_tokens += len(part.token_ids)
+            yield _sse(reply.end(index, _reason(part)))
+        if reply.include_usage:
+            yield _sse(reply.usage(output_tokens))
         yield "data: [DONE]\n\n"
     except ApiError as error:
         # The status is sent already: the error comes as an event, as OpenAI's clients expect.
         yield _sse(error.body())
 
 
-async def _parts(
-    served: ServedModel, wanted: Wanted, exchange: Exchange, event: int | Answer
-) -> AsyncIterator[str | Answer]:
-    """Yield the text of an answer as it comes, up to a stop string; at last the answer."""
-    stream = TextStream(served.tokenizer, () if wanted.to_limit else served.ends)
+async def _parts(served: ServedModel, wanted: Wanted, exchange: Exchange, event: int | Answer | None) -> Parts:
+    """Yield the text of an answer as it comes, up to a stop string; at last the answer. ``event`` came already."""
+    stream = TextStream(served.tokenizer, () if wanted.to_limit else served.ends, wanted.skip_special_tokens)
     stops = StopStrings(wanted.stop)
+    event = await exchange.next() if event is None else event
     while not isinstance(event, Answer):
         if text := stops.push(stream.push(event)):
             yield text
@@ -138,18 +165,37 @@ async def _parts(
     yield event
 
 
-class _Stream(StreamingResponse):
-    """A streamed answer that gives its place back when the client goes, even before the first chunk was asked for."""
+async def _interleaved(answers: Sequence[Parts]) -> AsyncIterator[tuple[int, str | Answer]]:
+    """Yield (index, part) of several answers, each part as it comes."""
+    waiting = {asyncio.ensure_future(anext(parts, None)): index for index, parts in enumerate(answers)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index, part = waiting.pop(task), task.result()
+                if part is not None:
+                    waiting[asyncio.ensure_future(anext(answers[index], None))] = index
+                    yield index, part
+    finally:
+        for task in waiting:
+            task.cancel()
 
-    def __init__(self, served: ServedModel, wanted: Wanted, exchange: Exchange, first: int | Answer) -> None:
-        super().__init__(_chunks(served, wanted, exchange, first), media_type="text/event-stream")
-        self._exchange = exchange
+
+class _Stream(StreamingResponse):
+    """A streamed answer that gives its places back when the client goes, even before the first chunk was asked for."""
+
+    def __init__(
+        self, chunks: AsyncIterator[str], exchanges: Sequence[Exchange], headers: Mapping[str, str] | None
+    ) -> None:
+        super().__init__(chunks, media_type="text/event-stream", headers=headers)
+        self._exchanges = exchanges
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._exchange.close()
+            for exchange in self._exchanges:
+                exchange.close()
 
 
 def _reason(answer: Answer) -> str:

@@ -91,6 +91,8 @@ class WorkerExchange:
             wanted.sampling,
             wanted.stop,
             wanted.to_limit,
+            wanted.skip_special_tokens,
+            wanted.settings,
         )
         worker.submit(self._job)
 

@@ -1,209 +1,102 @@
-"""OpenAI's requests and answers, as far as they are served: one answer, with three fields of our own.
+"""What a request asks for: an answer to each of its prompts, with three fields of our own.
 
 Greedy where ``temperature`` is missing, unlike OpenAI's; with one, tokens are drawn by it, ``top_p`` and ``seed``
-(itself drawn where it is missing).
+(itself drawn where it is missing) and nothing else: how a checkpoint's generation_config would draw is not asked. What
+else that demands of answers (`emoe_core.generation_rules`) holds for all; ``repetition_penalty`` and ``min_tokens``
+replace it for one request.
 
 ``task`` (a task type; found from the words if missing), ``tolerance`` (the request's own miss tolerance) and ``slo``
-(``{"ttft": seconds, "tpot": seconds}``). ``ignore_eos``, which load generators send, goes on to the token limit. Other
-fields that would change the answer are refused; the rest is ignored.
+(``{"ttft": seconds, "tpot": seconds}``). ``ignore_eos``, which load generators send, goes on to the token limit. What
+becomes of other fields is said in `fields`.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-import time
-import uuid
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import jinja2
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from emoe_core.classifier import classify
 from emoe_core.errors import OptionError
-from emoe_core.generation import encode, encode_chat
-from emoe_core.sampling import LARGEST_SEED, Sampling
+from emoe_core.generation_rules import unknown_token
+from emoe_core.sampling import Sampling
 from emoe_core.scheduler import Objective
 from emoe_core.serving_loop import NO_PROMISE
 from emoe_core.tasks import TASK_TYPES, UNKNOWN
+from workbench.server.conversation import conversation_text
+from workbench.server.fields import ChatRequest, Common, CompletionRequest, Slo, read_fields
 from workbench.server.limits import ApiError, ServerLimits
+from workbench.server.replies import Reply
 from workbench.server.served_model import ServedModel
 
-# OpenAI's limit; and one of ours, since every token is compared.
-MOST_STOPS = 4
+# Each is sought in every character (OpenAI takes 4, lm-eval's tasks bring more), and so much text is held back.
+MOST_STOPS = 16
 LONGEST_STOP = 256
-# Fields that would change the answer, and the values that do not.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "logprobs": (None, False),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "tools": (None, []),
-    "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
-    # Not OpenAI's: what vLLM's clients may send.
-    "top_k": (None, 0, -1),
-    "min_p": (None, 0),
-    "repetition_penalty": (None, 1),
-    "min_tokens": (None, 0),
-    "stop_token_ids": (None, []),
-}
-
-
-class Slo(BaseModel):
-    """What is promised, in seconds."""
-
-    model_config = ConfigDict(extra="forbid")
-    ttft: float | None = Field(default=None, gt=0)
-    tpot: float | None = Field(default=None, gt=0)
-
-
-class _Common(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    model: str
-    max_tokens: int | None = Field(default=None, ge=1)
-    stream: bool | None = False
-    stream_options: dict[str, Any] | None = None
-    task: str | None = None
-    tolerance: float | None = Field(default=None, ge=0, le=1)
-    slo: Slo | None = None
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
-    stop: str | list[str] | None = None
-    ignore_eos: bool | None = False
-
-
-class _Part(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
-class _Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part]
-
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class CompletionRequest(_Common):
-    """Body of /v1/completions."""
-
-    prompt: str | list[int] | list[str]
-
-
-class ChatRequest(_Common):
-    """Body of /v1/chat/completions."""
-
-    messages: list[_Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A request that was understood; ``name`` is the answer's id. It can be sent to another process."""
+    """The answer to one prompt, as it was understood; it can be sent to another process."""
 
-    model: str
-    chat: bool
     prompt_ids: list[int]
     max_new_tokens: int
     task: str
     tolerance: float | None
     objective: Objective
-    stream: bool
-    include_usage: bool
     sampling: Sampling | None = None
     stop: tuple[str, ...] = ()
     to_limit: bool = False
-    name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def piece(self, text: str, finish: str | None = None) -> dict[str, Any]:
-        """Return a chunk of a streamed answer."""
-        if self.chat:
-            choice: dict[str, Any] = {"delta": {"role": "assistant", "content": text} if finish is None else {}}
-        else:
-            choice = {"text": text}
-        return self._answer(".chunk" if self.chat else "", [self._choice(choice, finish)])
-
-    def whole(self, text: str, finish: str, output_tokens: int) -> dict[str, Any]:
-        """Return an answer in one piece."""
-        choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return self._answer("", [self._choice(choice, finish)]) | self.usage(output_tokens)
-
-    def last(self, output_tokens: int) -> dict[str, Any]:
-        """Return the chunk that holds the usage only."""
-        return self._answer(".chunk" if self.chat else "", []) | self.usage(output_tokens)
-
-    def usage(self, output_tokens: int) -> dict[str, Any]:
-        """Return the count of tokens."""
-        counts = {"prompt_tokens": len(self.prompt_ids), "completion_tokens": output_tokens}
-        return {"usage": counts | {"total_tokens": sum(counts.values())}}
-
-    def _answer(self, suffix: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        name, kind = ("chatcmpl", "chat.completion") if self.chat else ("cmpl", "text_completion")
-        return {
-            "id": f"{name}-{self.name}",
-            "object": kind + suffix,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
-
-    def _choice(self, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
+    skip_special_tokens: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
-def understand(body: bytes, chat: bool, served: ServedModel, limits: ServerLimits) -> Wanted:
+@dataclass(frozen=True)
+class Asked:
+    """A request that was understood: an answer to each prompt, how they are told, fields that go unused."""
+
+    wanted: tuple[Wanted, ...]
+    stream: bool
+    reply: Reply
+    unused: tuple[str, ...]
+
+
+def understand(body: bytes, chat: bool, served: ServedModel, limits: ServerLimits) -> Asked:
     """Return what a request asks for; `ApiError` 400 or 404 when it cannot be served."""
-    kind = ChatRequest if chat else CompletionRequest
-    try:
-        asked = kind.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ApiError(400, f"{place or 'the body'}: {first['msg']}", param=place or None) from None
+    asked, unused = read_fields(body, chat)
     if asked.model != served.name:
         raise ApiError(404, f"there is no model {asked.model!r} here, only {served.name!r}", code="model_not_found")
-    for name, values in NEUTRAL.items():
-        if (asked.model_extra or {}).get(name) not in values:
-            raise ApiError(
-                400, f"{name} is not served, and a request gets one answer: leave it out", "invalid_request_error",
-                "unsupported_value", name,
-            )  # fmt: skip
     if asked.task not in (None, UNKNOWN, *TASK_TYPES):
         raise ApiError(400, f"task {asked.task!r}: the task types are {', '.join(TASK_TYPES)}", param="task")
     if asked.tolerance and not served.reroutable:
         raise ApiError(400, "this model is served exactly only: leave tolerance out", param="tolerance")
     if isinstance(asked, ChatRequest):
-        ids, text = _conversation(served, asked)
+        prompts = [_conversation(served, asked)]
         limit = asked.max_completion_tokens or asked.max_tokens
     else:
-        ids, text = _prompt(served, asked)
+        prompts = _prompts(served, asked, limits.max_batch + limits.max_waiting)
         limit = asked.max_tokens
-    return Wanted(
-        model=served.name,
-        chat=chat,
-        prompt_ids=ids,
-        max_new_tokens=_output_tokens(served, len(ids), limit, limits),
-        task=asked.task or classify(text),
-        tolerance=asked.tolerance,
-        objective=NO_PROMISE if asked.slo is None else _objective(asked.slo),
-        stream=bool(asked.stream),
-        include_usage=bool((asked.stream_options or {}).get("include_usage")),
-        sampling=_sampling(asked),
-        stop=_stop(asked.stop),
-        to_limit=bool(asked.ignore_eos),
+    wanted = tuple(
+        Wanted(
+            prompt_ids=ids,
+            max_new_tokens=_output_tokens(served, ids, limit, limits),
+            task=asked.task or classify(text),
+            tolerance=asked.tolerance,
+            objective=NO_PROMISE if asked.slo is None else _objective(asked.slo),
+            sampling=_sampling(asked),
+            stop=_stop(asked.stop),
+            to_limit=bool(asked.ignore_eos),
+            skip_special_tokens=asked.skip_special_tokens is not False,
+            settings=_settings(asked),
+        )
+        for ids, text in prompts
     )
+    prompt_tokens = sum(len(one.prompt_ids) for one in wanted)
+    include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+    return Asked(wanted, bool(asked.stream), Reply(served.name, chat, prompt_tokens, include_usage), unused)
 
 
-def _sampling(asked: _Common) -> Sampling | None:
+def _sampling(asked: Common) -> Sampling | None:
     """Return how to draw; None is greedy: no temperature, or 0."""
     if not asked.temperature:
         return None
@@ -212,6 +105,12 @@ def _sampling(asked: _Common) -> Sampling | None:
         return Sampling(asked.temperature, 1.0 if asked.top_p is None else asked.top_p, seed)
     except OptionError as error:
         raise ApiError(400, str(error), param="temperature") from None
+
+
+def _settings(asked: Common) -> dict[str, Any]:
+    """Return what replaces the checkpoint's generation_config, by transformers' names."""
+    own = {"repetition_penalty": asked.repetition_penalty, "min_new_tokens": asked.min_tokens}
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def _stop(given: str | list[str] | None) -> tuple[str, ...]:
@@ -226,43 +125,62 @@ def _objective(slo: Slo) -> Objective:
 
 
 def _conversation(served: ServedModel, asked: ChatRequest) -> tuple[list[int], str]:
-    if not served.tokenizer.chat_template:
-        raise ApiError(400, "this model has no chat template: use /v1/completions")
-    messages = [{"role": message.role, "content": message.text()} for message in asked.messages]
-    said = [message["content"] for message in messages if message["role"] == "user"]
-    try:
-        ids = encode_chat(served.tokenizer, messages)
-    except (jinja2.TemplateError, ValueError) as error:
-        raise ApiError(400, f"the model's chat template refuses these messages: {error}", param="messages") from None
-    return ids, said[-1] if said else ""
+    """Return a conversation's token ids, and the words that tell its task."""
+    text = conversation_text(served.tokenizer, asked)
+    said = [message.text() for message in asked.messages if message.role == "user"]
+    ids = served.tokenizer(text, add_special_tokens=bool(asked.add_special_tokens))["input_ids"]
+    return list(ids), said[-1] if said else ""
 
 
-def _prompt(served: ServedModel, asked: CompletionRequest) -> tuple[list[int], str]:
-    prompt = asked.prompt
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
-        if len(prompt) > 1:
-            raise ApiError(400, f"{len(prompt)} prompts in one request: send one each", param="prompt")
-        prompt = prompt[0]
-    if not isinstance(prompt, str):
-        ids = [int(token) for token in prompt]
-        if any(not 0 <= token < served.vocabulary for token in ids):
-            raise ApiError(400, f"prompt holds token ids outside 0 to {served.vocabulary - 1}", param="prompt")
-        return ids, str(served.tokenizer.decode(ids, skip_special_tokens=True))
-    return encode(served.tokenizer, prompt, chat=False), prompt
+def _prompts(served: ServedModel, asked: CompletionRequest, most: int) -> list[tuple[list[int], str]]:
+    """Return each prompt's token ids, and the words that tell its task."""
+    given = asked.prompt
+    prompts: list[Any] = given if isinstance(given, list) and not _is_prompt(given) else [given]
+    if not all(_is_prompt(prompt) for prompt in prompts):
+        raise ApiError(400, "prompt: give a string, a list of token ids, or a list of one of these", param="prompt")
+    if len(prompts) > most:
+        raise ApiError(400, f"{len(prompts)} prompts in one request: {most} can run and wait here", param="prompt")
+    return [_prompt(served, prompt, asked.add_special_tokens is not False) for prompt in prompts]
 
 
-def _output_tokens(served: ServedModel, inputs: int, asked: int | None, limits: ServerLimits) -> int:
-    def refuse(message: str, param: str) -> ApiError:
-        return ApiError(400, message, code="context_length_exceeded", param=param)
+def _is_prompt(given: Any) -> bool:
+    """Return whether something is one prompt: a text, or token ids (an empty list of them is one, if a bad one)."""
+    return isinstance(given, str) or (isinstance(given, list) and all(type(token) is int for token in given))
 
+
+def _prompt(served: ServedModel, prompt: str | list[int], special: bool) -> tuple[list[int], str]:
+    if isinstance(prompt, str):
+        return list(served.tokenizer(prompt, add_special_tokens=special)["input_ids"]), prompt
+    _require_known(served, prompt)
+    # A model may have embeddings of more tokens than its tokenizer knows.
+    known = [token for token in prompt if token < len(served.tokenizer)]
+    return prompt, str(served.tokenizer.decode(known, skip_special_tokens=True))
+
+
+def _require_known(served: ServedModel, ids: list[int]) -> None:
+    unknown = next((token for token in ids if not 0 <= token < served.vocabulary), None)
+    if unknown is not None:
+        message = f"the prompt's {unknown_token(unknown, served.vocabulary, served.tokenizer)}"
+        raise ApiError(400, message, param="prompt")
+
+
+def _output_tokens(served: ServedModel, ids: list[int], asked: int | None, limits: ServerLimits) -> int:
+    inputs = len(ids)
     if not inputs:
         raise ApiError(400, "the prompt is empty: say what to continue", param="prompt")
     if inputs > limits.max_prompt_tokens:
-        raise refuse(f"the prompt has {inputs:,} tokens, the limit is {limits.max_prompt_tokens:,}", "prompt")
+        raise _too_long(f"the prompt has {inputs:,} tokens, the limit is {limits.max_prompt_tokens:,}", "prompt")
+    _require_known(served, ids)
     if asked is not None and asked > limits.max_output_tokens:
-        raise refuse(f"max_tokens is {asked:,}, the limit is {limits.max_output_tokens:,}", "max_tokens")
+        raise _too_long(f"max_tokens is {asked:,}, the limit is {limits.max_output_tokens:,}", "max_tokens")
     context = served.context_tokens
     wanted = asked or int(min(limits.default_output_tokens, limits.max_output_tokens, max(1, context - inputs)))
     if inputs + wanted > context:
-        raise refuse(f"{inputs:,} tokens of prompt and {wanted:,} of answer exceed the model's {context:,}", "prompt")
+        raise _too_long(
+            f"{inputs:,} tokens of prompt and {wanted:,} of answer exceed the model's {context:,}", "prompt"
+        )
     return wanted
+
+
+def _too_long(message: str, param: str) -> ApiError:
+    return ApiError(400, message, code="context_length_exceeded", param=param)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emoe_core.engine import Engine
 from emoe_core.errors import OptionError
-from emoe_core.generation_rules import end_tokens
+from emoe_core.generation_rules import embedded_tokens, end_tokens
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ServedModel:
         What clients ask for.
     tokenizer : PreTrainedTokenizerBase
     vocabulary : int
-        Token ids lie below.
+        Token ids lie below; the tokenizer may know more, or fewer.
     context_tokens : float
         Longest prompt and answer together; infinite where the model does not say.
     reroutable : bool
@@ -52,4 +52,4 @@ def served_model(engine: Engine, name: str) -> ServedModel:
     config = engine.model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or math.inf
     ends = frozenset(end_tokens(engine, engine.tokenizer))
-    return ServedModel(name, engine.tokenizer, config.vocab_size, context, engine.reroutable, ends)
+    return ServedModel(name, engine.tokenizer, embedded_tokens(engine), context, engine.reroutable, ends)

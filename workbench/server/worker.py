@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,6 +49,8 @@ class Job:
     sampling: Sampling | None = None
     stop: tuple[str, ...] = ()
     to_limit: bool = False
+    skip_special_tokens: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
     number: int | None = None
     arrival_s: float = field(default_factory=time.perf_counter)
 
@@ -200,6 +202,7 @@ class Worker:
                     sampling=job.sampling,
                     ends=self._stop_watch(job) if job.stop else None,
                     to_limit=job.to_limit,
+                    settings=job.settings,
                 )
             except (OptionError, RequestTooLargeError) as error:
                 self._end(job, ApiError(400, str(error)))
@@ -223,7 +226,7 @@ class Worker:
 
     def _stop_watch(self, job: Job) -> Callable[[int], bool]:
         """Return whether an answer's text has come to a stop string, told its tokens one by one."""
-        stream = TextStream(self.served.tokenizer, () if job.to_limit else self.served.ends)
+        stream = TextStream(self.served.tokenizer, () if job.to_limit else self.served.ends, job.skip_special_tokens)
         stops = StopStrings(job.stop)
 
         def ended(token: int) -> bool:
