@@ -14,7 +14,7 @@ from emoe_core.errors import ExperimentError
 from workbench.environment import git_revision
 from workbench.executors.protocol import Ending, Job
 from workbench.mlflow_view import arrange_view
-from workbench.store import disk_errors, encode
+from workbench.store import disk_errors, encode, recorded_metrics
 from workbench.sweep_points import Point, StagePlan
 from workbench.sweep_schema import SweepFile
 from workbench.sweep_search import known_points
@@ -134,7 +134,7 @@ class SweepRecord:
             status = "FINISHED" if ending.ok else "KILLED" if again else "FAILED"
             self._client.set_terminated(ending.run_id, status)
             self._open.pop(ending.run_id)
-            return dict(self._client.get_run(ending.run_id).data.metrics)
+            return recorded_metrics(self._client.get_run(ending.run_id))
 
     def close(self, status: str) -> None:
         """End the sweep: runs that are still open were killed. A store that cannot be written does not stop this."""
