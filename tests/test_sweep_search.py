@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,9 +110,20 @@ def test_runs_without_the_objectives_or_that_failed_teach_nothing(project: Path)
     search = OptunaSearch(plan(project, runs=2))
     first, second = search.ask(), search.ask()
     assert first and second and search.ask() is None
-    assert "logged no metric quality" in (search.tell(first, {"memory": 1.0}) or "")
+    assert "logged no number as metric quality" in (search.tell(first, {"memory": 1.0}) or "")
     assert search.tell(second, None) is None
     assert search.conclusion() == []
+
+
+def test_an_objective_that_is_no_number_teaches_nothing_and_says_so(project: Path) -> None:
+    stage = plan(project, runs=3)
+    search = OptunaSearch(stage)
+    point = search.ask()
+    assert point is not None
+    metrics = measure(point) | {"quality": math.nan}
+    assert "logged no number as metric quality" in (search.tell(point, metrics) or "")
+    resumed = OptunaSearch(stage, known_points(stage, [recorded(point, 0, metrics)]))
+    assert resumed.conclusion() == [] and resumed.left == 2
 
 
 def test_points_of_another_notebook_space_or_seed_do_not_count(project: Path) -> None:

@@ -57,8 +57,8 @@ def title_of(name: str) -> str:
 
 def show(name: str, value: float | None) -> str:
     """Return a value as text with the unit of its name; a missing value is a dash."""
-    if value is None or math.isnan(value):
-        return "–"
+    if value is None or not math.isfinite(value):
+        return _not_finite(value)
     unit = unit_of(name)
     if unit in ("bytes", "bytes/s"):
         return show_bytes(value) + unit.removeprefix("bytes")
@@ -69,6 +69,10 @@ def show(name: str, value: float | None) -> str:
     if unit == "%":
         return f"{100 * value:.1f}%"
     return f"{show_number(value)} {unit}".strip()
+
+
+def _not_finite(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else str(float(value))
 
 
 def metric_table(metrics: Mapping[str, float], names: Sequence[str]) -> pd.DataFrame:
@@ -94,11 +98,7 @@ def column_texts(name: str, values: Sequence[float | None]) -> tuple[str, list[s
     digits = len(f"{largest * scale:.0f}")
     decimals = 0 if whole else max(0, 3 - digits) if unit in ("ms", "s") else 1 if unit == "%" else max(0, 4 - digits)
     return unit, [
-        "–"
-        if value is None or math.isnan(value)
-        else f"{value * scale:,.{decimals}f}"
-        if math.isfinite(value)
-        else str(value)
+        f"{value * scale:,.{decimals}f}" if value is not None and math.isfinite(value) else _not_finite(value)
         for value in values
     ]
 

@@ -10,7 +10,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
-from workbench.store import decode, open_store, store_name
+from workbench.store import decode, open_store, recorded_metrics, store_name
 from workbench.sweep_state import current_runs, find_parent
 from workbench.tracking import DATA_FOLDER
 
@@ -68,7 +68,7 @@ def frame_of(runs: list[Any], *, notebook: str | None = None) -> pd.DataFrame:
             "error": tags.get("emoe.error"),
             "duration_s": (ended_ms - item.info.start_time) / 1000 if ended_ms else None,
         }
-        known = sorted(item.data.metrics.items())
+        known = sorted(recorded_metrics(item).items())
         metrics = {name if name not in params else f"measured_{name}": value for name, value in known}
         rows.append(row | params | metrics)
     return pd.DataFrame(rows)

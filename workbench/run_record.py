@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
 from workbench.results import artifact_frame
-from workbench.store import decode
+from workbench.store import decode, recorded_metrics
 from workbench.sweep_notebook import parse_notebook
 from workbench.sweep_state import NOTEBOOK_TAG
 from workbench.tracking import DATA_FOLDER, ENVIRONMENT_FILE, NOTEBOOK_FOLDER
@@ -54,7 +54,7 @@ class RunRecord:
             run.info.status,
             run.info.start_time,
             {name: decode(text) for name, text in run.data.params.items()},
-            dict(run.data.metrics),
+            recorded_metrics(run),
             dict(run.data.tags),
         )
 

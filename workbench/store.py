@@ -26,6 +26,7 @@ from workbench.store_errors import StoreError, store_errors, told_in_one_line
 from workbench.store_file import ARTIFACTS, refuse_unusable, relocate
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run as MlflowRun
     from mlflow.tracking import MlflowClient
 
 HOME_VARIABLE = "EMOE_HOME"
@@ -237,6 +238,15 @@ def encode(value: Any) -> str:
     if isinstance(value, str):
         return value if decode(value) == value else json.dumps(value)
     return json.dumps(value, default=str)
+
+
+def recorded_metrics(run: MlflowRun) -> dict[str, float]:
+    """Return a run's metrics as they were logged: for an infinite one MLflow's database keeps the largest number."""
+    largest = sys.float_info.max
+    return {
+        name: math.copysign(math.inf, value) if abs(value) >= largest else value
+        for name, value in run.data.metrics.items()
+    }
 
 
 def finite(fields: dict[str, Any]) -> dict[str, Any]:

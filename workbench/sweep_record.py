@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from workbench.environment import git_revision
 from workbench.executors.protocol import Ending, Job
 from workbench.mlflow_view import arrange_view
-from workbench.store import encode, experiment_id
+from workbench.store import encode, experiment_id, recorded_metrics
 from workbench.store_errors import DeletedError, StoreError
 from workbench.sweep_points import Point, StagePlan
 from workbench.sweep_schema import SweepFile
@@ -153,7 +153,7 @@ class SweepRecord:
         status = "FINISHED" if ending.ok else "KILLED" if again else "FAILED"
         self._client.set_terminated(ending.run_id, status)
         self._open.pop(ending.run_id)
-        return dict(self._client.get_run(ending.run_id).data.metrics)
+        return recorded_metrics(self._client.get_run(ending.run_id))
 
     def close(self, status: str) -> None:
         """End the sweep: runs that are still open were killed. A store that cannot be written does not stop this."""

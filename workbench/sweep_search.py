@@ -8,13 +8,14 @@ proposes the same points as one that was not. A point is run once, however often
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import OptionError
 from workbench.quantities import show, words_of
-from workbench.store import decode
+from workbench.store import decode, recorded_metrics
 from workbench.sweep_points import Point, StagePlan, draw
 from workbench.sweep_schema import Range, Scalar, Values
 from workbench.sweep_state import DIGEST_TAG, STUDY_TAG
@@ -89,8 +90,10 @@ class OptunaSearch:
         if values is None:
             self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
             if metrics is not None:
-                missing = ", ".join(sorted(set(self._search.objectives) - set(metrics)))
-                return f"{point.label} logged no metric {missing}: the search learns nothing from it."
+                missing = sorted(name for name in self._search.objectives if math.isnan(metrics.get(name, math.nan)))
+                return (
+                    f"{point.label} logged no number as metric {', '.join(missing)}: the search learns nothing from it."
+                )
             return None
         self._study.tell(trial, values)
         return None
@@ -141,8 +144,8 @@ class OptunaSearch:
             self._study.add_trial(trial)
 
     def _objectives(self, metrics: Mapping[str, float]) -> list[float] | None:
-        names = list(self._search.objectives)
-        return [metrics[name] for name in names] if all(name in metrics for name in names) else None
+        values = [metrics.get(name, math.nan) for name in self._search.objectives]
+        return None if any(math.isnan(value) for value in values) else values
 
     def _distribution(self, axis: Values | Range) -> BaseDistribution:
         kinds = self._optuna.distributions
@@ -189,5 +192,5 @@ def known_points(plan: StagePlan, runs: Iterable[MlflowRun]) -> list[tuple[Point
         axes = {name: decode(params[name]) for name in plan.stage.search.space if name in params}
         point = plan.point(axes, len(known))
         if point.digest == tags.get(DIGEST_TAG):
-            known.append((point, dict(run.data.metrics)))
+            known.append((point, recorded_metrics(run)))
     return known

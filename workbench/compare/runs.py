@@ -21,6 +21,7 @@ from workbench.compare.differences import (
 from workbench.compare.metric_names import named_metrics
 from workbench.compare.prompts import prompt_changes
 from workbench.metric_groups import group_of, rank_of
+from workbench.quantities import show, title_of
 from workbench.run_record import RunRecord
 from workbench.sweep_state import ERROR_TAG
 
@@ -136,10 +137,16 @@ def compare_runs(
     common = [name for name in a.metrics if name in b.metrics and name not in told and wanted(name)]
     values = {name: [np.array([run.metrics[name]]) for run in (a, b)] for name in common}
     single = [paired_change(name, *both) for name, both in values.items() if np.isfinite(both).all()]
-    if not over_prompts and not single and not may_be_empty:
+    shown = {name: [show(name, run.metrics[name]) for run in (a, b)] for name in common}
+    endless = [
+        f"{title_of(name)}: {shown[name][0]} in A, {shown[name][1]} in B; the difference is no number."
+        for name, both in values.items()
+        if not np.isfinite(both).all() and shown[name][0] != shown[name][1]
+    ]
+    if not over_prompts and not single and not endless and not may_be_empty:
         raise ExperimentError("the runs have no metric in common.")
     differ = parameter_differences(a, b), other_differences(a, b)
-    found = RunComparison(a, b, *differ, in_order(over_prompts), in_order(single), paired.remarks)
+    found = RunComparison(a, b, *differ, in_order(over_prompts), in_order(single), [*paired.remarks, *endless])
     return found.only(named_metrics(metrics, found.metrics)) if metrics else found
 
 

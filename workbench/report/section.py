@@ -22,7 +22,7 @@ from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.run_page import RunPage
 from workbench.results import frame_of
-from workbench.store import decode
+from workbench.store import decode, recorded_metrics
 from workbench.sweep_state import AXES_TAG, METRICS_TAG, listed_in
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def read_section(notebook: str, runs: list[MlflowRun], pages: list[RunPage], sit
 
 
 def _metric_column(name: str, runs: list[MlflowRun]) -> Column:
-    unit, texts = column_texts(name, [item.data.metrics.get(name) for item in runs])
+    unit, texts = column_texts(name, [recorded_metrics(item).get(name) for item in runs])
     heading = f"{words_of(name)} ({unit})" if unit else words_of(name)
     return Column(name, heading, group_of(name), texts, meaning_of(name))
 
