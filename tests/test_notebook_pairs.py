@@ -1,4 +1,4 @@
-"""Every committed notebook and its pair in notebooks/source hold the same cells; `make pair` keeps it so."""
+"""Every committed notebook and its pair in notebooks/source hold the same cells, and most run on a tiny model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from pathlib import Path
 import jupytext
 import pytest
 
+from workbench.models import REFERENCE, TINY
 from workbench.sweep_notebook import cells_of, notebook_parameters, read_notebook, source_hash
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+# The first two load it for a few prompts; the others simulate by its stored costs.
+ON_REFERENCE = ["00_explore", "01_quickstart", "11_scheduling", "13_replica_routing"]
 
 
 def pair_of(notebook: Path) -> Path:
@@ -33,6 +36,16 @@ def test_a_notebook_and_its_source_hold_the_same_cells(notebook: Path) -> None:
     assert cells_of(source) == cells_of(content), "run `make pair`: it writes the source from the notebook"
     # Its size, and the state of a kernel that is gone.
     assert "widgets" not in content["metadata"]
+
+
+def test_whoever_runs_all_notebooks_waits_for_few_on_a_real_model() -> None:
+    parameters = {notebook.stem: notebook_parameters(notebook) for notebook in NOTEBOOKS}
+    models = {name: found["model"].literal() for name, found in parameters.items()}
+    assert [name for name, model in models.items() if model != TINY] == ON_REFERENCE
+    assert {models[name] for name in ON_REFERENCE} == {REFERENCE}
+    assert parameters["11_scheduling"]["throughput_requests"].literal() == 0
+    sizes = ("n_prompts", "warm_prompts", "max_new_tokens")
+    assert max(found[size].literal() for found in parameters.values() for size in sizes if size in found) <= 8
 
 
 def test_synchronising_takes_over_an_edited_source_and_keeps_outputs(tmp_path: Path) -> None:
