@@ -7,11 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import emoe_core
 from emoe_core import heap
-from emoe_core.errors import BudgetError, CheckpointError, EmoeError, IntegrationError, OptionError, PackError
+from emoe_core.errors import (
+    BudgetError,
+    CheckpointError,
+    EmoeError,
+    IntegrationError,
+    OptionError,
+    PackError,
+    UnsupportedFamilyError,
+)
+from emoe_core.expert_compute import ExpertForm
 from emoe_core.generation import encode
 from emoe_core.pack import Pack
 from workbench.reference_model.tiny import FAMILIES, LAYERS, TOP_K, tiny_moe
@@ -166,6 +175,56 @@ def test_gradients_are_refused(model: Path, tmp_path: Path) -> None:
         with pytest.raises(IntegrationError, match="inference only"):
             engine.model(inputs_embeds=embedded)
         assert forward(engine).isfinite().all()
+
+
+def test_rows_that_are_not_the_pass_s_are_refused(model: Path, tmp_path: Path) -> None:
+    """Whose they are, and with which tolerance, would be unknown."""
+    with load(model, tmp_path) as engine:
+        experts = engine.model.get_submodule(engine.index.layers[1].name)
+        half = experts.register_forward_pre_hook(lambda module, args: tuple(part[: len(part) // 2] for part in args))
+        with pytest.raises(IntegrationError, match=r"MoE layer 1 was asked for \d+ rows in a pass over \d+ tokens"):
+            forward(engine)
+        half.remove()
+        assert forward(engine).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_while_a_model_is_looked_at_is_an_error_of_loading(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """And not a family that is served exactly only, or slowly."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(MixtralForCausalLM, "forward", fail)
+        load(model, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(ExpertForm, "layer", fail)
+        load(model, tmp_path)
+
+
+def test_why_the_worse_way_is_taken_is_said(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise TypeError("a made-up reason")
+
+    with load(model, tmp_path) as engine:
+        told = engine.stats().to_dict()
+        assert told["compute"] == "grouped by expert, bit-equal to eager" and told["rerouting"] == "by its rule"
+    with monkeypatch.context() as patch:
+        patch.setattr(MixtralForCausalLM, "forward", fail)
+        with load(model, tmp_path) as engine:
+            assert "exact only" in engine.stats().rerouting and "a made-up reason" in engine.stats().rerouting
+            assert engine.one_at_a_time is not None
+        with pytest.raises(UnsupportedFamilyError, match="a made-up reason"):
+            load(model, tmp_path, tolerance=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertForm, "layer", fail)
+        with load(model, tmp_path) as engine:
+            assert engine.stats().compute == "the family's eager code (TypeError: a made-up reason)"
 
 
 def test_parameters_ask_for_gradients_as_stock_s_do_and_no_pass_records_any(model: Path, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -316,3 +318,36 @@ def test_slots_of_the_largest_record_stay_within_the_budget(tmp_path: Path) -> N
         table = SlotTable(plan.slots_per_layer, plan.spare_slots)
         stride = max(layer.record_bytes for layer in uneven.layers)
         assert table.slots * stride == plan.slot_bytes <= plan.budget_bytes
+
+
+def test_reads_on_their_way_are_not_gone_through_for_every_expert(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading everything asks a few things per read, however many others have not arrived."""
+    asked = 0
+
+    class Counted(dict):
+        def items(self) -> Any:
+            nonlocal asked
+            asked += len(self)
+            return super().items()
+
+    loader, arrive = make(pack, EXPERTS), threading.Event()
+    loader.storage.before_read = arrive.wait
+    monkeypatch.setattr(loader, "_loading", Counted())
+    try:
+        loads = loader.swap([range(EXPERTS)] * LAYERS)
+    finally:
+        arrive.set()
+    assert loads == EXPERTS * LAYERS and asked <= loads
+    check_all(pack, loader)
+    # The same where everybody has to make room for another.
+    asked = 0
+    arrive.clear()
+    small = make(pack, EXPERTS // 2)
+    monkeypatch.setattr(small, "_loading", Counted())
+    small.swap([range(EXPERTS // 2)] * LAYERS)
+    loads += small.swap([range(EXPERTS // 2, EXPERTS)] * LAYERS)
+    assert asked <= loads
+    arrive.set()
+    check_all(pack, small)
+    loader.close()
+    small.close()
