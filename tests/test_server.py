@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +299,21 @@ def test_a_draining_server_refuses_new_requests(model: Path) -> None:
         with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
             service.complete()
         assert refused.value.status_code == 503 and service.http.get("/readyz").status_code == 503
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral with a sliding window"])
+def test_four_requests_at_once_are_answered_as_alone_where_a_batch_cannot_be_shared(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tiny_moe(tmp_path / "model", family.split()[0], seed=3)
+    if "window" in family:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
+    prompts = ["Why?", "A heron waits at the water", "Two and two make four, they say", "Once"]
+    with serving(path) as service:
+        alone = [service.complete(prompt, max_tokens=24).choices[0].text for prompt in prompts]
+        with ThreadPoolExecutor(4) as clients:
+            together = list(clients.map(lambda prompt: service.complete(prompt, max_tokens=24), prompts))
+    assert [answer.choices[0].text for answer in together] == alone
+    told = [record.getMessage() for record in caplog.records if "one at a time" in record.getMessage()]
+    assert len(told) == 1 and "DynamicSlidingWindowLayer" in told[0]

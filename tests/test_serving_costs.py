@@ -20,6 +20,7 @@ from workbench import cli
 from workbench.reference_model.tiny import LAYERS, tiny_moe
 from workbench.server.listen import EmoeServer
 from workbench.serving import conditions
+from workbench.serving.experiment import ServingConfig, simulate_serving
 from workbench.serving.measure import CostsConfig, costs_path, measure_costs, stored_costs
 from workbench.serving.times import fit_line
 
@@ -131,6 +132,18 @@ def test_everything_resident_never_swaps(model: Path, cache: Path, monkeypatch: 
     found = measure_costs(CostsConfig(str(model), "100%", source="fixture", **SMALL))  # type: ignore[arg-type]
     assert found.expert_load_s == found.swap_s == 0.0
     assert np.array(found.slots_per_layer).tolist() == [8] * LAYERS
+
+
+def test_requests_that_cannot_share_a_batch_are_measured_and_simulated_one_at_a_time(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMOE_CACHE", str(cache))
+    path = tiny_moe(tmp_path / "model", "gpt_oss")
+    found = measure_costs(CostsConfig(str(path), "4 slots", source="fixture", **SMALL))  # type: ignore[arg-type]
+    assert found.decode_batches == (1,)
+    config = ServingConfig(load=None, rate_per_s=1e6, max_batch=4, n_requests=20)
+    table = simulate_serving(config, found).requests.sort_values("first_token_s")
+    assert (table["first_token_s"].iloc[1:].to_numpy() > table["finished_s"].iloc[:-1].to_numpy()).all()
 
 
 def test_conditions_other_than_the_measured_ones_are_told(

@@ -93,6 +93,8 @@ class Worker:
             on_token=lambda number, token: self._jobs[number].deliver(token),
             on_failure=self._failed,
         )
+        if engine.one_at_a_time is not None and batch.max_requests > 1:
+            logger.warning("%s: requests run one at a time, since %s", served.name, engine.one_at_a_time)
         self._changed = threading.Condition()
         self._accepted: set[Job] = set()
         self._fresh: list[Job] = []

@@ -113,6 +113,10 @@ class ServingConfig:
             raise OptionError(f"{self.arrivals} arrivals need a load or a rate_per_s")
         BatchLimits(self.max_batch, self.kv_tokens)
 
+    def batch(self, costs: ServingCosts) -> int:
+        """Return how many requests run at once: one where they cannot share a batch."""
+        return 1 if costs.settings.get("one_at_a_time") else self.max_batch
+
 
 @dataclass(frozen=True)
 class ServingResult:
@@ -151,7 +155,7 @@ def simulate_serving(
     table = request_table(served)
     metrics = service_metrics(table)
     metrics["rate_per_s"] = (len(coming) - 1) / (coming[-1].arrival_s - coming[0].arrival_s)
-    metrics["capacity_per_s"] = config.replicas * capacity_per_s(coming, costs, config.max_batch)
+    metrics["capacity_per_s"] = config.replicas * capacity_per_s(coming, costs, config.batch(costs))
     kept = [replica.residents for replica in cluster.replicas if replica.residents is not None]
     metrics |= {
         "predictions": float(sum(one.predictions for one in kept)),
@@ -192,7 +196,7 @@ def make_arrivals(config: ServingConfig, costs: ServingCosts) -> list[Arrival]:
         return at_rate(drawn, config.rate_per_s)
     if config.load is None:
         return drawn
-    return at_rate(drawn, config.load * config.replicas * capacity_per_s(drawn, costs, config.max_batch))
+    return at_rate(drawn, config.load * config.replicas * capacity_per_s(drawn, costs, config.batch(costs)))
 
 
 def capacity_per_s(arrivals: Sequence[Arrival], costs: ServingCosts, max_batch: int) -> float:
@@ -244,7 +248,7 @@ def make_replica(config: ServingConfig, costs: ServingCosts, place: int = 0) -> 
         config.replan,
     )
     scheduler = make_scheduler(config.scheduler, costs, config.max_bypassed)
-    return SimulatedEngine(costs, scheduler, BatchLimits(config.max_batch, config.kv_tokens), residents, place)
+    return SimulatedEngine(costs, scheduler, BatchLimits(config.batch(costs), config.kv_tokens), residents, place)
 
 
 def as_params(config: ServingConfig) -> dict[str, Any]:

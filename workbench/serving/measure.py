@@ -157,6 +157,7 @@ def _settings(config: CostsConfig, engine: emoe_core.Engine) -> dict[str, Any]:
         "tolerance": 1.0,
         "dtype": str(engine.index.dtype).removeprefix("torch."),
         "device": engine.device.type,
+        "one_at_a_time": engine.one_at_a_time,
     }
 
 

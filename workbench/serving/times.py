@@ -63,7 +63,7 @@ def measure_times(
     ----------
     engine : Engine
     prompt_tokens, batches : sequence of int
-        Prompt lengths (two or more) and batch sizes (ascending) to time.
+        Prompt lengths (two or more) and batch sizes (ascending) to time; 1 alone where requests cannot share a batch.
     repeats : int
         Repeats of each prompt length and swap size, and steps of each batch size.
     source : str
@@ -73,6 +73,7 @@ def measure_times(
         Called with (stage, done, total).
     """
     texts = task_tokens(engine, source, "profile", seed)
+    batches = batches if engine.one_at_a_time is None else (1,)
     slope, intercept = _prompts(engine, texts, prompt_tokens, repeats, progress)
     steps = _steps(engine, texts, sorted(prompt_tokens)[len(prompt_tokens) // 2], batches, repeats, progress)
     load_s, swap_s = _swaps(engine, repeats, seed, progress)
