@@ -1,12 +1,46 @@
-"""How tests start the nodes of a Ray cluster on one machine."""
+"""How tests start a Ray cluster of several nodes on one machine, which may be busy."""
 
 from __future__ import annotations
 
 import socket
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+TRIES = 5
 
 
-def agent_ports() -> dict[str, int]:
+@contextmanager
+def ray_cluster(head: dict[str, Any], node: dict[str, Any], nodes: int) -> Iterator[Cluster]:
+    """Run a cluster of a head and some nodes."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster()
+    try:
+        _add(made, head | {"include_dashboard": False})
+        for _ in range(nodes):
+            _add(made, node)
+        yield made
+    finally:
+        made.shutdown()
+
+
+def _add(cluster: Cluster, options: dict[str, Any]) -> None:
+    for left in reversed(range(TRIES)):
+        try:
+            cluster.add_node(**options, **_agent_ports())
+        except Exception as error:
+            # Ray gives a node 30 s to start, whatever the machine does beside.
+            if not left or "timed out during startup" not in str(error):
+                raise
+        else:
+            return
+
+
+def _agent_ports() -> dict[str, int]:
     """Return free ports: a node that has to learn what its agents took gives up after 15 s on a busy machine."""
     with ExitStack() as stack:
         listening = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]

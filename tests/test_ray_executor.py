@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from ray_bench import agent_ports
+from ray_bench import ray_cluster
 from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError
@@ -25,15 +25,8 @@ NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000, "memory
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Return a cluster whose head carries out nothing, with two nodes that do."""
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(
-        initialize_head=True, head_node_args=NODE | agent_ports() | {"num_cpus": 0, "include_dashboard": False}
-    )
-    for _ in range(2):
-        made.add_node(**NODE, **agent_ports())
-    yield made
-    made.shutdown()
+    with ray_cluster(NODE | {"num_cpus": 0}, NODE, 2) as made:
+        yield made
 
 
 def test_a_node_that_is_killed_loses_nothing_and_nothing_runs_twice(bench: Bench, cluster: Any) -> None:

@@ -19,7 +19,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client import Counter as Counted
 from prometheus_client.parser import text_string_to_metric_families
-from ray_bench import agent_ports
+from ray_bench import ray_cluster
 from server_bench import LONG, PATIENCE_S
 from sweep_bench import wait_for
 from typer.testing import CliRunner
@@ -99,17 +99,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(model: Path) -> Iterator[str]:
-    from ray.cluster_utils import Cluster
-
     with pytest.MonkeyPatch.context() as patch:
         # Inherited by the nodes and what runs on them.
         patch.setenv("EMOE_CACHE", str(model.parent))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        head = NODE | agent_ports() | {"include_dashboard": False}
-        made = Cluster(initialize_head=True, head_node_args=head)
-        made.add_node(**NODE, **agent_ports())
-        yield made.address
-        made.shutdown()
+        with ray_cluster(NODE, NODE, 1) as made:
+            yield made.address
 
 
 @pytest.fixture(scope="module")
