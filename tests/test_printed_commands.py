@@ -62,14 +62,14 @@ def test_the_makefile_works_in_a_folder_of_any_name(tmp_path: Path, name: str) -
     home = tmp_path / name
     (home / ".venv/bin").mkdir(parents=True)
     (home / "notebooks").mkdir()
-    for program in ("python", "jupytext"):
+    for program in ("emoe", "jupytext"):
         stub = home / ".venv/bin" / program
-        # Python is asked for the command that opens the interface, jupytext is called from another folder.
-        stub.write_text("#!/bin/sh\nprintf '%s' \"printf '<%s>' 'its words'\"\n")
+        # The second is called from another folder.
+        stub.write_text("#!/bin/sh\nprintf '<%s>' 'called'\n")
         stub.chmod(0o755)
     shutil.copy(MAKEFILE, home)
     for file in ("pyproject.toml", "constraints.txt", ".venv/.ready"):
         (home / file).touch()
     made = subprocess.run(["make", "--silent", "ui", "pair"], cwd=home, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    assert "<its words>" in made.stdout
+    assert made.stdout.count("<called>") == 2
