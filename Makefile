@@ -15,26 +15,28 @@ run: $(READY)
 	@# The report also shows failed runs, so it is written either way; the exit code is the sweep's.
 	$(BIN)/emoe sweep $(SWEEP); code=$$?; $(BIN)/emoe report --hints && exit $$code
 
-# Two processes of one thread each, kernels and what they start included: threads of one process wait for each other at
-# every product, and where a core is taken away they wait long. Whole files to a process: what their tests share is made once
-# (groups by mark, `loadgroup`, are lost on pytest 9.2 and pytest-xdist 3.8). A cell's time limit ends one that hangs.
+# Processes of one thread each, kernels and what they start included: threads of one process wait for each other at every
+# product, and where a core is taken away they wait long. One process more than two cores need, since many tests wait. Whole
+# files to a process: what their tests share is made once (groups by mark, `loadgroup`, are lost on pytest 9.2 and
+# pytest-xdist 3.8). A cell's time limit ends one that hangs.
 test test-long: export OMP_NUM_THREADS = 1
+WORKERS = -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/emoe model build
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(WORKERS)
 ifneq ($(NOTEBOOKS),)
-	EMOE_HOME=$(CURDIR)/build/notebooks $(BIN)/python -m pytest -n 2 --dist loadfile -p no:cacheprovider \
+	EMOE_HOME="$$PWD/build/notebooks" $(BIN)/python -m pytest $(WORKERS) -p no:cacheprovider \
 	  --nbval-lax --nbval-cell-timeout=1200 $(NOTEBOOKS)
 endif
 
 # What `make test` has no time for; docs/testing.md says when it was last run, and with what result.
 test-long: $(READY)
 	$(BIN)/emoe model build
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
+	$(BIN)/python -m pytest $(WORKERS) -m long
 	$(MAKE) load
 
 # guidellm wants other versions than constraints.txt has, so it gets an environment of its own.

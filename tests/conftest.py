@@ -21,6 +21,22 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("busy machine")
 
+# Files that start processes one after the other: begun first, so that no worker is left with one of them at the end.
+SLOWEST = (
+    "test_sweep",
+    "test_verify",
+    "test_report",
+    "test_ray_executor",
+    "test_replicas",
+    "test_memory",
+    "test_families",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -52,6 +52,7 @@ def test_a_run_that_is_deleted_while_it_runs_has_failed_and_the_next_one_runs(be
     assert bench.statuses() == ["FINISHED", "FINISHED"]
 
 
+@pytest.mark.long
 def test_a_sweep_whose_own_run_is_deleted_stops_and_says_how_to_have_it_back(bench: Bench) -> None:
     with pytest.raises(DeletedError, match=r"the run \w+ of sweep 'dummy' was deleted in MLflow\. .* restore") as told:
         sweep_while(bench, lambda client, run: client.delete_run(run.data.tags[PARENT_TAG]))
@@ -64,16 +65,19 @@ def test_a_sweep_whose_own_run_is_deleted_stops_and_says_how_to_have_it_back(ben
     assert (again.skipped, again.finished) == (["dummy outcome=wait"], ["dummy outcome=ok"])
 
 
+@pytest.mark.long
 def test_a_sweep_whose_experiment_is_deleted_stops_and_says_so(bench: Bench) -> None:
     with pytest.raises(ExperimentError, match=r"experiment 'dummy' was deleted. Restore it"):
         sweep_while(bench, lambda client, run: client.delete_experiment(run.info.experiment_id))
 
 
+@pytest.mark.long
 def test_a_state_that_is_set_by_hand_gives_way_to_how_the_run_ends(bench: Bench) -> None:
     result = sweep_while(bench, lambda client, run: client.set_terminated(run.info.run_id, "FAILED"))
     assert len(result.finished) == 2 and bench.statuses() == ["FINISHED", "FINISHED"]
 
 
+@pytest.mark.long
 def test_edited_tags_do_not_stop_a_sweep_or_a_report(bench: Bench) -> None:
     path = bench.write(grid={"tolerance": [0.0]})
     add_run(bench, "other", "one", metrics={"loads": 1}, tags={INDEX_TAG: "first", "env.commit": ""})

@@ -49,6 +49,7 @@ def untimed(seen: Observation) -> dict[str, float]:
     return {name: seen.metrics[name] for name in UNTIMED}
 
 
+@pytest.mark.long
 def test_a_point_tried_again_gives_the_same_figures_on_the_same_engine(
     config: ExperimentConfig, explorer: Explorer
 ) -> None:

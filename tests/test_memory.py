@@ -33,7 +33,13 @@ def test_a_peak_can_be_started_anew() -> None:
     assert process_peak_bytes() < high - 100 * 2**20
 
 
-@pytest.mark.parametrize("options", [{"implementation": "stock"}, {"budget": "50%"}], ids=["stock", "emoe"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"implementation": "stock"}, marks=pytest.mark.long, id="stock"),
+        pytest.param({"budget": "50%"}, id="emoe"),
+    ],
+)
 def test_a_tiny_model_needs_little_more_than_its_control(tmp_path: Path, cache: Path, options: dict[str, str]) -> None:
     checkpoint = tiny_moe(tmp_path / "model", family="mixtral", seed=1)
     measured = measure(checkpoint, PROMPTS, TASKS, max_new_tokens=3, options=options)
@@ -46,6 +52,7 @@ def test_a_tiny_model_needs_little_more_than_its_control(tmp_path: Path, cache: 
     assert len(list((cache / "controls").iterdir())) == 1
 
 
+@pytest.mark.long
 def test_tokens_are_those_of_the_timed_prompts_alone_and_equal_in_both_systems(tmp_path: Path) -> None:
     checkpoint = tiny_moe(tmp_path / "model", family="mixtral", seed=1)
     with emoe_core.load(checkpoint) as engine:
@@ -55,6 +62,7 @@ def test_tokens_are_those_of_the_timed_prompts_alone_and_equal_in_both_systems(t
         assert measured.tokens == timed.prompt_tokens + len(timed.token_ids), options
 
 
+@pytest.mark.long
 def test_a_measured_process_finds_its_pack_written(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

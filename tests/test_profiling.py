@@ -67,6 +67,7 @@ def test_every_task_is_measured_and_every_field_filled(profile: Profile) -> None
         assert task.sensitive == task.mask_by_similarity(profile.threshold)
 
 
+@pytest.mark.long
 def test_the_same_seed_measures_the_same_profile(
     profile: Profile, config: ProfileConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from workbench.serving.soak import Reply, Soaked, memory_slope
 from workbench.serving.soak_check import Offline
 
 
+@pytest.mark.long
 def test_a_short_soak_loses_nobody_and_answers_as_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
     model = tiny_moe(tmp_path / "model", "mixtral", seed=3)

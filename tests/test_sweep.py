@@ -140,7 +140,7 @@ def test_a_run_whose_process_is_killed_is_recorded_and_done_again(bench: Bench) 
     assert bench.store_is_intact()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_an_interrupted_sweep_marks_its_run_as_killed(bench: Bench, number: signal.Signals) -> None:
     path = bench.write(grid={"outcome": ["wait", "ok"]}, fixed={"gate": str(bench.root / "never")})
     process = bench.start("sweep", str(path), "--jobs", "1")
@@ -191,6 +191,7 @@ def test_timing_excludes_everything_and_quality_shares(bench: Bench) -> None:
     assert free(shared=False)
 
 
+@pytest.mark.long
 def test_a_sweep_of_another_machine_is_left_alone_until_it_is_taken_over(bench: Bench) -> None:
     path = bench.write(grid={"tolerance": [0.0]})
     first = run_sweep(path)

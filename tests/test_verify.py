@@ -70,6 +70,7 @@ def runs(recorded: Bench, monkeypatch: pytest.MonkeyPatch) -> list[RunRecord]:
     return [RunRecord.of(client, item) for item in recorded.current()]
 
 
+@pytest.mark.long
 def test_a_run_of_a_model_is_reproduced_bit_by_bit(recorded: Bench, runs: list[RunRecord]) -> None:
     answer = recorded.emoe("verify", runs[0].run_id[:12], "--json")
     assert answer.returncode == 0, answer.stderr + answer.stdout
