@@ -17,10 +17,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, patch_output_recorders
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from emoe_core.errors import CheckpointError
 from emoe_core.families import language_model_class
+from emoe_core.json_file import parse, read_text
 from emoe_core.shards import TensorRef
 
 
@@ -100,6 +102,13 @@ def _check_materialised(model: PreTrainedModel, expert_params: frozenset[str]) -
 
 
 def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    file = folder / GENERATION_CONFIG_NAME
+    try:
+        # Stock passes over a file that it cannot read, and over all that it would have asked for.
+        if file.is_file() and not isinstance(parse(read_text(file)), dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): mend it, fetch it again, or remove it.") from error
     adjust: Any = getattr(model, "adjust_generation_fn", None)
     if model.can_generate() and adjust is not None:
         adjust(

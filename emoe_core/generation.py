@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from .classifier import classify
 from .errors import OptionError, UnsupportedFamilyError
-from .generation_rules import embedded_tokens, end_tokens, require_known_tokens, require_served
+from .generation_rules import GenerationRules, embedded_tokens, end_tokens, require_known_tokens
 from .tasks import UNKNOWN
 from .text_stream import TextStream
 
@@ -144,7 +144,7 @@ def generate(
         raise OptionError("prompts is one text: pass a list of prompts, even for one")
     if tasks is not None and len(tasks) != len(prompts):
         raise OptionError(f"{len(prompts)} prompts came with {len(tasks)} task types: give one each, or none")
-    require_served(engine)
+    GenerationRules(engine)  # raises where an answer would not be stock's
     named = [task or classify(prompt) for prompt, task in zip(prompts, tasks or [None] * len(prompts), strict=True)]
     done: list[Generation] = []
     for start in range(0, len(prompts), batch_size):

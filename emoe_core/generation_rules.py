@@ -60,7 +60,12 @@ def end_tokens(engine: Engine, tokenizer: PreTrainedTokenizerBase | None) -> set
     declared = getattr(config, "eos_token_id", None) if config is not None else None
     if declared is None and tokenizer is not None:
         declared = tokenizer.eos_token_id
-    return set() if declared is None else {declared} if isinstance(declared, int) else set(declared)
+    ends = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    if not all(isinstance(token, int) for token in ends):
+        raise OptionError(
+            f"eos_token_id in the generation_config of {engine.index.path} is {declared!r}: give token ids"
+        )
+    return set(ends)
 
 
 def embedded_tokens(engine: Engine) -> int:
@@ -133,5 +138,7 @@ class GenerationRules:
                 config, input_ids_seq_length=ids.shape[1], encoder_input_ids=ids, device="cpu"
             )
         except (TypeError, ValueError) as error:
-            raise OptionError(f"transformers refuses a setting of the generation_config: {error}") from error
+            raise OptionError(
+                f"transformers refuses a setting of the generation_config of {self._engine.index.path}: {error}"
+            ) from error
         return processors

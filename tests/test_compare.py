@@ -170,6 +170,14 @@ def test_prompts_without_hashes_are_paired_by_place_only_in_the_same_data(bench:
     assert "the runs had other data, and the tables have no complete column `prompt_hash`" in found.remarks[0]
 
 
+def test_prompts_without_hashes_are_paired_by_their_text(bench: Bench) -> None:
+    """Also where pandas reads text as a type of its own, which numpy does not know."""
+    old = requests().drop(columns=["prompt_hash", "scored_hash"])
+    told = old.assign(prompt=pd.array([f"prompt {place}" for place in range(len(old))], dtype="str"))
+    a, b = record("a", frame=told), record("b", frame=told.iloc[::-1].reset_index(drop=True), data_hash="d2")
+    assert compared(a, b).over_prompts[0].pairs == PROMPTS
+
+
 def test_what_a_table_lacks_for_pairing_is_said(bench: Bench) -> None:
     bare = requests().drop(columns=["prompt_hash", "request"])
     gaps = requests().drop(columns="request").assign(prompt_hash=[None, *requests()["prompt_hash"][1:]])

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import emoe_core
-from emoe_core.errors import OptionError
+from emoe_core.errors import EmoeError, OptionError
 from emoe_core.generation import encode
 from emoe_core.generation_rules import GenerationRules
 from emoe_core.sampling import Sampler, Sampling
@@ -188,6 +188,23 @@ def test_the_settings_are_those_of_the_file_beside_the_weights(model: Path, tmp_
     file = path / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 3}))
     with emoe_core.load(path, pack_dir=tmp_path / "packs") as engine, pytest.raises(OptionError, match="num_beams=3"):
+        engine.generate(["Why?"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"generation_config.json cannot be read .*: mend it"),
+        ("[]", "it is no object"),
+        ('{"repetition_penalty": -1}', "`penalty` has to be a strictly positive float"),
+        ('{"eos_token_id": "x"}', "eos_token_id .* is 'x': give token ids"),
+    ],
+)
+def test_a_file_that_cannot_be_followed_is_one_error(tmp_path: Path, text: str, message: str) -> None:
+    """Stock passes over a broken one, and answers without what it asked for."""
+    path = tiny_moe(tmp_path / "model", "mixtral", seed=3)
+    (path / "generation_config.json").write_text(text)
+    with pytest.raises(EmoeError, match=message), emoe_core.load(path, pack_dir=tmp_path / "packs") as engine:
         engine.generate(["Why?"])
 
 

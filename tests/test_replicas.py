@@ -190,7 +190,7 @@ def test_what_cannot_be_served_is_refused_as_by_one_engine(service: ClusterServi
         service.complete("x", n=2)
     with pytest.raises(openai.NotFoundError, match="no model 'other'"):
         service.client.completions.create(model="other", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="limit is 1,024"):
+    with pytest.raises(openai.BadRequestError, match="limit is 511"):
         service.complete("x", max_tokens=2000)
 
 

@@ -192,7 +192,7 @@ def test_a_server_says_that_its_costs_are_of_another_budget(
 
 
 def test_the_commands_measure_and_simulate(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("EMOE_CACHE", str(cache))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
+from pandas.api.types import is_numeric_dtype
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,7 @@ def pair_keys(first: pd.DataFrame, second: pd.DataFrame, same_data: bool) -> lis
     if both_have(HASH):
         # With equal streams the place tells repeats of a prompt apart.
         return [*variant, HASH, *([PLACE] if same_data and both_have(PLACE) else [])]
-    if both_have(TEXT) and not np.issubdtype(first[TEXT].dtype, np.number):
+    if both_have(TEXT) and not any(is_numeric_dtype(table[TEXT]) for table in (first, second)):
         return [*variant, TEXT]
     return [*variant, PLACE] if same_data and both_have(PLACE) else None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from textwrap import shorten
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -153,7 +154,7 @@ def read_fields(body: bytes, chat: bool) -> tuple[ChatRequest | CompletionReques
         if value is None or any(_equal(value, neutral) for neutral in NEUTRAL.get(name, ())):
             continue
         if name not in UNUSED:
-            shown = f" with the value {str(value)[:40]}" if name in NEUTRAL else ""
+            shown = f" with the value {shorten(repr(value), 60, placeholder=' ...')}" if name in NEUTRAL else ""
             raise unsupported(place, f"{place} is not served{shown}: leave it out")
         unused.append(name)
     if asked.stream_options is not None and not asked.stream:

@@ -79,7 +79,7 @@ def understand(body: bytes, chat: bool, served: ServedModel, limits: ServerLimit
     wanted = tuple(
         Wanted(
             prompt_ids=ids,
-            max_new_tokens=_output_tokens(served, ids, limit, limits),
+            max_new_tokens=_output_tokens(served, ids, limit, asked.min_tokens, limits),
             task=asked.task or classify(text),
             tolerance=asked.tolerance,
             objective=NO_PROMISE if asked.slo is None else _objective(asked.slo),
@@ -164,21 +164,26 @@ def _require_known(served: ServedModel, ids: list[int]) -> None:
         raise ApiError(400, message, param="prompt")
 
 
-def _output_tokens(served: ServedModel, ids: list[int], asked: int | None, limits: ServerLimits) -> int:
+def _output_tokens(
+    served: ServedModel, ids: list[int], asked: int | None, minimum: int | None, limits: ServerLimits
+) -> int:
     inputs = len(ids)
     if not inputs:
         raise ApiError(400, "the prompt is empty: say what to continue", param="prompt")
-    if inputs > limits.max_prompt_tokens:
-        raise _too_long(f"the prompt has {inputs:,} tokens, the limit is {limits.max_prompt_tokens:,}", "prompt")
-    _require_known(served, ids)
-    if asked is not None and asked > limits.max_output_tokens:
-        raise _too_long(f"max_tokens is {asked:,}, the limit is {limits.max_output_tokens:,}", "max_tokens")
     context = served.context_tokens
+    longest, most = (min(limit, context - 1) for limit in (limits.max_prompt_tokens, limits.max_output_tokens))
+    if inputs > longest:
+        raise _too_long(f"the prompt has {inputs:,} tokens, the limit is {longest:,}", "prompt")
+    _require_known(served, ids)
+    if asked is not None and asked > most:
+        raise _too_long(f"max_tokens is {asked:,}, the limit is {most:,}", "max_tokens")
     wanted = asked or int(min(limits.default_output_tokens, limits.max_output_tokens, max(1, context - inputs)))
     if inputs + wanted > context:
         raise _too_long(
             f"{inputs:,} tokens of prompt and {wanted:,} of answer exceed the model's {context:,}", "prompt"
         )
+    if minimum is not None and minimum > wanted:
+        raise ApiError(400, f"min_tokens is {minimum:,}, an answer has at most {wanted:,}", param="min_tokens")
     return wanted
 
 
