@@ -43,7 +43,8 @@ class ClusterService:
 
     def __init__(self, model: Path, address: str) -> None:
         options = ["--replicas", "2", "--ray-address", address, "--port", "0", "--budget", "3 slots", "--name", "tiny"]
-        options += ["--max-batch", "4", "--max-waiting", "2"]
+        # What runs at the end may take long on a busy machine.
+        options += ["--max-batch", "4", "--max-waiting", "2", "--drain-s", str(PATIENCE_S)]
         command = [sys.executable, "-m", "workbench.cli", "serve-cluster", str(model), *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
         assert self.process.stderr is not None

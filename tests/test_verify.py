@@ -100,6 +100,7 @@ def test_another_value_is_told_and_the_exit_code_says_so(recorded: Bench, runs: 
     assert "Traceback" not in answer.stderr
 
 
+@pytest.mark.long
 def test_an_interrupt_leaves_no_kernel_and_a_killed_run(recorded: Bench, runs: list[RunRecord]) -> None:
     (recorded.root / "gate").unlink()
     process = recorded.start("verify", runs[2].run_id)
