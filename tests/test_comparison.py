@@ -40,6 +40,7 @@ def found(base: ExperimentConfig) -> Comparison:
     return run_variants(variants)
 
 
+@pytest.mark.long
 def test_controls_lose_exactly_nothing(found: Comparison) -> None:
     rows = found.summary.set_index("label")
     for label in ("all resident", "on demand"):

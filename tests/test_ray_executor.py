@@ -92,6 +92,7 @@ def test_nodes_elsewhere_need_a_server(monkeypatch: pytest.MonkeyPatch, bench: B
     assert shared_environment(nodes, "10.0.0.1") == {SERVER_VARIABLE: "http://10.0.0.1:5000"}
 
 
+@pytest.mark.long
 def test_without_a_cluster_it_says_how_to_start_one(bench: Bench) -> None:
     with pytest.raises(ExperimentError, match="ray start --head"):
         executor_maker("ray", "127.0.0.1:1")(bench.root / "running", most=1, jobs=None, tell=print)

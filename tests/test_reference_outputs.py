@@ -40,6 +40,7 @@ def cache(computed: tuple[Path, Reference], tmp_path: Path, monkeypatch: pytest.
     return tmp_path
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cache")
 def test_only_prompts_that_are_not_cached_are_computed(checkpoint: Path, computed: tuple[Path, Reference]) -> None:
     steps: list[tuple[int, int]] = []

@@ -86,6 +86,7 @@ def test_the_table_of_runs_has_typed_parameters_metrics_and_errors(in_swept: Ben
         results.runs_frame("other")
 
 
+@pytest.mark.long
 def test_finished_runs_are_skipped_and_new_points_run_under_the_same_parent(bench: Bench) -> None:
     first = run_sweep(bench.write(grid={"tolerance": [0.0]}))
     again = run_sweep(bench.write(grid={"tolerance": [0.0]}))
@@ -118,6 +119,7 @@ def test_a_killed_sweep_leaves_no_kernel_and_is_resumed(bench: Bench) -> None:
     assert find_parent(open_store()).info.status == "FINISHED"
 
 
+@pytest.mark.long
 def test_a_run_whose_process_is_killed_is_recorded_and_done_again(bench: Bench) -> None:
     gate = bench.root / "gate"
     path = bench.write(grid={"seed": [0]}, fixed={"outcome": "wait", "gate": str(gate)})
