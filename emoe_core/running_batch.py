@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .batch_cache import BatchCache
-from .rope import forget_lengths
+from .rope import forget_lengths, rope_by_length
 from .sampling import Sampler
 from .scheduler import ServiceRequest
 from .serving_records import Pass
@@ -81,6 +81,7 @@ class RunningBatch:
         self._on_pass = on_pass
         self._clock = clock
         self._cache = BatchCache()
+        self._remembers_lengths = rope_by_length(engine.model.config) is not None
         # A prompt's last position only: all its logits would cost a tenth of a small model's pass.
         accepts = inspect.signature(type(engine.model).forward).parameters
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
@@ -88,7 +89,8 @@ class RunningBatch:
     def prefill(self, row: Row) -> None:
         """Read a row's prompt and choose its first token; the row then is in the batch, or, on an error, it is not."""
         self.seat([row])
-        forget_lengths(self._engine.model)
+        if self._remembers_lengths:
+            forget_lengths(self._engine.model)
         token, cache = self._alone(row, None)
         self._cache.join(cache, len(row.prompt_ids))
         row.tokens.append(token)
