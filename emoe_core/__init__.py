@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import EmoeError
+from emoe_core.errors import EmoeError
 
 if TYPE_CHECKING:
-    from .engine import Engine, load
-    from .generation import Generation, Scored
-    from .metrics import Counters, RunStats
-    from .options import EngineConfig
+    from emoe_core.engine import Engine, load
+    from emoe_core.generation import Generation, Scored
+    from emoe_core.metrics import Counters, RunStats
+    from emoe_core.options import EngineConfig
 
 # Imported on first use: torch and transformers take seconds, which the command line's help need not wait for.
 _HOMES = {

@@ -29,13 +29,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from .context import StepContext
-from .interval import Interval, coverage
-from .metrics import Counters
-from .planner import DEFAULT_OUTPUT_TOKENS, Plan, RunningRequest, expected_tokens, make_plan
-from .predictor import Predictor
-from .tasks import Profile
-from .timeline import Timeline
+from emoe_core.context import StepContext
+from emoe_core.interval import Interval, coverage
+from emoe_core.metrics import Counters
+from emoe_core.planner import DEFAULT_OUTPUT_TOKENS, Plan, RunningRequest, expected_tokens, make_plan
+from emoe_core.predictor import Predictor
+from emoe_core.tasks import Profile
+from emoe_core.timeline import Timeline
 
 REPLANS = ("admission", "interval")
 

@@ -22,31 +22,31 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import experts, generation
-from .attachment import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
-from .cache import cache_dir
-from .checkpoint import CheckpointIndex, open_checkpoint
-from .control import ControlLoop
-from .demand_table import make_table
-from .engine_plan import plan_engine
-from .errors import OptionError, UnsupportedFamilyError
-from .footprint import MemoryBreakdown, memory_breakdown
-from .forward_passes import ForwardPasses
-from .heap import trim_during_prompts
-from .html_view import heading, layer_map
-from .interval import make_interval
-from .kernel_cache import bound_kernel_caches
-from .loader import ExpertLoader
-from .lookahead import Lookahead
-from .metrics import RunStats
-from .options import EngineConfig, resolve_device
-from .pack import Pack, Progress, ensure_pack
-from .predictor import Predictor, make_predictor
-from .routing import RoutingTrace, TraceRecorder
-from .slots import SlotTable
-from .storage import HostMemory, PackedFile
-from .timeline import Timeline
-from .tokenizer import load_tokenizer
+from emoe_core import experts, generation
+from emoe_core.attachment import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
+from emoe_core.cache import cache_dir
+from emoe_core.checkpoint import CheckpointIndex, open_checkpoint
+from emoe_core.control import ControlLoop
+from emoe_core.demand_table import make_table
+from emoe_core.engine_plan import plan_engine
+from emoe_core.errors import OptionError, UnsupportedFamilyError
+from emoe_core.footprint import MemoryBreakdown, memory_breakdown
+from emoe_core.forward_passes import ForwardPasses
+from emoe_core.heap import trim_during_prompts
+from emoe_core.html_view import heading, layer_map
+from emoe_core.interval import make_interval
+from emoe_core.kernel_cache import bound_kernel_caches
+from emoe_core.loader import ExpertLoader
+from emoe_core.lookahead import Lookahead
+from emoe_core.metrics import RunStats
+from emoe_core.options import EngineConfig, resolve_device
+from emoe_core.pack import Pack, Progress, ensure_pack
+from emoe_core.predictor import Predictor, make_predictor
+from emoe_core.routing import RoutingTrace, TraceRecorder
+from emoe_core.slots import SlotTable
+from emoe_core.storage import HostMemory, PackedFile
+from emoe_core.timeline import Timeline
+from emoe_core.tokenizer import load_tokenizer
 
 
 def load(checkpoint: str | Path, *, progress: Progress | None = None, **options: Any) -> Engine:

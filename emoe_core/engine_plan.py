@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .budget import SlotPlan, plan_given, plan_slots
-from .checkpoint import CheckpointIndex
-from .options import EngineConfig
-from .quality_target import QualityPlan, choose
+from emoe_core.budget import SlotPlan, plan_given, plan_slots
+from emoe_core.checkpoint import CheckpointIndex
+from emoe_core.options import EngineConfig
+from emoe_core.quality_target import QualityPlan, choose
 
 
 def plan_engine(index: CheckpointIndex, config: EngineConfig) -> tuple[SlotPlan, QualityPlan | None]:

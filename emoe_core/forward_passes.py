@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from .context import StepContext
-from .control import ControlLoop
-from .errors import IntegrationError
-from .loader import ExpertLoader
-from .quality_target import QualityPlan
-from .routing import TraceRecorder
-from .tasks import UNKNOWN
-from .timeline import Timeline
+from emoe_core.context import StepContext
+from emoe_core.control import ControlLoop
+from emoe_core.errors import IntegrationError
+from emoe_core.loader import ExpertLoader
+from emoe_core.quality_target import QualityPlan
+from emoe_core.routing import TraceRecorder
+from emoe_core.tasks import UNKNOWN
+from emoe_core.timeline import Timeline
 
 
 class ForwardPasses:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from .classifier import classify
-from .errors import OptionError, UnsupportedFamilyError
-from .generation_rules import GenerationRules, embedded_tokens, end_tokens, require_known_tokens
-from .tasks import UNKNOWN
-from .text_stream import TextStream
+from emoe_core.classifier import classify
+from emoe_core.errors import OptionError, UnsupportedFamilyError
+from emoe_core.generation_rules import GenerationRules, embedded_tokens, end_tokens, require_known_tokens
+from emoe_core.tasks import UNKNOWN
+from emoe_core.text_stream import TextStream
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from emoe_core.engine import Engine
 
 OnToken = Callable[[int, str], None]
 TokenPair = tuple[Sequence[int], Sequence[int]]

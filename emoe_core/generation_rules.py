@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
-from .errors import OptionError
+from emoe_core.errors import OptionError
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from emoe_core.engine import Engine
 
 # Settings of a generation_config that are not served, and the values that ask for nothing.
 _NOT_SERVED: dict[str, tuple[Any, ...]] = {

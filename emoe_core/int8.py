@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
-from .errors import OptionError
+from emoe_core.errors import OptionError
 
 if TYPE_CHECKING:
-    from .checkpoint import MoeLayer
+    from emoe_core.checkpoint import MoeLayer
 
 SCALE = "_scale"
 LARGEST = 127

@@ -18,8 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
-from .errors import OptionError
-from .planner import Plan
+from emoe_core.errors import OptionError
+from emoe_core.planner import Plan
 
 ADAPTIVE = "adaptive"
 WINDOW = 8

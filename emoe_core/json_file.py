@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from .errors import EmoeError
+from emoe_core.errors import EmoeError
 
 MAX_BYTES = 64 << 20
 """More than any configuration, index of shards or profile comes to."""

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .slots import Entry
+from emoe_core.slots import Entry
 
 if TYPE_CHECKING:
-    from .loader import ExpertLoader
+    from emoe_core.loader import ExpertLoader
 
 
 class Lease:

@@ -16,13 +16,13 @@ from concurrent.futures import wait as wait_for
 
 import torch
 
-from .checkpoint import MoeLayer
-from .lease import Lease
-from .metrics import Counters
-from .slot_memory import SlotMemory
-from .slots import Entry, SlotTable
-from .storage import Storage
-from .timeline import Timeline
+from emoe_core.checkpoint import MoeLayer
+from emoe_core.lease import Lease
+from emoe_core.metrics import Counters
+from emoe_core.slot_memory import SlotMemory
+from emoe_core.slots import Entry, SlotTable
+from emoe_core.storage import Storage
+from emoe_core.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 
-from .html_view import bytes_text, folded, heading, served_bar, table
+from emoe_core.html_view import bytes_text, folded, heading, served_bar, table
 
 
 @dataclass

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from .budget import Budget
-from .checkpoint import EXPERT_DTYPES, parse_dtype
-from .control import REPLANS
-from .demand_table import require_policy
-from .errors import OptionError
-from .interval import make_interval
-from .tasks import Profile
+from emoe_core.budget import Budget
+from emoe_core.checkpoint import EXPERT_DTYPES, parse_dtype
+from emoe_core.control import REPLANS
+from emoe_core.demand_table import require_policy
+from emoe_core.errors import OptionError
+from emoe_core.interval import make_interval
+from emoe_core.tasks import Profile
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .html_view import folded, heading, layer_map, table
+from emoe_core.html_view import folded, heading, layer_map, table
 
 DEFAULT_OUTPUT_TOKENS = 64.0
 

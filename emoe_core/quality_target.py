@@ -27,8 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import OptionError
-from .tasks import Profile, ProfileError, TaskProfile
+from emoe_core.errors import OptionError
+from emoe_core.tasks import Profile, ProfileError, TaskProfile
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from .errors import is_out_of_memory
-from .routing_rules import Choice, RoutingRule, find_rule
+from emoe_core.errors import is_out_of_memory
+from emoe_core.routing_rules import Choice, RoutingRule, find_rule
 
 WATCHED_TOKENS = 64
 Choose = Callable[[torch.Tensor], torch.Tensor]

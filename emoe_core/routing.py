@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .context import StepContext
-from .errors import DataError
-from .html_view import heading, layer_map, served_bar, table
+from emoe_core.context import StepContext
+from emoe_core.errors import DataError
+from emoe_core.html_view import heading, layer_map, served_bar, table
 
 FORMAT = 1
 COLUMNS = {

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .batch_cache import BatchCache
-from .rope import forget_lengths, rope_by_length
-from .sampling import Sampler
-from .scheduler import ServiceRequest
-from .serving_records import Pass
+from emoe_core.batch_cache import BatchCache
+from emoe_core.rope import forget_lengths, rope_by_length
+from emoe_core.sampling import Sampler
+from emoe_core.scheduler import ServiceRequest
+from emoe_core.serving_records import Pass
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from emoe_core.engine import Engine
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from .errors import OptionError
+from emoe_core.errors import OptionError
 
 LARGEST_SEED = 2**63 - 1
 # Below, logits divided by it may leave float32.

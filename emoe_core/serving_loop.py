@@ -34,17 +34,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .costs import ServingCosts
-from .errors import OptionError
-from .generation_rules import GenerationRules, require_known_tokens
-from .planner import DEFAULT_OUTPUT_TOKENS, RunningRequest
-from .running_batch import Row, RunningBatch
-from .sampling import Sampler, Sampling
-from .scheduler import BatchLimits, Objective, Scheduler, ServiceRequest, Situation, WaitingQueue
-from .serving_records import Answer, Pass
+from emoe_core.costs import ServingCosts
+from emoe_core.errors import OptionError
+from emoe_core.generation_rules import GenerationRules, require_known_tokens
+from emoe_core.planner import DEFAULT_OUTPUT_TOKENS, RunningRequest
+from emoe_core.running_batch import Row, RunningBatch
+from emoe_core.sampling import Sampler, Sampling
+from emoe_core.scheduler import BatchLimits, Objective, Scheduler, ServiceRequest, Situation, WaitingQueue
+from emoe_core.serving_records import Answer, Pass
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from emoe_core.engine import Engine
 
 NO_PROMISE = Objective(float("inf"), float("inf"))
 

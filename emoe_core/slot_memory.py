@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .checkpoint import MoeLayer
-from .slots import Entry
-from .storage import Storage, aligned_buffer, unpin
+from emoe_core.checkpoint import MoeLayer
+from emoe_core.slots import Entry
+from emoe_core.storage import Storage, aligned_buffer, unpin
 
 
 class SlotMemory:

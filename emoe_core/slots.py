@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import OptionError
+from emoe_core.errors import OptionError
 
 
 @dataclass

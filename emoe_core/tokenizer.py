@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .errors import CheckpointError
+from emoe_core.errors import CheckpointError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 

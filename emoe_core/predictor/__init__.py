@@ -12,13 +12,13 @@ from typing import Protocol
 
 import numpy as np
 
-from ..errors import OptionError, PredictorError
-from .activation_map import ActivationMapPredictor
-from .frequency import FrequencyPredictor
-from .last_prompt import LastPromptPredictor
-from .oracle import OraclePredictor
-from .random_subset import RandomPredictor
-from .transition import TransitionPredictor
+from emoe_core.errors import OptionError, PredictorError
+from emoe_core.predictor.activation_map import ActivationMapPredictor
+from emoe_core.predictor.frequency import FrequencyPredictor
+from emoe_core.predictor.last_prompt import LastPromptPredictor
+from emoe_core.predictor.oracle import OraclePredictor
+from emoe_core.predictor.random_subset import RandomPredictor
+from emoe_core.predictor.transition import TransitionPredictor
 
 
 class Predictor(Protocol):
@@ -81,7 +81,7 @@ def make_predictor(
             raise PredictorError(
                 f"predictor {TRAINED!r} needs predictor_path: train one with `emoe predictor train MODEL`"
             )
-        from .transformer import TransformerPredictor
+        from emoe_core.predictor.transformer import TransformerPredictor
 
         return TransformerPredictor.load(path, model_hash)
     if name not in PREDICTORS:

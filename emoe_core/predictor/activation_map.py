@@ -12,9 +12,9 @@ from collections import deque
 
 import numpy as np
 
-from ..errors import OptionError
-from .last_prompt import LastPromptPredictor
-from .shares import shares_of
+from emoe_core.errors import OptionError
+from emoe_core.predictor.last_prompt import LastPromptPredictor
+from emoe_core.predictor.shares import shares_of
 
 
 class ActivationMapPredictor:

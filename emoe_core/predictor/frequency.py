@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import OptionError
-from .shares import shares_of
+from emoe_core.errors import OptionError
+from emoe_core.predictor.shares import shares_of
 
 
 class FrequencyPredictor:

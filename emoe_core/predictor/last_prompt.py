@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .shares import shares_of
+from emoe_core.predictor.shares import shares_of
 
 
 class LastPromptPredictor:

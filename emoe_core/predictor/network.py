@@ -23,8 +23,8 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
-from ..errors import OptionError
-from .history import KINDS, SCALARS
+from emoe_core.errors import OptionError
+from emoe_core.predictor.history import KINDS, SCALARS
 
 VARIANTS = ("A", "L")
 MOST = 4096  # layers, experts, width: beyond any model's, and small enough to build for a foreign file

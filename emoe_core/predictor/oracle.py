@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .shares import shares_of
+from emoe_core.predictor.shares import shares_of
 
 
 class OraclePredictor:

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..errors import DataError, OptionError
-from ..tasks import UNKNOWN
-from .history import History
-from .network import VARIANTS, NetworkShape, ShareNetwork
-from .shares import shares_of
-from .transformer import PredictorHeader, TransformerPredictor
+from emoe_core.errors import DataError, OptionError
+from emoe_core.predictor.history import History
+from emoe_core.predictor.network import VARIANTS, NetworkShape, ShareNetwork
+from emoe_core.predictor.shares import shares_of
+from emoe_core.predictor.transformer import PredictorHeader, TransformerPredictor
+from emoe_core.tasks import UNKNOWN
 
 Progress = Callable[[int, int, float], None]
 FEEDBACK_PASSES = 3  # variant L: see ShareNetwork.predict

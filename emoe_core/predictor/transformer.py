@@ -20,10 +20,10 @@ from pydantic import ConfigDict
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..errors import OptionError, PredictorError
-from ..json_file import parse, typed
-from .history import History
-from .network import NetworkShape, ShareNetwork
+from emoe_core.errors import OptionError, PredictorError
+from emoe_core.json_file import parse, typed
+from emoe_core.predictor.history import History
+from emoe_core.predictor.network import NetworkShape, ShareNetwork
 
 FORMAT = 1
 KEY = "emoe_predictor"

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .last_prompt import LastPromptPredictor
-from .shares import shares_of
+from emoe_core.predictor.last_prompt import LastPromptPredictor
+from emoe_core.predictor.shares import shares_of
 
 
 class TransitionPredictor:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..errors import OptionError
-from .requests import BatchLimits, ServiceRequest, WaitingQueue
+from emoe_core.errors import OptionError
+from emoe_core.scheduler.requests import BatchLimits, ServiceRequest, WaitingQueue
 
 MAX_BYPASSED = 100
 

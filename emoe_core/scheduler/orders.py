@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from ..costs import ServingCosts
-from .admission import MAX_BYPASSED, Situation, admit_in_order, require_bypasses
-from .requests import ServiceRequest
+from emoe_core.costs import ServingCosts
+from emoe_core.scheduler.admission import MAX_BYPASSED, Situation, admit_in_order, require_bypasses
+from emoe_core.scheduler.requests import ServiceRequest
 
 
 class FirstComeFirstServed:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ..errors import EmoeError, OptionError
+from emoe_core.errors import EmoeError, OptionError
 
 RESET_SHARE = 0.05
 

@@ -23,10 +23,10 @@ from operator import attrgetter
 
 import numpy as np
 
-from ..costs import ServingCosts
-from .admission import MAX_BYPASSED, Admission, Situation, require_bypasses
-from .latency import DecodeForecast
-from .requests import ServiceRequest
+from emoe_core.costs import ServingCosts
+from emoe_core.scheduler.admission import MAX_BYPASSED, Admission, Situation, require_bypasses
+from emoe_core.scheduler.latency import DecodeForecast
+from emoe_core.scheduler.requests import ServiceRequest
 
 WINDOW = 64
 DUE = attrgetter("due_s")
