@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Literal
 
-from emoe_core.checkpoint import CheckpointIndex, MoeLayer
+from emoe_core.checkpoint.index import CheckpointIndex, MoeLayer
 from emoe_core.errors import BudgetError
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
 from emoe_core.html_view import BLUE, GREY, Part, bar, heading, table

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from emoe_core import experts, generation
 from emoe_core.attachment import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
 from emoe_core.cache import cache_dir
-from emoe_core.checkpoint import CheckpointIndex, open_checkpoint
+from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.control import ControlLoop
 from emoe_core.demand_table import make_table
 from emoe_core.engine_plan import plan_engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from emoe_core.budget import SlotPlan, plan_given, plan_slots
-from emoe_core.checkpoint import CheckpointIndex
+from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.options import EngineConfig
 from emoe_core.quality_target import QualityPlan, choose
 

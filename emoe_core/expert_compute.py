@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import linear
 
+from emoe_core.checkpoint.quantization import LARGEST, SCALE, product
 from emoe_core.errors import is_out_of_memory
-from emoe_core.int8 import LARGEST, SCALE, product
 
 Tensors = Mapping[str, torch.Tensor]
 

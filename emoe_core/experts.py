@@ -21,10 +21,11 @@ from typing import Any, Protocol
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from emoe_core.checkpoint.adapters import Eager, adapter_of
+from emoe_core.checkpoint.quantization import parameter
 from emoe_core.context import StepContext
 from emoe_core.errors import IntegrationError, UnsupportedFamilyError
 from emoe_core.expert_compute import Borrowed, ExpertForm
-from emoe_core.int8 import parameter
 from emoe_core.loader import ExpertLoader
 from emoe_core.lookahead import Lookahead
 from emoe_core.reroute_token import reroute_token
@@ -32,7 +33,6 @@ from emoe_core.rerouting import Rerouted, outbid, replaceable, substitute
 from emoe_core.router_watch import Call, WatchedRouter
 from emoe_core.routing import TraceRecorder
 from emoe_core.routing_rules import Choice, RoutingRule
-from emoe_core.undecorated import Eager, adapter_of
 
 IMPLEMENTATION = "emoe"
 INFERENCE_ONLY = (

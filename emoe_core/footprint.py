@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from emoe_core.checkpoint import CheckpointIndex
-from emoe_core.dense import meta_model
+from emoe_core.checkpoint.backbone import meta_model
+from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.errors import OptionError
 from emoe_core.html_view import BLUE, GREEN, GREY, ORANGE, PINK, Part, bar, bytes_text, heading
 

@@ -16,7 +16,7 @@ from concurrent.futures import wait as wait_for
 
 import torch
 
-from emoe_core.checkpoint import MoeLayer
+from emoe_core.checkpoint.index import MoeLayer
 from emoe_core.lease import Lease
 from emoe_core.metrics import Counters
 from emoe_core.slot_memory import SlotMemory

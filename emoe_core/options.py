@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from emoe_core.budget import Budget
-from emoe_core.checkpoint import EXPERT_DTYPES, parse_dtype
+from emoe_core.checkpoint.index import EXPERT_DTYPES, parse_dtype
 from emoe_core.control import REPLANS
 from emoe_core.demand_table import require_policy
 from emoe_core.errors import OptionError

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import xxhash
 
-from emoe_core.checkpoint import RECORD_ALIGN_BYTES, CheckpointIndex
+from emoe_core.checkpoint.index import RECORD_ALIGN_BYTES, CheckpointIndex
+from emoe_core.checkpoint.safetensors_files import byte_view
 from emoe_core.errors import PackError
 from emoe_core.json_file import parse, read_text
 from emoe_core.pack_format import (
@@ -35,7 +36,6 @@ from emoe_core.pack_format import (
     read_header,
     truncated,
 )
-from emoe_core.shards import byte_view
 
 __all__ = ["Pack", "PackedLayer", "Progress", "compare_with_checkpoint", "ensure_pack", "truncated", "write_pack"]
 

@@ -21,10 +21,10 @@ from typing import cast
 import torch
 import xxhash
 
-from emoe_core.checkpoint import RECORD_ALIGN_BYTES, CheckpointIndex, MoeLayer, ParamSpec
+from emoe_core.checkpoint.index import RECORD_ALIGN_BYTES, CheckpointIndex, MoeLayer, ParamSpec
+from emoe_core.checkpoint.safetensors_files import byte_view
 from emoe_core.errors import PackError
 from emoe_core.json_file import parse, typed
-from emoe_core.shards import byte_view
 
 MAGIC = b"EMOEPACK"
 VERSION = 1

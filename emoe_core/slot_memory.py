@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from emoe_core.checkpoint import MoeLayer
+from emoe_core.checkpoint.index import MoeLayer
 from emoe_core.slots import Entry
 from emoe_core.storage import Storage, aligned_buffer, unpin
 

@@ -18,10 +18,10 @@ from typing import Literal, Protocol
 
 import torch
 
+from emoe_core.checkpoint.safetensors_files import byte_view
 from emoe_core.direct_io import PAGE_BYTES, open_direct
 from emoe_core.errors import OptionError, PackError
 from emoe_core.pack import Pack, Progress, truncated
-from emoe_core.shards import byte_view
 
 Verify = Literal["first", "always", "never"]
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from emoe_core.budget import plan_slots
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import BudgetError, LimitError, OptionError
 from workbench import control_groups
 from workbench.baselines import llama_cpp

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from emoe_core.budget import Budget, memory_breakdown, plan_given, plan_layers, plan_slots
-from emoe_core.checkpoint import MoeLayer, open_checkpoint
+from emoe_core.checkpoint.index import MoeLayer, open_checkpoint
 from emoe_core.errors import BudgetError, OptionError
 from workbench.reference_model.tiny import FAMILIES, tiny_moe
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Concatenate, Interleave, MergeModulelist, Transpose, WeightConverter
 
-from emoe_core.checkpoint import CheckpointIndex, open_checkpoint
-from emoe_core.conversion import ParamSource
+from emoe_core.checkpoint.conversion import ParamSource
+from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
+from emoe_core.checkpoint.safetensors_files import ALIGNMENT, read_shard
 from emoe_core.errors import CheckpointError, OptionError, UnsupportedFamilyError
-from emoe_core.shards import ALIGNMENT, read_shard
 from workbench.reference_model.tiny import FAMILIES, tiny_moe
 
 
@@ -268,7 +268,7 @@ def test_an_moe_family_outside_the_experts_interface_is_named(tmp_path: Path, mo
         num_local_experts=4,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    monkeypatch.setattr("emoe_core.undecorated.ADAPTERS", {})
+    monkeypatch.setattr("emoe_core.checkpoint.adapters.ADAPTERS", {})
     with pytest.raises(UnsupportedFamilyError, match=r"jetmoe.*4 experts"):
         open_checkpoint(tmp_path)
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
+from emoe_core.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from emoe_core.errors import CheckpointError
 from emoe_core.pack import compare_with_checkpoint, ensure_pack
-from emoe_core.weight_files import INDEX_NAME, SINGLE_NAME
 from workbench.reference_model.tiny import tiny_moe
 from workbench.sweep_points import model_state
 
@@ -548,7 +548,7 @@ def test_a_distributed_checkpoint_is_refused_by_name(folder: Folder) -> None:
 def test_an_adapter_is_refused_where_transformers_would_add_it(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     # peft is not among the dependencies: what it would add cannot be compared here.
     files_of_other_purposes_beside(folder)
-    monkeypatch.setattr("emoe_core.weight_files.is_peft_available", lambda: True)
+    monkeypatch.setattr("emoe_core.checkpoint.weight_files.is_peft_available", lambda: True)
     with pytest.raises(CheckpointError, match="holds an adapter"):
         open_checkpoint(folder.path)
 

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 import emoe_core
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import CheckpointError, PredictorError
 from emoe_core.pack import ensure_pack
 from emoe_core.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ import pytest
 import typer
 from markdown_it import MarkdownIt
 
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.predictor import PREDICTORS
 from emoe_core.tasks import Profile, TaskProfile
 from workbench.cli import app, main

@@ -8,9 +8,9 @@ import pytest
 from transformers import logging as transformers_logging
 from typer.testing import CliRunner
 
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.families import REFUSED, decorated_modules, families
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import UnsupportedFamilyError
-from emoe_core.families import REFUSED, decorated_modules, families
 from workbench.cli import app
 from workbench.families import EXACT_ONLY, as_markdown, prove, recorded, refused
 from workbench.reference_model.tiny_families import tiny_config

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import DataError, UnsupportedFamilyError
 from workbench.baselines import gguf_export
 from workbench.baselines.gguf_export import export_gguf, neighbour_pairs

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from test_engine_exact import FAMILIES, prefill_and_decode, prompt_ids, stock
 
 import emoe_core
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
+from emoe_core.checkpoint.quantization import LARGEST, dequantize, product, quantize
 from emoe_core.errors import OptionError
 from emoe_core.experts import LayerHandle
-from emoe_core.int8 import LARGEST, dequantize, product, quantize
 from workbench.reference_model.tiny import tiny_moe
 
 

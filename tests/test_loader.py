@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe_core.budget import plan_slots
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.demand_table import POLICY_NAMES, make_table
 from emoe_core.errors import PackError
 from emoe_core.loader import ExpertLoader

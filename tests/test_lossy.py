@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import emoe_core
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
 from emoe_core.tasks import Profile, TaskProfile
 from workbench.reference_model.tiny import FAMILIES, LAYERS, tiny_moe

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import emoe_core
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
 from emoe_core.quality_target import choose, unscaled_loss_nats
 from emoe_core.tasks import Profile, ProfileError, TaskProfile

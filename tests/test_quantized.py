@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
 from workbench.baselines.quantized import quantized_model, round_trip
 from workbench.reference_model.tiny import tiny_moe

@@ -12,7 +12,7 @@ import pytest
 from serving_bench import make_costs
 
 import emoe_core
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.costs import CostsError, ServingCosts, TaskLoad
 from emoe_core.errors import DataError, OptionError
 from emoe_core.tasks import TASK_TYPES

@@ -11,7 +11,7 @@ import pytest
 import torch
 import xxhash
 
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError, PackError
 from emoe_core.pack import Pack, write_pack
 from emoe_core.storage import HostMemory, PackedFile, Storage, aligned_buffer

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import emoe_core
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.quality_target import unscaled_loss_nats
 from emoe_core.routing import RoutingTrace
 from emoe_core.tasks import Profile

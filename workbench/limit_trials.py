@@ -27,7 +27,7 @@ import pandas as pd
 
 import emoe_core
 from emoe_core.cache import cache_dir
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.pack import ensure_pack
 from workbench import longest_trial, measured_job

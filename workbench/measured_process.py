@@ -113,7 +113,7 @@ def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.errors import OptionError
     from emoe_core.generation import TokenWatch, encode
     from emoe_core.tokenizer import load_tokenizer

@@ -26,7 +26,7 @@ from typing import Any
 
 import emoe_core
 from emoe_core.cache import cache_dir
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.pack import ensure_pack
 from emoe_core.routing import RoutingTrace

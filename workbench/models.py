@@ -5,8 +5,8 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
+from emoe_core.checkpoint.hub import HUB_ID
 from emoe_core.errors import CheckpointError
-from emoe_core.hub import HUB_ID
 
 REFERENCE = "reference"
 # The embedded models by name, and the kind of reference model that each is.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import DataError, OptionError
 from emoe_core.options import resolve_device
 from emoe_core.routing import RoutingTrace

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from emoe_core.cache import cache_dir
-from emoe_core.checkpoint import CheckpointIndex, MoeLayer
+from emoe_core.checkpoint.index import CheckpointIndex, MoeLayer
+from emoe_core.checkpoint.safetensors_files import TensorRef, byte_view, tensors_by_name
 from emoe_core.errors import DataError, UnsupportedFamilyError
-from emoe_core.shards import TensorRef, byte_view, tensors_by_name
 
 ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "mixtral": "llama"}
 _KINDS = {

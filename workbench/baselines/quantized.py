@@ -18,7 +18,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from transformers import AutoModelForCausalLM
 
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
 from workbench.baselines.stock import greedy_answers
 from workbench.quality import compare

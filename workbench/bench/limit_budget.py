@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from emoe_core.budget import plan_slots
-from emoe_core.checkpoint import CheckpointIndex
+from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.errors import BudgetError, ExperimentError
 from emoe_core.footprint import memory_breakdown
 from workbench.bench.launch import MEASURED, launch

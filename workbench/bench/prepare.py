@@ -16,7 +16,7 @@ import numpy as np
 
 from emoe_core.budget import SlotPlan, plan_slots
 from emoe_core.cache import cache_dir
-from emoe_core.checkpoint import CheckpointIndex, open_checkpoint
+from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.pack import ensure_pack
 from workbench.baselines.systems import System, require_runnable
 from workbench.bench.bandwidth import Bandwidths, measure_bandwidths

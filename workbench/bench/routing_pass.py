@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 from emoe_core.cache import cache_dir
-from emoe_core.checkpoint import CheckpointIndex, open_checkpoint
+from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.routing import RoutingTrace
 from workbench.baselines.engine import EngineDecoder

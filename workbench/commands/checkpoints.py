@@ -93,7 +93,7 @@ def pack(
     """Write a checkpoint's experts into one file that they are read from quickly."""
     if out is not None and out.is_dir():
         raise OptionError(f"--out {out} is a folder: name the file to write, such as {out / 'experts.emoe'}")
-    from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.pack import Pack, ensure_pack, write_pack
     from workbench.models import resolve_model
     from workbench.quantities import show_bytes
@@ -126,7 +126,7 @@ def estimate(
 ) -> None:
     """Say what a budget buys and what memory the model needs, without loading it."""
     from emoe_core.budget import plan_slots
-    from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.engine import plan_engine
     from emoe_core.footprint import memory_breakdown
     from emoe_core.options import EngineConfig

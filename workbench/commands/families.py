@@ -48,7 +48,7 @@ def models(
 def _proven(wanted: list[str]) -> tuple[FamilyRow, ...]:
     from transformers import logging as transformers_logging
 
-    from emoe_core.families import REFUSED, families
+    from emoe_core.checkpoint.families import REFUSED, families
     from workbench.commands.checkpoints import progress_bar
     from workbench.families import prove, refused
 

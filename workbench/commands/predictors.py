@@ -67,7 +67,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the streams.")] = 0,
 ) -> None:
     """Compare all predictors by replay of recorded routing (records what is missing)."""
-    from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.errors import OptionError
     from workbench.models import resolve_model
     from workbench.prediction import compare, factories

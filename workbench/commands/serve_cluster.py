@@ -90,7 +90,7 @@ def serve_cluster(
     require_free_port(host, port)
 
     from emoe_core.budget import plan_slots
-    from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler, require_scheduler
     from workbench.models import resolve_model
     from workbench.ray_connection import code_hash

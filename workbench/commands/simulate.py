@@ -28,7 +28,7 @@ def simulate(
 ) -> None:
     """Replay recorded routing through cache policies, between LRU and the best possible (records what is missing)."""
     from emoe_core.budget import plan_slots
-    from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.checkpoint.index import open_checkpoint
     from workbench.models import resolve_model
     from workbench.progress import stage_bars
     from workbench.quantities import show_bytes

@@ -18,7 +18,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from emoe_core.budget import Budget, plan_slots
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import EmoeError, ExperimentError
 from emoe_core.html_view import heading
 from emoe_core.tasks import TASK_TYPES

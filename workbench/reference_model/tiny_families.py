@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from emoe_core.families import language_model, language_model_class
+from emoe_core.checkpoint.families import language_model, language_model_class
 from workbench.reference_model.tiny import roughen
 
 VOCABULARY = 128
@@ -185,7 +185,7 @@ def tiny_family(path: Path, model_type: str, seed: int = 0) -> Any:
     path : Path
         Directory to write; made if missing.
     model_type : str
-        Any family that `emoe_core.families.families` names.
+        Any family that `emoe_core.checkpoint.families.families` names.
     seed : int
         Seed of the weights. The caller's random state is left as it was.
     """

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import emoe_core
-from emoe_core.checkpoint import open_checkpoint
+from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.costs import ServingCosts
 from emoe_core.errors import DataError, OptionError
 from workbench.busy import OtherWork

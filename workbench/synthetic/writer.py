@@ -25,9 +25,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from emoe_core.checkpoint.safetensors_files import byte_view
 from emoe_core.errors import DataError, OptionError
 from emoe_core.routing import RoutingTrace
-from emoe_core.shards import byte_view
 from workbench.reference_model.tiny import tiny_tokenizer
 from workbench.synthetic.shapes import Shape
 from workbench.synthetic.written_routing import RESIDUAL_SHARE, WrittenRouting

@@ -40,7 +40,7 @@ def check_model(run: RunRecord, plan: Plan) -> str:
     name = plan.parameters.get("model", run.params.get("model"))
     if recorded is None or name is None:
         return "model: the notebook says which one, compared afterwards"
-    from emoe_core.checkpoint import open_checkpoint
+    from emoe_core.checkpoint.index import open_checkpoint
     from workbench.models import resolve_model
 
     try:

@@ -5,7 +5,7 @@ every modeling file that decorates a class with ``use_experts_implementation`` c
 transformers' registries of whole models lead to it, so a newer transformers brings its families along. Nothing is
 imported or built to find them.
 
-Whether a family can be served is decided at load, by `emoe_core.checkpoint`, not here.
+Whether a family can be served is decided at load, by `emoe_core.checkpoint.index`, not here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REFUSED: Mapping[str, str] = {
     "switch_transformers": "it is an encoder and a decoder; emoe serves models that continue their prompt",
 }
 """Families with routed experts that cannot be served, with the reason."""
-# The modeling files that `emoe_core.undecorated` has adapters for.
+# The modeling files that `emoe_core.checkpoint.adapters` has adapters for.
 ADAPTED = ("dbrx", "jetmoe", "llama4", "step3p7")
 
 

@@ -2,7 +2,7 @@
 
 A model is a local directory that ``save_pretrained()`` or a hub download wrote, or the id of a model on the Hugging
 Face hub. Code that comes with a checkpoint is never run. This module looks at ``config.json`` only; whether the weights
-are there and whole is the matter of `emoe_core.shards`.
+are there and whole is the matter of `emoe_core.checkpoint.safetensors_files`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from emoe_core.checkpoint.families import REFUSED, language_model
+from emoe_core.checkpoint.hub import HUB_ID, download
 from emoe_core.errors import CheckpointError, UnsupportedFamilyError
-from emoe_core.families import REFUSED, language_model
-from emoe_core.hub import HUB_ID, download
 from emoe_core.json_file import parse, read_text
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")

@@ -33,8 +33,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from emoe_core.checkpoint.safetensors_files import TensorRef
 from emoe_core.errors import CheckpointError, UnsupportedFamilyError
-from emoe_core.shards import TensorRef
 
 
 class _OneExpertShapes:

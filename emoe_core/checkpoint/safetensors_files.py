@@ -3,7 +3,7 @@
 A *shard* is one safetensors file: eight bytes with the header's length, a JSON header, then the tensors' bytes. Tensors
 are read with plain reads into memory of their own, never through a mapping of the file: a mapped file would count
 towards the process's resident memory, which this project measures. Which files of a directory count is the matter of
-`emoe_core.weight_files`.
+`emoe_core.checkpoint.weight_files`.
 """
 
 from __future__ import annotations

@@ -18,14 +18,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import _get_dtype
 
-from emoe_core.conversion import ParamSource, match_sources, target_dtype
-from emoe_core.dense import build_dense_model, meta_model
+from emoe_core.checkpoint.adapters import adapter_of
+from emoe_core.checkpoint.backbone import build_dense_model, meta_model
+from emoe_core.checkpoint.conversion import ParamSource, match_sources, target_dtype
+from emoe_core.checkpoint.model_config import expert_count, find_model, read_config, top_k
+from emoe_core.checkpoint.quantization import SCALE, int8_layer, quantize
+from emoe_core.checkpoint.safetensors_files import ALIGNMENT, Shard, TensorRef, fingerprint, tensors_by_name
+from emoe_core.checkpoint.weight_files import find_shards
 from emoe_core.errors import CheckpointError, OptionError, UnsupportedFamilyError
-from emoe_core.int8 import SCALE, int8_layer, quantize
-from emoe_core.model_config import expert_count, find_model, read_config, top_k
-from emoe_core.shards import ALIGNMENT, Shard, TensorRef, fingerprint, tensors_by_name
-from emoe_core.undecorated import adapter_of
-from emoe_core.weight_files import find_shards
 
 PARAM_ALIGN_BYTES = ALIGNMENT
 RECORD_ALIGN_BYTES = 4096
@@ -79,7 +79,7 @@ class CheckpointIndex:
     top_k : int
         Experts a token is routed to.
     source_hash : str
-        SHA-256 naming the weights (see `emoe_core.shards.fingerprint`).
+        SHA-256 naming the weights (see `emoe_core.checkpoint.safetensors_files.fingerprint`).
     expert_bytes_total, dense_bytes_total : int
         Bytes of all records with their padding; bytes of all other weights in the model's dtype.
     expert_dtype : str

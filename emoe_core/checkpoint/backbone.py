@@ -20,10 +20,10 @@ from transformers.modeling_utils import LoadStateDictConfig, patch_output_record
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from emoe_core.checkpoint.families import language_model_class
+from emoe_core.checkpoint.safetensors_files import TensorRef
 from emoe_core.errors import CheckpointError
-from emoe_core.families import language_model_class
 from emoe_core.json_file import parse, read_text
-from emoe_core.shards import TensorRef
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -48,7 +48,7 @@ def build_dense_model(
     attn_implementation: str | None,
     experts_implementation: str | None,
 ) -> PreTrainedModel:
-    """Return the model with all weights but ``expert_params``; see `emoe_core.checkpoint.CheckpointIndex.build_model`.
+    """Return the model with all weights but ``expert_params``; see `emoe_core.checkpoint.index.CheckpointIndex.build_model`.
 
     ``config`` becomes the model's own: pass a copy.
     """

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from emoe_core.errors import OptionError
 
 if TYPE_CHECKING:
-    from emoe_core.checkpoint import MoeLayer
+    from emoe_core.checkpoint.index import MoeLayer
 
 SCALE = "_scale"
 LARGEST = 127
