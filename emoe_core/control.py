@@ -29,7 +29,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from emoe_core.context import StepContext
+from emoe_core.experts.step import StepContext
 from emoe_core.interval import Interval, coverage
 from emoe_core.metrics import Counters
 from emoe_core.planner import DEFAULT_OUTPUT_TOKENS, Plan, RunningRequest, expected_tokens, make_plan

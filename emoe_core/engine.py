@@ -22,14 +22,16 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from emoe_core import experts, generation
-from emoe_core.attachment import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
+from emoe_core import generation
 from emoe_core.cache import cache_dir
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.control import ControlLoop
 from emoe_core.demand_table import make_table
 from emoe_core.engine_plan import plan_engine
 from emoe_core.errors import OptionError, UnsupportedFamilyError
+from emoe_core.experts import layer as experts
+from emoe_core.experts.attach import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
+from emoe_core.experts.trace import RoutingTrace, TraceRecorder
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
 from emoe_core.forward_passes import ForwardPasses
 from emoe_core.heap import trim_during_prompts
@@ -42,7 +44,6 @@ from emoe_core.metrics import RunStats
 from emoe_core.options import EngineConfig, resolve_device
 from emoe_core.pack import Pack, Progress, ensure_pack
 from emoe_core.predictor import Predictor, make_predictor
-from emoe_core.routing import RoutingTrace, TraceRecorder
 from emoe_core.slots import SlotTable
 from emoe_core.storage import HostMemory, PackedFile
 from emoe_core.timeline import Timeline

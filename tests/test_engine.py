@@ -20,7 +20,7 @@ from emoe_core.errors import (
     PackError,
     UnsupportedFamilyError,
 )
-from emoe_core.expert_compute import ExpertForm
+from emoe_core.experts.compute import ExpertForm
 from emoe_core.generation import encode
 from emoe_core.pack import Pack
 from workbench.reference_model.tiny import FAMILIES, LAYERS, TOP_K, tiny_moe

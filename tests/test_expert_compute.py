@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 import emoe_core
-from emoe_core import expert_compute
-from emoe_core.expert_compute import ExpertForm, Tensors, prove
-from emoe_core.experts import LayerHandle
+from emoe_core.experts import compute as expert_compute
+from emoe_core.experts.compute import ExpertForm, Tensors, prove
+from emoe_core.experts.layer import LayerHandle
 from workbench.reference_model.tiny import tiny_moe
 
 EXPERTS, HIDDEN, INNER = 6, 24, 40

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from emoe_core.errors import BudgetError, DataError, ExperimentError, OptionError
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 from workbench.configuration import ExperimentConfig
 from workbench.explore.explorer import Explorer, Observation
 from workbench.explore.panel import Panel

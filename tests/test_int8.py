@@ -14,7 +14,7 @@ import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.checkpoint.quantization import LARGEST, dequantize, product, quantize
 from emoe_core.errors import OptionError
-from emoe_core.experts import LayerHandle
+from emoe_core.experts.layer import LayerHandle
 from workbench.reference_model.tiny import tiny_moe
 
 

@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import emoe_core
-from emoe_core import attachment, direct_io, pack, pack_format, slot_memory, storage
+from emoe_core import direct_io, pack, pack_format, slot_memory, storage
 from emoe_core import engine as engine_module
 from emoe_core.checkpoint import index as checkpoint
 from emoe_core.checkpoint import safetensors_files as shards
@@ -27,6 +27,7 @@ from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.checkpoint.safetensors_files import fingerprint
 from emoe_core.checkpoint.weight_files import find_shards
 from emoe_core.errors import EmoeError
+from emoe_core.experts import attach as attachment
 from emoe_core.loader import ExpertLoader
 from emoe_core.pack import compare_with_checkpoint, ensure_pack
 from emoe_core.slot_memory import SlotMemory

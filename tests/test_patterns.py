@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 from workbench import figures_patterns, patterns
 from workbench.prediction import PromptUse
 from workbench.simulate_accesses import Accesses

@@ -12,9 +12,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import emoe_core
 from emoe_core.errors import UnsupportedFamilyError
-from emoe_core.reroute_token import reroute_token
-from emoe_core.rerouting import Rerouted, outbid, replaceable, shares_of, substitute
-from emoe_core.routing_rules import Choice, Groups, RoutingRule
+from emoe_core.experts.reroute_token import reroute_token
+from emoe_core.experts.rerouting import Rerouted, outbid, replaceable, shares_of, substitute
+from emoe_core.experts.routing_rules import Choice, Groups, RoutingRule
 from workbench.reference_model.tiny import tiny_moe
 
 SOFTMAX = RoutingRule()

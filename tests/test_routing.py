@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from emoe_core.context import StepContext
 from emoe_core.errors import DataError
-from emoe_core.routing import RoutingTrace, TraceRecorder
+from emoe_core.experts.step import StepContext
+from emoe_core.experts.trace import RoutingTrace, TraceRecorder
 
 
 def recorded() -> RoutingTrace:

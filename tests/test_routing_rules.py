@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoe_core.routing_rules import Choice, Groups, RoutingRule, find_rule
+from emoe_core.experts.routing_rules import Choice, Groups, RoutingRule, find_rule
 
 TOKENS, EXPERTS, K = 64, 8, 2
 

@@ -15,7 +15,7 @@ import emoe_core
 from emoe_core.demand_table import POLICY_NAMES as ENGINE_POLICIES
 from emoe_core.demand_table import DemandTable
 from emoe_core.errors import OptionError
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 from workbench.cli import app
 from workbench.reference_model.tiny import tiny_moe
 from workbench.reference_outputs import reference_outputs

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import DataError, OptionError
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 from workbench.synthetic import writer
 from workbench.synthetic.composed_trace import compose, locality
 from workbench.synthetic.recorded_routing import recorded_trace

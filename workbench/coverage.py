@@ -22,8 +22,8 @@ import torch
 
 import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
+from emoe_core.experts.trace import RoutingTrace
 from emoe_core.quality_target import unscaled_loss_nats
-from emoe_core.routing import RoutingTrace
 from emoe_core.tasks import Profile
 from workbench.quality import compare
 from workbench.reference_outputs import Reference, ReferenceOutput

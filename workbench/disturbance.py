@@ -15,7 +15,7 @@ import torch
 
 import emoe_core
 from emoe_core.errors import OptionError
-from emoe_core.experts import router_of
+from emoe_core.experts.layer import router_of
 from workbench.quality import compare
 
 

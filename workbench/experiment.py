@@ -23,9 +23,9 @@ import torch
 
 import emoe_core
 from emoe_core.errors import ExperimentError
+from emoe_core.experts.trace import RoutingTrace
 from emoe_core.options import resolve_device
 from emoe_core.predictor import TRAINED, OraclePredictor
-from emoe_core.routing import RoutingTrace
 from emoe_core.tasks import Profile
 from workbench.configuration import ORACLE, ExperimentConfig
 from workbench.labels import told_tasks

@@ -19,7 +19,7 @@ import emoe_core
 from emoe_core.checkpoint.families import REFUSED, class_name
 from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.errors import ExperimentError, UnsupportedFamilyError
-from emoe_core.experts import handle_of
+from emoe_core.experts.layer import handle_of
 from emoe_core.scheduler import BatchLimits, make_scheduler
 from emoe_core.serving_loop import ServingLoop
 from emoe_core.tasks import UNKNOWN

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import emoe_core
 from emoe_core.errors import EmoeError, ExperimentError
+from emoe_core.experts.trace import RoutingTrace
 from emoe_core.heap import return_free_memory
-from emoe_core.routing import RoutingTrace
 from workbench.busy import OtherWork
 from workbench.process_counters import status_bytes
 

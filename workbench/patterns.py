@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 from workbench.prediction import PromptUse
 from workbench.simulate_accesses import Accesses
 

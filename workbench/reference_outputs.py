@@ -29,7 +29,7 @@ import emoe_core
 from emoe_core.cache import cache_dir
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 
 FORMAT = 2
 BATCH = 24

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import emoe_core
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 from emoe_core.tasks import UNKNOWN
 from workbench.baselines.stock import TorchDecoder
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from emoe_core.errors import OptionError
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 from workbench.synthetic.writer import TRACE_FILE, label_of
 
 

@@ -22,7 +22,7 @@ import psutil
 from emoe_core.cache import cache_dir
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.errors import ExperimentError
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 from workbench.baselines.engine import EngineDecoder
 from workbench.bench.forced_tokens import ForcedTokens
 from workbench.simulate_accesses import Accesses, accesses_of

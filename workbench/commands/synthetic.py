@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from emoe_core.routing import RoutingTrace
+    from emoe_core.experts.trace import RoutingTrace
     from workbench.synthetic.shapes import Shape
 
 Size = Annotated[int | None, typer.Option(show_default=False, help="In place of the shape's own.")]

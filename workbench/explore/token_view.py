@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from emoe_core.errors import DataError
+from emoe_core.experts.trace import HIT, LOAD, REROUTE, RoutingTrace
 from emoe_core.html_view import SERVED, served_bar
-from emoe_core.routing import HIT, LOAD, REROUTE, RoutingTrace
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _LETTER = 30, 13, 62, 78, 9
 _HEAD = "text-anchor='start' font-size='11'"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from emoe_core.errors import OptionError
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from emoe_core.errors import OptionError
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 from workbench.models import EMBEDDED, resolve_model
 
 OWN = "own"

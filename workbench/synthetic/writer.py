@@ -27,7 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from emoe_core.checkpoint.safetensors_files import byte_view
 from emoe_core.errors import DataError, OptionError
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 from workbench.reference_model.tiny import tiny_tokenizer
 from workbench.synthetic.shapes import Shape
 from workbench.synthetic.written_routing import RESIDUAL_SHARE, WrittenRouting

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from emoe_core.routing import RoutingTrace
+from emoe_core.experts.trace import RoutingTrace
 
 # Standard deviation of what a layer writes into the stream, against usual initialisation.
 RESIDUAL_SHARE = 0.1

@@ -23,16 +23,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from emoe_core.checkpoint.adapters import Eager, adapter_of
 from emoe_core.checkpoint.quantization import parameter
-from emoe_core.context import StepContext
 from emoe_core.errors import IntegrationError, UnsupportedFamilyError
-from emoe_core.expert_compute import Borrowed, ExpertForm
+from emoe_core.experts.compute import Borrowed, ExpertForm
+from emoe_core.experts.reroute_token import reroute_token
+from emoe_core.experts.rerouting import Rerouted, outbid, replaceable, substitute
+from emoe_core.experts.router import Call, WatchedRouter
+from emoe_core.experts.routing_rules import Choice, RoutingRule
+from emoe_core.experts.step import StepContext
+from emoe_core.experts.trace import TraceRecorder
 from emoe_core.loader import ExpertLoader
 from emoe_core.lookahead import Lookahead
-from emoe_core.reroute_token import reroute_token
-from emoe_core.rerouting import Rerouted, outbid, replaceable, substitute
-from emoe_core.router_watch import Call, WatchedRouter
-from emoe_core.routing import TraceRecorder
-from emoe_core.routing_rules import Choice, RoutingRule
 
 IMPLEMENTATION = "emoe"
 INFERENCE_ONLY = (

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from emoe_core.context import StepContext
 from emoe_core.errors import DataError
+from emoe_core.experts.step import StepContext
 from emoe_core.html_view import heading, layer_map, served_bar, table
 
 FORMAT = 1

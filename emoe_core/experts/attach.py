@@ -15,15 +15,15 @@ from typing import Any, NoReturn
 import torch
 from transformers import PreTrainedModel
 
-from emoe_core import experts
 from emoe_core.batch_cache import obstacle
 from emoe_core.checkpoint.adapters import adapter_of
 from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.errors import IntegrationError
-from emoe_core.expert_compute import Proof, prove
+from emoe_core.experts import layer as experts
+from emoe_core.experts.compute import Proof, prove
+from emoe_core.experts.router import watch_routers
 from emoe_core.loader import ExpertLoader
 from emoe_core.lookahead import Lookahead
-from emoe_core.router_watch import watch_routers
 
 # The norm between attention and the MoE block, as the families of transformers call it.
 NORM = "post_attention_layernorm"

@@ -12,8 +12,8 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
-from emoe_core.rerouting import Rerouted, shares_of
-from emoe_core.routing_rules import MINUS_INFINITY, Choice, RoutingRule
+from emoe_core.experts.rerouting import Rerouted, shares_of
+from emoe_core.experts.routing_rules import MINUS_INFINITY, Choice, RoutingRule
 
 
 def reroute_token(choice: Choice, present: Collection[int], tolerance: float, rule: RoutingRule) -> Rerouted | None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from emoe_core.routing_rules import MINUS_INFINITY, Choice, RoutingRule
+from emoe_core.experts.routing_rules import MINUS_INFINITY, Choice, RoutingRule
 
 
 @dataclass(frozen=True)
