@@ -20,7 +20,7 @@ from emoe_core.control import ControlLoop
 from emoe_core.errors import IntegrationError
 from emoe_core.experts.step import StepContext
 from emoe_core.experts.trace import TraceRecorder
-from emoe_core.loader import ExpertLoader
+from emoe_core.loader.loader import ExpertLoader
 from emoe_core.quality_target import QualityPlan
 from emoe_core.tasks import UNKNOWN
 from emoe_core.timeline import Timeline

@@ -10,9 +10,9 @@ import torch
 from emoe_core.budget import Budget
 from emoe_core.checkpoint.index import EXPERT_DTYPES, parse_dtype
 from emoe_core.control import REPLANS
-from emoe_core.demand_table import require_policy
 from emoe_core.errors import OptionError
 from emoe_core.interval import make_interval
+from emoe_core.loader.eviction import require_policy
 from emoe_core.tasks import Profile
 
 

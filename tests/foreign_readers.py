@@ -22,7 +22,7 @@ from emoe_core.checkpoint.model_config import read_config
 from emoe_core.checkpoint.weight_files import find_shards
 from emoe_core.costs import ServingCosts, TaskLoad
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.pack_format import MAGIC, PREAMBLE, VERSION, Pack
+from emoe_core.loader.pack_format import MAGIC, PREAMBLE, VERSION, Pack
 from emoe_core.predictor.network import NetworkShape, ShareNetwork
 from emoe_core.predictor.transformer import FORMAT, KEY, PredictorHeader, TransformerPredictor
 from emoe_core.tasks import Profile, TaskProfile

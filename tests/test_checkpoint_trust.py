@@ -12,7 +12,7 @@ import transformers
 import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import CheckpointError, PredictorError
-from emoe_core.pack import ensure_pack
+from emoe_core.loader.pack import ensure_pack
 from emoe_core.tokenizer import load_tokenizer
 from workbench.reference_model.tiny import tiny_moe
 from workbench.reference_model.tiny_families import tiny_family

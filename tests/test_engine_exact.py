@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import emoe_core
-from emoe_core.demand_table import POLICY_NAMES
+from emoe_core.loader.eviction import POLICY_NAMES
 from workbench.reference_model.tiny import tiny_moe
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")

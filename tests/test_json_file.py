@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from emoe_core.cache import cache_dir
 from emoe_core.json_file import MAX_BYTES, parse, read_text, write_whole
+from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.tasks import Profile, ProfileError
 
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from emoe_core.budget import plan_slots
 from emoe_core.checkpoint.index import open_checkpoint
-from emoe_core.demand_table import POLICY_NAMES, make_table
 from emoe_core.errors import PackError
-from emoe_core.loader import ExpertLoader
-from emoe_core.pack import Pack, write_pack
-from emoe_core.slots import SlotTable
-from emoe_core.storage import PackedFile
+from emoe_core.loader.eviction import POLICY_NAMES, make_table
+from emoe_core.loader.loader import ExpertLoader
+from emoe_core.loader.pack import Pack, write_pack
+from emoe_core.loader.slots import SlotTable
+from emoe_core.loader.storage import PackedFile
 from workbench.reference_model.tiny import EXPERTS, LAYERS, tiny_moe
 
 

@@ -18,7 +18,6 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import emoe_core
-from emoe_core import direct_io, pack, pack_format, slot_memory, storage
 from emoe_core import engine as engine_module
 from emoe_core.checkpoint import index as checkpoint
 from emoe_core.checkpoint import safetensors_files as shards
@@ -28,11 +27,12 @@ from emoe_core.checkpoint.safetensors_files import fingerprint
 from emoe_core.checkpoint.weight_files import find_shards
 from emoe_core.errors import EmoeError
 from emoe_core.experts import attach as attachment
-from emoe_core.loader import ExpertLoader
-from emoe_core.pack import compare_with_checkpoint, ensure_pack
-from emoe_core.slot_memory import SlotMemory
-from emoe_core.slots import Entry
-from emoe_core.storage import HostMemory, PackedFile
+from emoe_core.loader import direct_io, pack, pack_format, slot_memory, storage
+from emoe_core.loader.loader import ExpertLoader
+from emoe_core.loader.pack import compare_with_checkpoint, ensure_pack
+from emoe_core.loader.slot_memory import SlotMemory
+from emoe_core.loader.slots import Entry
+from emoe_core.loader.storage import HostMemory, PackedFile
 
 SOURCES = {
     module.__file__ for module in (checkpoint, direct_io, pack, pack_format, shards, slot_memory, storage, weight_files)

@@ -13,10 +13,10 @@ from test_engine_exact import FAMILIES, prefill_and_decode, prompt_ids, stock
 from test_loader import borrow, check_all, make, pack  # noqa: F401
 
 import emoe_core
-from emoe_core.demand_table import POLICY_NAMES
 from emoe_core.errors import OptionError
-from emoe_core.lookahead import MIN_TRUST, Lookahead, norm_scale
-from emoe_core.pack import Pack
+from emoe_core.loader.eviction import POLICY_NAMES
+from emoe_core.loader.pack import Pack
+from emoe_core.loader.prefetch import MIN_TRUST, Lookahead, norm_scale
 from workbench.configuration import ExperimentConfig, as_params
 from workbench.reference_model.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 

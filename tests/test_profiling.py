@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emoe_core.cache import cache_dir
 from emoe_core.errors import DataError
+from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.quality_target import choose
 from emoe_core.tasks import TASK_TYPES, Profile, ProfileError
 from workbench import disturbance

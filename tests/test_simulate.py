@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 import emoe_core
-from emoe_core.demand_table import POLICY_NAMES as ENGINE_POLICIES
-from emoe_core.demand_table import DemandTable
 from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.loader.eviction import POLICY_NAMES as ENGINE_POLICIES
+from emoe_core.loader.eviction import DemandTable
 from workbench.cli import app
 from workbench.reference_model.tiny import tiny_moe
 from workbench.reference_outputs import reference_outputs

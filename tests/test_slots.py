@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from emoe_core.demand_table import POLICY_NAMES, make_table, require_policy
 from emoe_core.errors import OptionError
-from emoe_core.slots import POLICIES, Entry, SlotTable
+from emoe_core.loader.eviction import POLICY_NAMES, make_table, require_policy
+from emoe_core.loader.slots import POLICIES, Entry, SlotTable
 
 
 class AnyUseOfTheTable(RuleBasedStateMachine):

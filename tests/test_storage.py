@@ -13,8 +13,8 @@ import xxhash
 
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError, PackError
-from emoe_core.pack import Pack, write_pack
-from emoe_core.storage import HostMemory, PackedFile, Storage, aligned_buffer
+from emoe_core.loader.pack import Pack, write_pack
+from emoe_core.loader.storage import HostMemory, PackedFile, Storage, aligned_buffer
 from workbench.reference_model.tiny import tiny_moe
 
 

@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from emoe_core.cache import cache_dir
 from emoe_core.errors import DataError
+from emoe_core.loader.cache_folder import cache_dir
 
 CHUNK_BYTES = 1 << 20
 

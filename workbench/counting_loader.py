@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from emoe_core.errors import OptionError
+from emoe_core.loader.slots import Entry, SlotTable
 from emoe_core.metrics import Counters
-from emoe_core.slots import Entry, SlotTable
 
 
 @dataclass(frozen=True)

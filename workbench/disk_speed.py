@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from emoe_core.direct_io import open_direct
+from emoe_core.loader.direct_io import open_direct
 
 PIECE_BYTES = 1 << 20
 MAX_BYTES = 256 << 20

@@ -26,10 +26,10 @@ from typing import Any
 import pandas as pd
 
 import emoe_core
-from emoe_core.cache import cache_dir
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
-from emoe_core.pack import ensure_pack
+from emoe_core.loader.cache_folder import cache_dir
+from emoe_core.loader.pack import ensure_pack
 from workbench import longest_trial, measured_job
 from workbench.control_groups import Controller
 from workbench.environment import available_cores

@@ -92,7 +92,7 @@ def read_machine(progress: Callable[[int, int], None] | None = None) -> MachineF
     """
     import torch
 
-    from emoe_core.cache import cache_dir
+    from emoe_core.loader.cache_folder import cache_dir
 
     folder = cache_dir()
     name, flags = describe_cpu()

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import emoe_core
-from emoe_core.cache import cache_dir
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.pack import ensure_pack
+from emoe_core.loader.cache_folder import cache_dir
+from emoe_core.loader.pack import ensure_pack
 from workbench import measured_process
 
 

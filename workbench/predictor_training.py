@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from emoe_core.cache import cache_dir
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import PredictorError
+from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.predictor.training import Progress, TrainingOptions, train
 from emoe_core.predictor.transformer import TransformerPredictor
 from workbench.recording import Recording

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 import emoe_core
-from emoe_core.cache import cache_dir
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import DataError, OptionError
+from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.tasks import DEFAULT_SIMILARITY_THRESHOLD, LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
 from workbench.coverage import extend
 from workbench.disturbance import layer_divergences, random_routing

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 import emoe_core
-from emoe_core.cache import cache_dir
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.loader.cache_folder import cache_dir
 
 FORMAT = 2
 BATCH = 24

@@ -28,14 +28,14 @@ import numpy as np
 import pandas as pd
 
 from emoe_core.errors import OptionError
-from emoe_core.lease import Lease
-from emoe_core.slots import Entry, SlotTable
+from emoe_core.loader.lease import Lease
+from emoe_core.loader.slots import Entry, SlotTable
 from workbench.simulate_accesses import Accesses
 from workbench.simulate_bound import fewest_misses
 from workbench.simulate_policies import BOUND, PINNED, POLICY_NAMES, TABLES, require_policy
 
 if TYPE_CHECKING:
-    from emoe_core.loader import ExpertLoader
+    from emoe_core.loader.loader import ExpertLoader
 
 
 @dataclass

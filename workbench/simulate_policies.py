@@ -1,6 +1,6 @@
 """Residency tables that replay eviction policies: the engine's own, and those that only the simulator knows.
 
-The engine's policies (`emoe_core.demand_table.POLICY_NAMES`) run on the engine's table, unchanged. Beside them:
+The engine's policies (`emoe_core.loader.eviction.POLICY_NAMES`) run on the engine's table, unchanged. Beside them:
 
 random
     Evicts anyone: the sanity bound.
@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from emoe_core.demand_table import POLICY_NAMES as ENGINE_POLICIES
-from emoe_core.demand_table import make_table
 from emoe_core.errors import OptionError
-from emoe_core.slots import Entry, SlotTable
+from emoe_core.loader.eviction import POLICY_NAMES as ENGINE_POLICIES
+from emoe_core.loader.eviction import make_table
+from emoe_core.loader.slots import Entry, SlotTable
 
 
 def random_table(capacity: Sequence[int], spare: int, seed: int) -> SlotTable:

@@ -199,7 +199,7 @@ def fingerprint(shards: tuple[Shard, ...]) -> str:
 
     The samples (64 pieces of 4 KiB a shard, evenly spread) tell two checkpoints of one architecture apart at the
     cost of a few reads. They do not notice every altered byte; the pack's checksums do, and modification times say
-    when those must be compared again (see `emoe_core.pack`).
+    when those must be compared again (see `emoe_core.loader.pack`).
     """
     digest = hashlib.sha256()
     for shard in shards:

@@ -22,8 +22,8 @@ from emoe_core.errors import IntegrationError
 from emoe_core.experts import layer as experts
 from emoe_core.experts.compute import Proof, prove
 from emoe_core.experts.router import watch_routers
-from emoe_core.loader import ExpertLoader
-from emoe_core.lookahead import Lookahead
+from emoe_core.loader.loader import ExpertLoader
+from emoe_core.loader.prefetch import Lookahead
 
 # The norm between attention and the MoE block, as the families of transformers call it.
 NORM = "post_attention_layernorm"

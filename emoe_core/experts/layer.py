@@ -31,8 +31,8 @@ from emoe_core.experts.router import Call, WatchedRouter
 from emoe_core.experts.routing_rules import Choice, RoutingRule
 from emoe_core.experts.step import StepContext
 from emoe_core.experts.trace import TraceRecorder
-from emoe_core.loader import ExpertLoader
-from emoe_core.lookahead import Lookahead
+from emoe_core.loader.loader import ExpertLoader
+from emoe_core.loader.prefetch import Lookahead
 
 IMPLEMENTATION = "emoe"
 INFERENCE_ONLY = (

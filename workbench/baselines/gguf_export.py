@@ -22,10 +22,10 @@ import gguf
 import numpy as np
 import torch
 
-from emoe_core.cache import cache_dir
 from emoe_core.checkpoint.index import CheckpointIndex, MoeLayer
 from emoe_core.checkpoint.safetensors_files import TensorRef, byte_view, tensors_by_name
 from emoe_core.errors import DataError, UnsupportedFamilyError
+from emoe_core.loader.cache_folder import cache_dir
 
 ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "mixtral": "llama"}
 _KINDS = {

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from emoe_core.pack import Pack
-from emoe_core.storage import PackedFile, aligned_buffer
+from emoe_core.loader.pack import Pack
+from emoe_core.loader.storage import PackedFile, aligned_buffer
 
 THREADS = (1, 2, 4, 8)
 

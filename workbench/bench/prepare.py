@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from emoe_core.budget import SlotPlan, plan_slots
-from emoe_core.cache import cache_dir
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
-from emoe_core.pack import ensure_pack
+from emoe_core.loader.cache_folder import cache_dir
+from emoe_core.loader.pack import ensure_pack
 from workbench.baselines.systems import System, require_runnable
 from workbench.bench.bandwidth import Bandwidths, measure_bandwidths
 from workbench.bench.forced_tokens import ForcedTokens, forced_tokens

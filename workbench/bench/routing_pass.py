@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from emoe_core.cache import cache_dir
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.loader.cache_folder import cache_dir
 from workbench.baselines.engine import EngineDecoder
 from workbench.bench.forced_tokens import ForcedTokens
 from workbench.simulate_accesses import Accesses, accesses_of

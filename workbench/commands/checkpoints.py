@@ -94,7 +94,7 @@ def pack(
     if out is not None and out.is_dir():
         raise OptionError(f"--out {out} is a folder: name the file to write, such as {out / 'experts.emoe'}")
     from emoe_core.checkpoint.index import open_checkpoint
-    from emoe_core.pack import Pack, ensure_pack, write_pack
+    from emoe_core.loader.pack import Pack, ensure_pack, write_pack
     from workbench.models import resolve_model
     from workbench.quantities import show_bytes
 
@@ -159,7 +159,7 @@ def cache(
     yes: Annotated[bool, typer.Option("--yes", help="Clear without asking.")] = False,
 ) -> None:
     """Show or empty the cache: downloaded packages, built models, packs, prompts. All of it can be made again."""
-    from emoe_core.cache import cache_dir
+    from emoe_core.loader.cache_folder import cache_dir
     from workbench.quantities import show_bytes
 
     console = Console()
@@ -213,7 +213,7 @@ def memory_options(checkpoint: str | Path, budget: str | None, max_quality_loss:
 
 def pack_dir() -> Path:
     """Return the folder of the cache that packs lie in."""
-    from emoe_core.cache import cache_dir
+    from emoe_core.loader.cache_folder import cache_dir
 
     return cache_dir() / "packs"
 

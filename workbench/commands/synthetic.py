@@ -91,7 +91,7 @@ def _routing_line(routing: dict[str, object]) -> str:
 
 
 def _cached(label: str, routing: str, dtype: str, seed: int) -> Path:
-    from emoe_core.cache import cache_dir
+    from emoe_core.loader.cache_folder import cache_dir
 
     name = f"{label.replace(' at scale 1', '')} {dtype} {Path(routing).stem} seed {seed}"
     return cache_dir() / "synthetic" / name.replace(" ", "-").replace(",", "").replace(".", "_")

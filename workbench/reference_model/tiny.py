@@ -18,8 +18,8 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from emoe_core.cache import cache_dir
 from emoe_core.errors import OptionError
+from emoe_core.loader.cache_folder import cache_dir
 
 HIDDEN = 64
 INTERMEDIATE = 64

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from emoe_core.cache import cache_dir
 from emoe_core.errors import DataError
 from emoe_core.json_file import parse
+from emoe_core.loader.cache_folder import cache_dir
 from workbench.serving.arrivals import Arrival
 
 KNOWN = {

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from emoe_core.checkpoint.index import MoeLayer
-from emoe_core.slots import Entry
-from emoe_core.storage import Storage, aligned_buffer, unpin
+from emoe_core.loader.slots import Entry
+from emoe_core.loader.storage import Storage, aligned_buffer, unpin
 
 
 class SlotMemory:

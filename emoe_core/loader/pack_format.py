@@ -5,7 +5,7 @@ a multiple of 4 KiB, then the records: layer by layer, expert by expert, each a 
 is ``layer.offset_bytes + expert * layer.record_bytes``. Checksums are XXH3 (64 bits) over the whole record, padding
 included. They notice damage, not malice.
 
-This module opens and checks packs; `emoe_core.pack` writes them and `emoe_core.storage` reads records fast.
+This module opens and checks packs; `emoe_core.loader.pack` writes them and `emoe_core.loader.storage` reads records fast.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class Pack:
-    """An opened pack: everything of its header. Records are read by `emoe_core.storage.PackedFile`."""
+    """An opened pack: everything of its header. Records are read by `emoe_core.loader.storage.PackedFile`."""
 
     path: Path
     model_type: str

@@ -17,11 +17,11 @@ from concurrent.futures import wait as wait_for
 import torch
 
 from emoe_core.checkpoint.index import MoeLayer
-from emoe_core.lease import Lease
+from emoe_core.loader.lease import Lease
+from emoe_core.loader.slot_memory import SlotMemory
+from emoe_core.loader.slots import Entry, SlotTable
+from emoe_core.loader.storage import Storage
 from emoe_core.metrics import Counters
-from emoe_core.slot_memory import SlotMemory
-from emoe_core.slots import Entry, SlotTable
-from emoe_core.storage import Storage
 from emoe_core.timeline import Timeline
 
 logger = logging.getLogger(__name__)

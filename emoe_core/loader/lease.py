@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from emoe_core.slots import Entry
+from emoe_core.loader.slots import Entry
 
 if TYPE_CHECKING:
-    from emoe_core.loader import ExpertLoader
+    from emoe_core.loader.loader import ExpertLoader
 
 
 class Lease:

@@ -19,9 +19,9 @@ from typing import Literal, Protocol
 import torch
 
 from emoe_core.checkpoint.safetensors_files import byte_view
-from emoe_core.direct_io import PAGE_BYTES, open_direct
 from emoe_core.errors import OptionError, PackError
-from emoe_core.pack import Pack, Progress, truncated
+from emoe_core.loader.direct_io import PAGE_BYTES, open_direct
+from emoe_core.loader.pack import Pack, Progress, truncated
 
 Verify = Literal["first", "always", "never"]
 

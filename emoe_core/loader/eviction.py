@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from emoe_core.errors import OptionError
-from emoe_core.slots import POLICIES, Entry, SlotTable
+from emoe_core.loader.slots import POLICIES, Entry, SlotTable
 
 DECAYED_DEMAND = "decayed_demand"
 HALF_LIFE_PASSES = 2.0

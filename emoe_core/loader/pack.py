@@ -3,7 +3,7 @@
 A pack belongs to one checkpoint: its header holds the fingerprint of the weights. Where the checkpoint's files carry
 other modification times than the pack knows, `ensure_pack` compares every expert once and remembers the answer.
 
-The file's format is `emoe_core.pack_format`; writing never needs more memory than a few experts.
+The file's format is `emoe_core.loader.pack_format`; writing never needs more memory than a few experts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from emoe_core.checkpoint.index import RECORD_ALIGN_BYTES, CheckpointIndex
 from emoe_core.checkpoint.safetensors_files import byte_view
 from emoe_core.errors import PackError
 from emoe_core.json_file import parse, read_text
-from emoe_core.pack_format import (
+from emoe_core.loader.pack_format import (
     FIX,
     MAGIC,
     PREAMBLE,

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from emoe_core.loader import ExpertLoader
+from emoe_core.loader.loader import ExpertLoader
 
 Router = Callable[[torch.Tensor], torch.Tensor]
 
