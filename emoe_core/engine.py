@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emoe_core import generation
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
-from emoe_core.control import ControlLoop
 from emoe_core.engine_plan import plan_engine
 from emoe_core.errors import OptionError, UnsupportedFamilyError
 from emoe_core.experts import layer as experts
@@ -34,7 +33,6 @@ from emoe_core.footprint import MemoryBreakdown, memory_breakdown
 from emoe_core.forward_passes import ForwardPasses
 from emoe_core.heap import trim_during_prompts
 from emoe_core.html_view import heading, layer_map
-from emoe_core.interval import make_interval
 from emoe_core.kernel_cache import bound_kernel_caches
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.eviction import make_table
@@ -45,6 +43,8 @@ from emoe_core.loader.slots import SlotTable
 from emoe_core.loader.storage import HostMemory, PackedFile
 from emoe_core.metrics import RunStats
 from emoe_core.options import EngineConfig, resolve_device
+from emoe_core.planning.control import ControlLoop
+from emoe_core.planning.interval import make_interval
 from emoe_core.predictor import Predictor, make_predictor
 from emoe_core.timeline import Timeline
 from emoe_core.tokenizer import load_tokenizer

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from emoe_core.control import ControlLoop
 from emoe_core.errors import IntegrationError
 from emoe_core.experts.step import StepContext
 from emoe_core.experts.trace import TraceRecorder
 from emoe_core.loader.loader import ExpertLoader
-from emoe_core.quality_target import QualityPlan
-from emoe_core.tasks import UNKNOWN
+from emoe_core.planning.control import ControlLoop
+from emoe_core.planning.quality_target import QualityPlan
+from emoe_core.planning.tasks import UNKNOWN
 from emoe_core.timeline import Timeline
 
 

@@ -9,11 +9,11 @@ import torch
 
 from emoe_core.budget import Budget
 from emoe_core.checkpoint.index import EXPERT_DTYPES, parse_dtype
-from emoe_core.control import REPLANS
 from emoe_core.errors import OptionError
-from emoe_core.interval import make_interval
 from emoe_core.loader.eviction import require_policy
-from emoe_core.tasks import Profile
+from emoe_core.planning.control import REPLANS
+from emoe_core.planning.interval import make_interval
+from emoe_core.planning.tasks import Profile
 
 
 @dataclass(frozen=True)

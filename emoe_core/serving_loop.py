@@ -37,7 +37,7 @@ import torch
 from emoe_core.costs import ServingCosts
 from emoe_core.errors import OptionError
 from emoe_core.generation_rules import GenerationRules, require_known_tokens
-from emoe_core.planner import DEFAULT_OUTPUT_TOKENS, RunningRequest
+from emoe_core.planning.planner import DEFAULT_OUTPUT_TOKENS, RunningRequest
 from emoe_core.running_batch import Row, RunningBatch
 from emoe_core.sampling import Sampler, Sampling
 from emoe_core.scheduler import BatchLimits, Objective, Scheduler, ServiceRequest, Situation, WaitingQueue

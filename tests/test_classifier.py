@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from emoe_core.classifier import classify, keyword_matches
-from emoe_core.task_keywords import KEYWORDS
-from emoe_core.tasks import TASK_TYPES
+from emoe_core.planning.classifier import classify, keyword_matches
+from emoe_core.planning.task_keywords import KEYWORDS
+from emoe_core.planning.tasks import TASK_TYPES
 from workbench.workloads import load_fixture
 
 FREEFORM = Path(__file__).parent / "fixtures" / "prompts_freeform.jsonl"

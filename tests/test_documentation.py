@@ -16,8 +16,8 @@ import typer
 from markdown_it import MarkdownIt
 
 from emoe_core.checkpoint.index import open_checkpoint
+from emoe_core.planning.tasks import Profile, TaskProfile
 from emoe_core.predictor import PREDICTORS
-from emoe_core.tasks import Profile, TaskProfile
 from workbench.cli import app, main
 from workbench.profiling import profile_path
 from workbench.reference_model.tiny import EXPERTS, LAYERS, tiny_moe

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from emoe_core.errors import OptionError
-from emoe_core.interval import AdaptiveInterval, FixedInterval, coverage, make_interval
-from emoe_core.planner import Plan
+from emoe_core.planning.interval import AdaptiveInterval, FixedInterval, coverage, make_interval
+from emoe_core.planning.planner import Plan
 
 
 def test_a_fixed_interval_is_due_at_multiples_of_p_whatever_is_covered() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from emoe_core.json_file import MAX_BYTES, parse, read_text, write_whole
 from emoe_core.loader.cache_folder import cache_dir
-from emoe_core.tasks import Profile, ProfileError
+from emoe_core.planning.tasks import Profile, ProfileError
 
 
 def test_a_write_that_fails_midway_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
-from emoe_core.tasks import Profile, TaskProfile
+from emoe_core.planning.tasks import Profile, TaskProfile
 from workbench.reference_model.tiny import FAMILIES, LAYERS, tiny_moe
 
 FLOAT16_EPSILON = 2e-3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emoe_core.planner import RunningRequest, expected_tokens, make_plan
+from emoe_core.planning.planner import RunningRequest, expected_tokens, make_plan
 
 SHARES = {
     "qa": np.array([[0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.4, 0.4]]),

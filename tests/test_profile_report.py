@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emoe_core.checkpoint.index import open_checkpoint
-from emoe_core.tasks import TASK_TYPES, Profile, TaskProfile
+from emoe_core.planning.tasks import TASK_TYPES, Profile, TaskProfile
 from workbench import profile_report
 from workbench.configuration import ExperimentConfig
 from workbench.profile_report import OUR_RULE, PAPER_RULE

@@ -11,8 +11,8 @@ import pytest
 
 from emoe_core.errors import DataError
 from emoe_core.loader.cache_folder import cache_dir
-from emoe_core.quality_target import choose
-from emoe_core.tasks import TASK_TYPES, Profile, ProfileError
+from emoe_core.planning.quality_target import choose
+from emoe_core.planning.tasks import TASK_TYPES, Profile, ProfileError
 from workbench import disturbance
 from workbench import similarity as similarity_module
 from workbench.coverage import coverage

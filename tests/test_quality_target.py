@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
-from emoe_core.quality_target import choose, unscaled_loss_nats
-from emoe_core.tasks import Profile, ProfileError, TaskProfile
+from emoe_core.planning.quality_target import choose, unscaled_loss_nats
+from emoe_core.planning.tasks import Profile, ProfileError, TaskProfile
 from workbench.reference_model.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 
 SHARES = st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3)

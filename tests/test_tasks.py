@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emoe_core.tasks import Profile, ProfileError, TaskProfile, insensitive_until, insensitive_within
+from emoe_core.planning.tasks import Profile, ProfileError, TaskProfile, insensitive_until, insensitive_within
 
 
 @given(st.lists(st.floats(0, 1), max_size=40), st.floats(0, 1))
@@ -137,6 +137,6 @@ def test_an_inconsistent_profile_cannot_be_made(make):
 
 
 def test_task_types_do_not_pull_in_the_bench():
-    code = "import sys, emoe_core.tasks; print([m for m in ('workbench', 'mlflow', 'matplotlib') if m in sys.modules])"
+    code = "import sys, emoe_core.planning.tasks; print([m for m in ('workbench', 'mlflow', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

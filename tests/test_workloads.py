@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe_core.errors import DataError
-from emoe_core.tasks import TASK_TYPES
+from emoe_core.planning.tasks import TASK_TYPES
 from workbench.workloads import load_fixture
 from workbench.workloads.embedded import MEMBERS, READERS
 from workbench.workloads.records import MAX_WORDS, TEMPLATES, Record, cut_lines, cut_words, render

@@ -15,7 +15,7 @@ import datasets
 import pytest
 
 from emoe_core.errors import DataError
-from emoe_core.tasks import TASK_TYPES
+from emoe_core.planning.tasks import TASK_TYPES
 from workbench.workloads import (
     SPLITS,
     data_hash,

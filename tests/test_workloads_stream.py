@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe_core.errors import OptionError
-from emoe_core.tasks import TASK_TYPES
+from emoe_core.planning.tasks import TASK_TYPES
 from workbench.workloads import StreamConfig, load_fixture, prompt_stream, task_order
 
 configs = st.builds(

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from emoe_core.classifier import classify
 from emoe_core.errors import OptionError
-from emoe_core.tasks import TASK_TYPES, UNKNOWN
+from emoe_core.planning.classifier import classify
+from emoe_core.planning.tasks import TASK_TYPES, UNKNOWN
 from workbench.workloads import load_task
 
 _LABEL = re.compile(r"^(?:(?:Passage|Question|Article|Text|Claim): |[AB]: |```\w*$)", re.MULTILINE)

@@ -13,8 +13,8 @@ from typing import Any
 
 from emoe_core.errors import OptionError
 from emoe_core.options import EngineConfig
+from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.predictor import PREDICTORS, TRAINED
-from emoe_core.tasks import TASK_TYPES
 from workbench.labels import check_labels
 from workbench.workloads import StreamConfig
 

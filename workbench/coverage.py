@@ -1,7 +1,7 @@
 """What a quality target needs beyond sensitivity: how well a task's usual experts cover its prompts, and a loss scale.
 
 Both are measured on the prompts of a task profile, split in two halves: experts are counted on one half and judged on
-the other, then the halves change places (terms and the model of the loss: `emoe_core.quality_target`).
+the other, then the halves change places (terms and the model of the loss: `emoe_core.planning.quality_target`).
 
 * Coverage comes from the routing of the all-resident reference outputs; no model runs.
 * The scale holds the model of the loss against the engine. With ``slots`` experts a layer, tolerance 1 and the
@@ -23,8 +23,8 @@ import torch
 import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.quality_target import unscaled_loss_nats
-from emoe_core.tasks import Profile
+from emoe_core.planning.quality_target import unscaled_loss_nats
+from emoe_core.planning.tasks import Profile
 from workbench.quality import compare
 from workbench.reference_outputs import Reference, ReferenceOutput
 

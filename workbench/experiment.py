@@ -25,8 +25,8 @@ import emoe_core
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.options import resolve_device
+from emoe_core.planning.tasks import Profile
 from emoe_core.predictor import TRAINED, OraclePredictor
-from emoe_core.tasks import Profile
 from workbench.configuration import ORACLE, ExperimentConfig
 from workbench.labels import told_tasks
 from workbench.memory import MemoryMeasurement, as_metrics, measure

@@ -11,9 +11,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from emoe_core.classifier import classify
 from emoe_core.errors import OptionError
-from emoe_core.tasks import TASK_TYPES, UNKNOWN
+from emoe_core.planning.classifier import classify
+from emoe_core.planning.tasks import TASK_TYPES, UNKNOWN
 from workbench.workloads import Prompt
 
 LABELS = ("given", "none", "keywords")

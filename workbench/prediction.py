@@ -32,9 +32,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from emoe_core.control import ControlLoop
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.interval import make_interval
+from emoe_core.planning.control import ControlLoop
+from emoe_core.planning.interval import make_interval
 from emoe_core.predictor import PREDICTORS, TRAINED, OraclePredictor, Predictor
 from emoe_core.predictor.transformer import TransformerPredictor
 from workbench.counting_loader import CountingLoader

@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from emoe_core.tasks import LENGTH_QUANTILES, Profile
+from emoe_core.planning.tasks import LENGTH_QUANTILES, Profile
 from workbench.configuration import ExperimentConfig
 from workbench.experiment import run_experiment
 from workbench.quality import LEAST_PROMPTS

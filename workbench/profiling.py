@@ -1,6 +1,6 @@
 """Measure task profiles: output lengths, and how far routing may go wrong before a task's output changes.
 
-With every expert resident, three things are measured per task on the profile split (terms: `emoe_core.tasks`):
+With every expert resident, three things are measured per task on the profile split (terms: `emoe_core.planning.tasks`):
 
 * output lengths: greedy answers of at most ``length_cap_tokens`` (W_o of Eq. 2; Fig. 4);
 * the curve of the paper's section 3.4 (Fig. 5): the first j MoE layers are routed at random and prompts are answered
@@ -31,7 +31,7 @@ import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import DataError, OptionError
 from emoe_core.loader.cache_folder import cache_dir
-from emoe_core.tasks import DEFAULT_SIMILARITY_THRESHOLD, LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
+from emoe_core.planning.tasks import DEFAULT_SIMILARITY_THRESHOLD, LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
 from workbench.coverage import extend
 from workbench.disturbance import layer_divergences, random_routing
 from workbench.models import resolve_model

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from emoe_core.errors import DataError, OptionError
+from emoe_core.planning.tasks import UNKNOWN
 from emoe_core.predictor.history import History
 from emoe_core.predictor.network import VARIANTS, NetworkShape, ShareNetwork
 from emoe_core.predictor.shares import shares_of
 from emoe_core.predictor.transformer import PredictorHeader, TransformerPredictor
-from emoe_core.tasks import UNKNOWN
 
 Progress = Callable[[int, int, float], None]
 FEEDBACK_PASSES = 3  # variant L: see ShareNetwork.predict

@@ -33,7 +33,7 @@ from dataclasses import replace
 import pandas as pd
 from IPython.display import display
 
-from emoe_core.tasks import TASK_TYPES, Profile
+from emoe_core.planning.tasks import TASK_TYPES, Profile
 from workbench import figures, profile_report, tracking
 from workbench.configuration import ExperimentConfig
 from workbench.models import resolve_model

@@ -9,7 +9,7 @@ from typing import Any
 
 import emoe_core
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.tasks import UNKNOWN
+from emoe_core.planning.tasks import UNKNOWN
 from workbench.baselines.stock import TorchDecoder
 
 

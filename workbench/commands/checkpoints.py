@@ -55,7 +55,7 @@ def run(
         raise OptionError(f"--max-new-tokens {max_new_tokens}: give at least 1.")
     if not prompt.strip():
         raise OptionError("the prompt is empty: say what to ask.")
-    from emoe_core.tasks import TASK_TYPES
+    from emoe_core.planning.tasks import TASK_TYPES
     from workbench.models import resolve_model
 
     if task is not None and task not in TASK_TYPES:

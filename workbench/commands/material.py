@@ -143,7 +143,7 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="File to write; the cache when not given.")] = None,
 ) -> None:
     """Measure output lengths, and which layers' routing a task depends on (goes on where it stopped)."""
-    from emoe_core.tasks import DEFAULT_SIMILARITY_THRESHOLD
+    from emoe_core.planning.tasks import DEFAULT_SIMILARITY_THRESHOLD
     from workbench.models import resolve_model
     from workbench.profiling import ProfileConfig, extend_profile, measure_profile, profile_path, stored_profile
     from workbench.progress import stage_bars

@@ -21,7 +21,7 @@ from emoe_core.budget import Budget, plan_slots
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import EmoeError, ExperimentError
 from emoe_core.html_view import heading
-from emoe_core.tasks import TASK_TYPES
+from emoe_core.planning.tasks import TASK_TYPES
 from workbench.configuration import ExperimentConfig
 from workbench.explore.explorer import Explorer, Observation
 from workbench.explore.readout import ALL_TASKS, name_of, points_table, readout

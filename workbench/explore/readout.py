@@ -8,7 +8,7 @@ from html import escape
 import pandas as pd
 
 from emoe_core.html_view import BLUE, GREY, ORANGE, Part, bar, heading, served_bar
-from emoe_core.tasks import TASK_TYPES
+from emoe_core.planning.tasks import TASK_TYPES
 from workbench.busy import busy_warning
 from workbench.configuration import ExperimentConfig
 from workbench.explore.explorer import Observation

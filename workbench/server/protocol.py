@@ -17,13 +17,13 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
-from emoe_core.classifier import classify
 from emoe_core.errors import OptionError
 from emoe_core.generation_rules import unknown_token
+from emoe_core.planning.classifier import classify
+from emoe_core.planning.tasks import TASK_TYPES, UNKNOWN
 from emoe_core.sampling import Sampling
 from emoe_core.scheduler import Objective
 from emoe_core.serving_loop import NO_PROMISE
-from emoe_core.tasks import TASK_TYPES, UNKNOWN
 from workbench.server.conversation import conversation_text
 from workbench.server.fields import ChatRequest, Common, CompletionRequest, Slo, read_fields
 from workbench.server.limits import ApiError, ServerLimits

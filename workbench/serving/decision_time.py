@@ -15,6 +15,7 @@ import time
 import numpy as np
 
 from emoe_core.costs import ServingCosts, TaskLoad
+from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.scheduler import (
     SCHEDULERS,
     BatchLimits,
@@ -24,7 +25,6 @@ from emoe_core.scheduler import (
     WaitingQueue,
     make_scheduler,
 )
-from emoe_core.tasks import TASK_TYPES
 
 
 def decision_times_s(name: str, waiting: int, max_batch: int, free: int, repeats: int, seed: int = 0) -> np.ndarray:

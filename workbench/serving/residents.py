@@ -1,6 +1,6 @@
 """Which experts a simulated engine holds: the plan of Eq. 2 for whoever runs, and what each swap loads.
 
-The rules are the engine's own (`emoe_core.control`, `emoe_core.planner`), over whole arrays because a simulation plans
+The rules are the engine's own (`emoe_core.planning.control`, `emoe_core.planning.planner`), over whole arrays because a simulation plans
 thousands of times; a test holds the two together. Predicted frequencies are each task's mean shares and do not change:
 what is simulated is who gets the slots, not how well they were predicted.
 """
@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from emoe_core.control import REPLANS
 from emoe_core.errors import OptionError
-from emoe_core.planner import RunningRequest
+from emoe_core.planning.control import REPLANS
+from emoe_core.planning.planner import RunningRequest
 
 
 class Residents:

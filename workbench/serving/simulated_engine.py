@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from emoe_core.costs import ServingCosts
-from emoe_core.planner import RunningRequest
+from emoe_core.planning.planner import RunningRequest
 from emoe_core.scheduler import BatchLimits, Scheduler, ServiceRequest, Situation, WaitingQueue
 from workbench.serving.residents import Residents
 

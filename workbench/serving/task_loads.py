@@ -15,7 +15,7 @@ import emoe_core
 from emoe_core.costs import TaskLoad
 from emoe_core.errors import DataError, OptionError
 from emoe_core.generation import encode
-from emoe_core.tasks import LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
+from emoe_core.planning.tasks import LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
 from workbench.profiling import stored_profile
 from workbench.workloads import StreamConfig, prompt_stream
 

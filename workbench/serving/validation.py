@@ -23,7 +23,7 @@ import pandas as pd
 import emoe_core
 from emoe_core.costs import ServingCosts
 from emoe_core.errors import OptionError
-from emoe_core.planner import RunningRequest
+from emoe_core.planning.planner import RunningRequest
 from emoe_core.scheduler import BatchLimits, Objective, make_scheduler
 from emoe_core.serving_loop import ServingLoop
 from emoe_core.serving_records import Answer, Pass

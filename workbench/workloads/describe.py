@@ -8,7 +8,7 @@ import pandas as pd
 from rich.console import Group
 from rich.table import Table
 
-from emoe_core.tasks import TASK_TYPES
+from emoe_core.planning.tasks import TASK_TYPES
 from workbench.workloads.split import SPLITS
 from workbench.workloads.store import load_task
 

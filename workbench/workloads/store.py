@@ -30,7 +30,7 @@ from filelock import FileLock
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from emoe_core.errors import DataError
-from emoe_core.tasks import TASK_TYPES
+from emoe_core.planning.tasks import TASK_TYPES
 from workbench.cache import cache_dir, sha256_file
 from workbench.workloads import embedded, hub
 from workbench.workloads.records import MAX_WORDS, TEMPLATES, Record, render

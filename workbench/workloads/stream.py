@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from emoe_core.errors import OptionError
-from emoe_core.tasks import TASK_TYPES
+from emoe_core.planning.tasks import TASK_TYPES
 from workbench.workloads.fixture import load_fixture
 from workbench.workloads.split import SPLITS, stable_hash
 from workbench.workloads.store import SOURCES, load_task

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from emoe_core.errors import OptionError
-from emoe_core.tasks import Profile, ProfileError, TaskProfile
+from emoe_core.planning.tasks import Profile, ProfileError, TaskProfile
 
 
 @dataclass(frozen=True)

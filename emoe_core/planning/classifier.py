@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-from emoe_core.task_keywords import KEYWORDS
-from emoe_core.tasks import UNKNOWN
+from emoe_core.planning.task_keywords import KEYWORDS
+from emoe_core.planning.tasks import UNKNOWN
 
 
 def _compile(keyword: str) -> re.Pattern[str]:

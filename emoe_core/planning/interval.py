@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from emoe_core.errors import OptionError
-from emoe_core.planner import Plan
+from emoe_core.planning.planner import Plan
 
 ADAPTIVE = "adaptive"
 WINDOW = 8

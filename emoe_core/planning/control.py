@@ -30,11 +30,11 @@ import numpy as np
 import torch
 
 from emoe_core.experts.step import StepContext
-from emoe_core.interval import Interval, coverage
 from emoe_core.metrics import Counters
-from emoe_core.planner import DEFAULT_OUTPUT_TOKENS, Plan, RunningRequest, expected_tokens, make_plan
+from emoe_core.planning.interval import Interval, coverage
+from emoe_core.planning.planner import DEFAULT_OUTPUT_TOKENS, Plan, RunningRequest, expected_tokens, make_plan
+from emoe_core.planning.tasks import Profile
 from emoe_core.predictor import Predictor
-from emoe_core.tasks import Profile
 from emoe_core.timeline import Timeline
 
 REPLANS = ("admission", "interval")
