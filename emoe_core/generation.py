@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from emoe_core.errors import OptionError, UnsupportedFamilyError
-from emoe_core.generation_rules import GenerationRules, embedded_tokens, end_tokens, require_known_tokens
 from emoe_core.planning.classifier import classify
 from emoe_core.planning.tasks import UNKNOWN
+from emoe_core.serving.generation_rules import GenerationRules, embedded_tokens, end_tokens, require_known_tokens
 from emoe_core.text_stream import TextStream
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from emoe_core.costs import ServingCosts, TaskLoad
 from emoe_core.scheduler import Objective, ServiceRequest
+from emoe_core.scheduler.costs import ServingCosts, TaskLoad
 
 FOREVER = Objective(1e9, 1e9)
 

@@ -20,11 +20,11 @@ from transformers import (
 import emoe_core
 from emoe_core.errors import EmoeError, OptionError
 from emoe_core.generation import encode
-from emoe_core.generation_rules import GenerationRules
-from emoe_core.sampling import Sampler, Sampling
 from emoe_core.scheduler import BatchLimits, make_scheduler
-from emoe_core.serving_loop import ServingLoop
-from emoe_core.serving_records import Answer
+from emoe_core.serving.generation_rules import GenerationRules
+from emoe_core.serving.loop import ServingLoop
+from emoe_core.serving.records import Answer
+from emoe_core.serving.sampling import Sampler, Sampling
 from workbench.reference_model.tiny import tiny_moe
 
 PROMPTS = ["A heron waits at the water", "Why? Why?", "Two and two"]

@@ -13,9 +13,9 @@ from serving_bench import make_costs
 
 import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
-from emoe_core.costs import CostsError, ServingCosts, TaskLoad
 from emoe_core.errors import DataError, OptionError
 from emoe_core.planning.tasks import TASK_TYPES
+from emoe_core.scheduler.costs import CostsError, ServingCosts, TaskLoad
 from workbench import cli
 from workbench.reference_model.tiny import LAYERS, tiny_moe
 from workbench.server.listen import EmoeServer

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PhimoeConfig, PreT
 
 import emoe_core
 from emoe_core.generation import encode
-from emoe_core.sampling import Sampler, Sampling
 from emoe_core.scheduler import BatchLimits, make_scheduler
-from emoe_core.serving_loop import ServingLoop
+from emoe_core.serving.loop import ServingLoop
+from emoe_core.serving.sampling import Sampler, Sampling
 from workbench.reference_model.tiny import roughen, tiny_moe
 
 PROMPTS = ["A heron waits.", "Two and two make four, they say", "Why?", "Is the sky blue at noon"]

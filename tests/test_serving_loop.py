@@ -10,12 +10,12 @@ import torch
 from serving_bench import make_costs
 
 import emoe_core
-from emoe_core.costs import CostsError, TaskLoad
 from emoe_core.errors import OptionError
 from emoe_core.generation import encode
 from emoe_core.scheduler import BatchLimits, RequestTooLargeError, make_scheduler
-from emoe_core.serving_loop import ServingLoop, limits_within
-from emoe_core.serving_records import Answer
+from emoe_core.scheduler.costs import CostsError, TaskLoad
+from emoe_core.serving.loop import ServingLoop, limits_within
+from emoe_core.serving.records import Answer
 from workbench.reference_model.tiny import tiny_moe
 from workbench.serving.arrivals import Arrival
 from workbench.serving.experiment import ServingConfig, simulate_serving

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from serving_bench import make_costs
 
-from emoe_core.costs import ServingCosts
 from emoe_core.errors import OptionError
 from emoe_core.planning.tasks import TASK_TYPES, Profile
+from emoe_core.scheduler.costs import ServingCosts
 from workbench.profiling import RECIPES
 from workbench.serving import report
 from workbench.serving.comparison import (

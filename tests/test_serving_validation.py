@@ -8,9 +8,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from emoe_core.costs import CostsError, ServingCosts
 from emoe_core.errors import OptionError
-from emoe_core.serving_records import Pass
+from emoe_core.scheduler.costs import CostsError, ServingCosts
+from emoe_core.serving.records import Pass
 from workbench.reference_model.tiny import tiny_moe
 from workbench.serving.experiment import ServingConfig
 from workbench.serving.measure import CostsConfig, measure_costs

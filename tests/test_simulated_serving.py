@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_bench import FOREVER, make_costs, make_request, two_tasks
 
-from emoe_core.costs import ServingCosts
 from emoe_core.errors import OptionError
 from emoe_core.planning.planner import RunningRequest, expected_tokens, make_plan
 from emoe_core.scheduler import SCHEDULERS, BatchLimits, Objective, RequestTooLargeError, make_scheduler
+from emoe_core.scheduler.costs import ServingCosts
 from workbench.serving.arrivals import Arrival
 from workbench.serving.cluster import Cluster
 from workbench.serving.experiment import ServingConfig, capacity_per_s, objectives, simulate_serving

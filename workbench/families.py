@@ -22,7 +22,7 @@ from emoe_core.errors import ExperimentError, UnsupportedFamilyError
 from emoe_core.experts.layer import handle_of
 from emoe_core.planning.tasks import UNKNOWN
 from emoe_core.scheduler import BatchLimits, make_scheduler
-from emoe_core.serving_loop import ServingLoop
+from emoe_core.serving.loop import ServingLoop
 from workbench.reference_model.tiny_families import FIRST_PLAIN_TOKEN, VOCABULARY, tiny_family
 
 RECORD = Path(__file__).with_name("families.json")

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import torch
 from transformers import PreTrainedModel
 
-from emoe_core.batch_cache import obstacle
 from emoe_core.checkpoint.adapters import adapter_of
 from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.errors import IntegrationError
@@ -24,6 +23,7 @@ from emoe_core.experts.compute import Proof, prove
 from emoe_core.experts.router import watch_routers
 from emoe_core.loader.loader import ExpertLoader
 from emoe_core.loader.prefetch import Lookahead
+from emoe_core.serving.kv_cache import obstacle
 
 # The norm between attention and the MoE block, as the families of transformers call it.
 NORM = "post_attention_layernorm"

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from emoe_core.costs import CostsError, ServingCosts
 from emoe_core.errors import OptionError
 from emoe_core.scheduler.admission import MAX_BYPASSED, Scheduler, Situation
+from emoe_core.scheduler.costs import CostsError, ServingCosts
 from emoe_core.scheduler.orders import EarliestDueFirst, FirstComeFirstServed, ShortestExpectedFirst, TaskAffine
 from emoe_core.scheduler.requests import BatchLimits, Objective, RequestTooLargeError, ServiceRequest, WaitingQueue
 from emoe_core.scheduler.slo_aware import SloAware

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from emoe_core.costs import ServingCosts
 from emoe_core.scheduler.admission import MAX_BYPASSED, Situation, admit_in_order, require_bypasses
+from emoe_core.scheduler.costs import ServingCosts
 from emoe_core.scheduler.requests import ServiceRequest
 
 

@@ -23,8 +23,8 @@ from operator import attrgetter
 
 import numpy as np
 
-from emoe_core.costs import ServingCosts
 from emoe_core.scheduler.admission import MAX_BYPASSED, Admission, Situation, require_bypasses
+from emoe_core.scheduler.costs import ServingCosts
 from emoe_core.scheduler.latency import DecodeForecast
 from emoe_core.scheduler.requests import ServiceRequest
 

@@ -100,7 +100,7 @@ def simulate_serving(
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Simulate a service under several schedulers and rates, by measured costs."""
-    from emoe_core.costs import ServingCosts
+    from emoe_core.scheduler.costs import ServingCosts
     from workbench.models import resolve_model
     from workbench.progress import stage_bars
     from workbench.serving.comparison import compare_schedulers, variant

@@ -18,7 +18,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from emoe_core.serving_records import Answer
+from emoe_core.serving.records import Answer
 from workbench.replicas.replica import ReplicaMetrics
 from workbench.replicas.routing import TASK
 from workbench.server.limits import ApiError, shutting_down

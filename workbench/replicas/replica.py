@@ -12,10 +12,10 @@ from typing import Any
 from prometheus_client import Metric
 
 import emoe_core
-from emoe_core.costs import ServingCosts
 from emoe_core.errors import ExperimentError
 from emoe_core.scheduler import BatchLimits, make_scheduler
-from emoe_core.serving_records import Answer
+from emoe_core.scheduler.costs import ServingCosts
+from emoe_core.serving.records import Answer
 from workbench.ray_connection import code_hash
 from workbench.replicas.residency import Residency, look
 from workbench.replicas.routing import RESIDENCY

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from emoe_core.serving_records import Answer
+from emoe_core.serving.records import Answer
 from emoe_core.text_stream import TextStream
 from workbench.server.backend import Backend, Exchange
 from workbench.server.fields import UNUSED_HEADER

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from typing import Any, Protocol
 
-from emoe_core.serving_records import Answer
+from emoe_core.serving.records import Answer
 from workbench.server.limits import ApiError
 from workbench.server.metrics import ServerMetrics
 from workbench.server.protocol import Wanted

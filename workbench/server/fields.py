@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from emoe_core.sampling import LARGEST_SEED
+from emoe_core.serving.sampling import LARGEST_SEED
 from workbench.server.limits import ApiError
 
 UNUSED_HEADER = "x-emoe-unused-fields"

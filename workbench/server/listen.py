@@ -13,9 +13,9 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from emoe_core.costs import ServingCosts
 from emoe_core.engine import Engine
 from emoe_core.scheduler import BatchLimits, Scheduler
+from emoe_core.scheduler.costs import ServingCosts
 from workbench.server.app import make_app
 from workbench.server.backend import OneEngine
 from workbench.server.limits import ServerLimits, require_safe_host

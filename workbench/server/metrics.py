@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from emoe_core.metrics import Counters
 from emoe_core.scheduler import Objective
-from emoe_core.serving_records import Answer
+from emoe_core.serving.records import Answer
 
 TTFT_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 TPOT_BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)

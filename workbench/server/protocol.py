@@ -2,7 +2,7 @@
 
 Greedy where ``temperature`` is missing, unlike OpenAI's; with one, tokens are drawn by it, ``top_p`` and ``seed``
 (itself drawn where it is missing) and nothing else: how a checkpoint's generation_config would draw is not asked. What
-else that demands of answers (`emoe_core.generation_rules`) holds for all; ``repetition_penalty`` and ``min_tokens``
+else that demands of answers (`emoe_core.serving.generation_rules`) holds for all; ``repetition_penalty`` and ``min_tokens``
 replace it for one request.
 
 ``task`` (a task type; found from the words if missing), ``tolerance`` (the request's own miss tolerance) and ``slo``
@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emoe_core.errors import OptionError
-from emoe_core.generation_rules import unknown_token
 from emoe_core.planning.classifier import classify
 from emoe_core.planning.tasks import TASK_TYPES, UNKNOWN
-from emoe_core.sampling import Sampling
 from emoe_core.scheduler import Objective
-from emoe_core.serving_loop import NO_PROMISE
+from emoe_core.serving.generation_rules import unknown_token
+from emoe_core.serving.loop import NO_PROMISE
+from emoe_core.serving.sampling import Sampling
 from workbench.server.conversation import conversation_text
 from workbench.server.fields import ChatRequest, Common, CompletionRequest, Slo, read_fields
 from workbench.server.limits import ApiError, ServerLimits

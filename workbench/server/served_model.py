@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emoe_core.engine import Engine
 from emoe_core.errors import OptionError
-from emoe_core.generation_rules import embedded_tokens, end_tokens
+from emoe_core.serving.generation_rules import embedded_tokens, end_tokens
 
 
 @dataclass(frozen=True)

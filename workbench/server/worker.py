@@ -15,14 +15,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from emoe_core.costs import ServingCosts
 from emoe_core.engine import Engine
 from emoe_core.errors import OptionError, is_out_of_memory
 from emoe_core.metrics import Counters
-from emoe_core.sampling import Sampling
 from emoe_core.scheduler import BatchLimits, Objective, RequestTooLargeError, Scheduler
-from emoe_core.serving_loop import ServingLoop
-from emoe_core.serving_records import Answer
+from emoe_core.scheduler.costs import ServingCosts
+from emoe_core.serving.loop import ServingLoop
+from emoe_core.serving.records import Answer
+from emoe_core.serving.sampling import Sampling
 from emoe_core.text_stream import TextStream
 from workbench.server.limits import ApiError, ServerLimits, shutting_down
 from workbench.server.metrics import ServerMetrics

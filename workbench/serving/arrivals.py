@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from emoe_core.costs import TaskLoad
 from emoe_core.errors import OptionError
+from emoe_core.scheduler.costs import TaskLoad
 
 PROCESSES = ("poisson", "gamma")
 

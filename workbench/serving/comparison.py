@@ -19,8 +19,8 @@ from functools import partial
 
 import pandas as pd
 
-from emoe_core.costs import ServingCosts
 from emoe_core.errors import OptionError
+from emoe_core.scheduler.costs import ServingCosts
 from workbench.serving.cluster import Progress
 from workbench.serving.experiment import ServingConfig, ServingResult, simulate_serving
 

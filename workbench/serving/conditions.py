@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from emoe_core.costs import CostsError, ServingCosts
+from emoe_core.scheduler.costs import CostsError, ServingCosts
 from workbench.environment import compute_threads, describe_cpu
 
 if TYPE_CHECKING:

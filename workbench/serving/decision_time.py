@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 
-from emoe_core.costs import ServingCosts, TaskLoad
 from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.scheduler import (
     SCHEDULERS,
@@ -25,6 +24,7 @@ from emoe_core.scheduler import (
     WaitingQueue,
     make_scheduler,
 )
+from emoe_core.scheduler.costs import ServingCosts, TaskLoad
 
 
 def decision_times_s(name: str, waiting: int, max_batch: int, free: int, repeats: int, seed: int = 0) -> np.ndarray:

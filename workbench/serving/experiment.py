@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from emoe_core.costs import ServingCosts
 from emoe_core.errors import OptionError
 from emoe_core.scheduler import MAX_BYPASSED, SCHEDULERS, BatchLimits, Objective, ServiceRequest, make_scheduler
+from emoe_core.scheduler.costs import ServingCosts
 from workbench.serving import request_traces
 from workbench.serving.arrivals import PROCESSES, Arrival, at_rate, draw_arrivals
 from workbench.serving.cluster import Cluster, Progress

@@ -1,4 +1,4 @@
-"""Measure serving costs on the real engine: prompts, decode steps by batch size, swaps (terms: `emoe_core.costs`).
+"""Measure serving costs on the real engine: prompts, decode steps by batch size, swaps (terms: `emoe_core.scheduler.costs`).
 
 The engine is loaded under a budget at tolerance 1, as it serves when experts move only between steps; a first pass over
 everything warms it, and then its times are taken (`times.py`).
@@ -19,8 +19,8 @@ from typing import Any
 
 import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
-from emoe_core.costs import ServingCosts
 from emoe_core.errors import DataError, OptionError
+from emoe_core.scheduler.costs import ServingCosts
 from workbench.busy import OtherWork
 from workbench.environment import describe_environment
 from workbench.models import TINY, resolve_model

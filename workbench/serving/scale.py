@@ -14,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from emoe_core.costs import ServingCosts
 from emoe_core.errors import OptionError
+from emoe_core.scheduler.costs import ServingCosts
 from workbench.serving.cluster import Progress
 from workbench.serving.experiment import ServingConfig, simulate_serving
 

@@ -14,9 +14,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from emoe_core.costs import ServingCosts
 from emoe_core.planning.planner import RunningRequest
 from emoe_core.scheduler import BatchLimits, Scheduler, ServiceRequest, Situation, WaitingQueue
+from emoe_core.scheduler.costs import ServingCosts
 from workbench.serving.residents import Residents
 
 

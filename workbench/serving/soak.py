@@ -24,7 +24,7 @@ import psutil
 from scipy import stats
 
 from emoe_core.errors import EmoeError, OptionError
-from emoe_core.sampling import Sampling
+from emoe_core.serving.sampling import Sampling
 
 Progress = Callable[[str, int, int], None]
 SETTLING_SHARE = 0.3

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 import emoe_core
-from emoe_core.generation_rules import GenerationRules, end_tokens
 from emoe_core.planning.tasks import UNKNOWN
-from emoe_core.running_batch import Row, RunningBatch
-from emoe_core.sampling import Sampler
 from emoe_core.scheduler import ServiceRequest
-from emoe_core.serving_loop import NO_PROMISE
+from emoe_core.serving.batch import Row, RunningBatch
+from emoe_core.serving.generation_rules import GenerationRules, end_tokens
+from emoe_core.serving.loop import NO_PROMISE
+from emoe_core.serving.sampling import Sampler
 from workbench.serving.soak import Question, Reply
 
 ROUNDING = 1e-3

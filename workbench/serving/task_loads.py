@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 import emoe_core
-from emoe_core.costs import TaskLoad
 from emoe_core.errors import DataError, OptionError
 from emoe_core.generation import encode
 from emoe_core.planning.tasks import LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
+from emoe_core.scheduler.costs import TaskLoad
 from workbench.profiling import stored_profile
 from workbench.workloads import StreamConfig, prompt_stream
 

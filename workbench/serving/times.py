@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 import emoe_core
-from emoe_core.costs import CostsError
 from emoe_core.planning.tasks import TASK_TYPES
-from emoe_core.running_batch import Row, RunningBatch
-from emoe_core.sampling import Sampler
 from emoe_core.scheduler import ServiceRequest
-from emoe_core.serving_loop import NO_PROMISE
-from emoe_core.serving_records import Pass
+from emoe_core.scheduler.costs import CostsError
+from emoe_core.serving.batch import Row, RunningBatch
+from emoe_core.serving.loop import NO_PROMISE
+from emoe_core.serving.records import Pass
+from emoe_core.serving.sampling import Sampler
 from workbench.serving.task_loads import cut, task_tokens
 
 Progress = Callable[[str, int, int], None]

@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass, replace
 import pandas as pd
 
 import emoe_core
-from emoe_core.costs import ServingCosts
 from emoe_core.errors import OptionError
 from emoe_core.planning.planner import RunningRequest
 from emoe_core.scheduler import BatchLimits, Objective, make_scheduler
-from emoe_core.serving_loop import ServingLoop
-from emoe_core.serving_records import Answer, Pass
+from emoe_core.scheduler.costs import ServingCosts
+from emoe_core.serving.loop import ServingLoop
+from emoe_core.serving.records import Answer, Pass
 from workbench.busy import OtherWork
 from workbench.models import resolve_model
 from workbench.serving import conditions

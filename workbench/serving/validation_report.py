@@ -8,8 +8,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from emoe_core.costs import ServingCosts
-from emoe_core.serving_records import Pass
+from emoe_core.scheduler.costs import ServingCosts
+from emoe_core.serving.records import Pass
 from workbench.serving.service_metrics import service_metrics
 
 AIM = 0.15

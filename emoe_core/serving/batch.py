@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from emoe_core.batch_cache import BatchCache
-from emoe_core.rope import forget_lengths, rope_by_length
-from emoe_core.sampling import Sampler
 from emoe_core.scheduler import ServiceRequest
-from emoe_core.serving_records import Pass
+from emoe_core.serving.kv_cache import BatchCache
+from emoe_core.serving.records import Pass
+from emoe_core.serving.rope import forget_lengths, rope_by_length
+from emoe_core.serving.sampling import Sampler
 
 if TYPE_CHECKING:
     from emoe_core.engine import Engine

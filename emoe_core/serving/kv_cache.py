@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from emoe_core.rope import rope_by_length
+from emoe_core.serving.rope import rope_by_length
 
 
 def obstacle(cache: Any, config: PreTrainedConfig) -> str | None:

@@ -34,14 +34,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from emoe_core.costs import ServingCosts
 from emoe_core.errors import OptionError
-from emoe_core.generation_rules import GenerationRules, require_known_tokens
 from emoe_core.planning.planner import DEFAULT_OUTPUT_TOKENS, RunningRequest
-from emoe_core.running_batch import Row, RunningBatch
-from emoe_core.sampling import Sampler, Sampling
 from emoe_core.scheduler import BatchLimits, Objective, Scheduler, ServiceRequest, Situation, WaitingQueue
-from emoe_core.serving_records import Answer, Pass
+from emoe_core.scheduler.costs import ServingCosts
+from emoe_core.serving.batch import Row, RunningBatch
+from emoe_core.serving.generation_rules import GenerationRules, require_known_tokens
+from emoe_core.serving.records import Answer, Pass
+from emoe_core.serving.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from emoe_core.engine import Engine
