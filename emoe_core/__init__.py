@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from emoe_core.errors import EmoeError
 
 if TYPE_CHECKING:
+    from emoe_core.config import EngineConfig
     from emoe_core.engine import Engine, load
     from emoe_core.generation import Generation, Scored
     from emoe_core.metrics import Counters, RunStats
-    from emoe_core.options import EngineConfig
 
 # Imported on first use: torch and transformers take seconds, which the command line's help need not wait for.
 _HOMES = {

@@ -24,14 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emoe_core import generation
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
+from emoe_core.config import EngineConfig, resolve_device
+from emoe_core.cpu_memory import trim_during_prompts
 from emoe_core.engine_plan import plan_engine
 from emoe_core.errors import OptionError, UnsupportedFamilyError
 from emoe_core.experts import layer as experts
 from emoe_core.experts.attach import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
 from emoe_core.experts.trace import RoutingTrace, TraceRecorder
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
-from emoe_core.forward_passes import ForwardPasses
-from emoe_core.heap import trim_during_prompts
 from emoe_core.html_view import heading, layer_map
 from emoe_core.kernel_cache import bound_kernel_caches
 from emoe_core.loader.cache_folder import cache_dir
@@ -42,10 +42,10 @@ from emoe_core.loader.prefetch import Lookahead
 from emoe_core.loader.slots import SlotTable
 from emoe_core.loader.storage import HostMemory, PackedFile
 from emoe_core.metrics import RunStats
-from emoe_core.options import EngineConfig, resolve_device
 from emoe_core.planning.control import ControlLoop
 from emoe_core.planning.interval import make_interval
 from emoe_core.predictor import Predictor, make_predictor
+from emoe_core.session import ForwardPasses
 from emoe_core.timeline import Timeline
 from emoe_core.tokenizer import load_tokenizer
 

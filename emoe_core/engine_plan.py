@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from emoe_core.budget import SlotPlan, plan_given, plan_slots
 from emoe_core.checkpoint.index import CheckpointIndex
-from emoe_core.options import EngineConfig
+from emoe_core.config import EngineConfig
 from emoe_core.planning.quality_target import QualityPlan, choose
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import emoe_core
-from emoe_core import heap
+from emoe_core import cpu_memory as heap
 from emoe_core.errors import (
     BudgetError,
     CheckpointError,

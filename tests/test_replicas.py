@@ -25,8 +25,8 @@ from sweep_bench import wait_for
 from typer.testing import CliRunner
 
 import emoe_core
+from emoe_core.config import EngineConfig
 from emoe_core.errors import ExperimentError, OptionError
-from emoe_core.options import EngineConfig
 from workbench.cli import app
 from workbench.reference_model.tiny import tiny_moe
 from workbench.replicas.residency import Residency, look, missing_for

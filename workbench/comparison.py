@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from emoe_core.config import EngineConfig
 from emoe_core.errors import ExperimentError, OptionError
-from emoe_core.options import EngineConfig
 from workbench.baselines.quantized import BITS_PER_WEIGHT, score_quantized
 from workbench.configuration import ExperimentConfig
 from workbench.experiment import all_resident, quality_metrics, run_experiment, warm_trace

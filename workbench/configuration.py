@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from emoe_core.config import EngineConfig
 from emoe_core.errors import OptionError
-from emoe_core.options import EngineConfig
 from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.predictor import PREDICTORS, TRAINED
 from workbench.labels import check_labels

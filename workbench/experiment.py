@@ -22,9 +22,9 @@ import pandas as pd
 import torch
 
 import emoe_core
+from emoe_core.config import resolve_device
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.options import resolve_device
 from emoe_core.planning.tasks import Profile
 from emoe_core.predictor import TRAINED, OraclePredictor
 from workbench.configuration import ORACLE, ExperimentConfig

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import emoe_core
+from emoe_core.cpu_memory import return_free_memory
 from emoe_core.errors import EmoeError, ExperimentError
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.heap import return_free_memory
 from workbench.busy import OtherWork
 from workbench.process_counters import status_bytes
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from emoe_core.checkpoint.index import open_checkpoint
+from emoe_core.config import resolve_device
 from emoe_core.errors import OptionError
-from emoe_core.options import resolve_device
 from emoe_core.planning.tasks import TASK_TYPES
 from workbench.models import resolve_model
 from workbench.prediction import PromptUse, prompt_uses

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from emoe_core.checkpoint.index import open_checkpoint
+from emoe_core.config import resolve_device
 from emoe_core.errors import DataError, OptionError
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.options import resolve_device
 from workbench.models import resolve_model
 from workbench.recording import Progress, RecordingConfig
 from workbench.reference_outputs import Reference, reference_outputs

@@ -127,9 +127,9 @@ def estimate(
     """Say what a budget buys and what memory the model needs, without loading it."""
     from emoe_core.budget import plan_slots
     from emoe_core.checkpoint.index import open_checkpoint
+    from emoe_core.config import EngineConfig
     from emoe_core.engine import plan_engine
     from emoe_core.footprint import memory_breakdown
-    from emoe_core.options import EngineConfig
     from workbench.models import resolve_model
     from workbench.quantities import show_bytes
 

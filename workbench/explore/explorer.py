@@ -24,12 +24,12 @@ import pandas as pd
 import torch
 
 import emoe_core
+from emoe_core.config import EngineConfig
+from emoe_core.cpu_memory import return_free_memory
 from emoe_core.engine import RESTARTABLE
 from emoe_core.engine_plan import plan_engine
 from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.heap import return_free_memory
-from emoe_core.options import EngineConfig
 from workbench.busy import OtherWork
 from workbench.configuration import ORACLE, ExperimentConfig
 from workbench.experiment import all_resident, quality_metrics, score_prompts, warm_trace
