@@ -36,7 +36,7 @@ from workbench.bench.runner import read_results, run_bench, schedule
 from workbench.bench.summary import as_metrics, summarise
 from workbench.commands.bench import _systems, bench_systems
 from workbench.control_groups import Controller, find_controller
-from workbench.metric_catalogue import metric_of
+from workbench.metrics.catalogue import metric_of
 from workbench.reference_model.tiny import tiny_moe
 from workbench.simulate_accesses import accesses_of
 from workbench.synthetic.shapes import SHAPES, overridden

@@ -14,7 +14,7 @@ from emoe_core.errors import ExperimentError
 from workbench import figures, similarity
 from workbench.configuration import ORACLE, ExperimentConfig
 from workbench.experiment import Result, run_experiment
-from workbench.metric_catalogue import metric_of
+from workbench.metrics.catalogue import metric_of
 from workbench.reference_model.tiny import tiny_moe
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow.entities import Metric
 
 from workbench.compare.runs import compare_runs
-from workbench.quantities import column_texts, show
+from workbench.metrics.show import column_texts, show
 from workbench.results import frame_of
 from workbench.run_record import RunRecord
 from workbench.store import HOME_VARIABLE, open_store, recorded_metrics

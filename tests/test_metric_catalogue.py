@@ -20,9 +20,9 @@ from workbench.configuration import ExperimentConfig
 from workbench.explore.explorer import Explorer
 from workbench.longest import with_ratios
 from workbench.longest_report import as_metrics
-from workbench.metric_catalogue import CATALOGUE, GROUPS, HIGHER, LOWER, NEITHER, metric_of
-from workbench.metric_groups import better_direction, group_of, is_measured_memory
-from workbench.quantities import column_texts, show, unit_of, words_of
+from workbench.metrics.catalogue import CATALOGUE, GROUPS, HIGHER, LOWER, NEITHER, metric_of
+from workbench.metrics.groups import better_direction, group_of, is_measured_memory
+from workbench.metrics.show import column_texts, show, unit_of, words_of
 from workbench.reference_model.tiny import tiny_moe
 from workbench.serving.comparison import bounds
 from workbench.serving.experiment import ServingConfig, simulate_serving

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from workbench.quantities import column_texts, metric_table, show, show_seconds, unit_of, words_of
+from workbench.metrics.show import column_texts, metric_table, show, show_seconds, unit_of, words_of
 
 
 @pytest.mark.parametrize(

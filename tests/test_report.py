@@ -16,9 +16,9 @@ from sweep_bench import Bench
 
 from emoe_core.errors import ExperimentError
 from workbench import figures, tracking
-from workbench.metric_catalogue import meaning_of
-from workbench.metric_groups import group_of, main_metrics
-from workbench.metric_words import GROUP_MEANINGS, place_of
+from workbench.metrics.catalogue import meaning_of
+from workbench.metrics.groups import group_of, main_metrics
+from workbench.metrics.words import GROUP_MEANINGS, place_of
 from workbench.report import write_report
 from workbench.report.section import Section
 from workbench.report.sweep_page import read_sweep_page

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from workbench.machine import MachineFacts
-from workbench.quantities import show_bytes
+from workbench.metrics.show import show_bytes
 
 OK, WARN = "ok", "warn"
 # A disk miss costs about 13 hits at 1 GB/s; below half of that, a token waits for little else.

@@ -15,8 +15,8 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from workbench.metric_catalogue import GROUPS, OTHER, QUALITY
-from workbench.metric_groups import group_of, in_order, main_metrics
+from workbench.metrics.catalogue import GROUPS, OTHER, QUALITY
+from workbench.metrics.groups import group_of, in_order, main_metrics
 from workbench.sweep_state import AXES_TAG, METRICS_TAG, NOTEBOOK_TAG, SUPERSEDED_TAG, current_runs, listed_in
 from workbench.tracking import PARENT_TAG
 

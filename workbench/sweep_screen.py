@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from workbench.busy import busy_warning
-from workbench.quantities import show, show_seconds, words_of
+from workbench.metrics.show import show, show_seconds, words_of
 from workbench.sweep_points import Point
 
 SHOWN_METRICS = 4

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import OptionError
-from workbench.quantities import show, words_of
+from workbench.metrics.show import show, words_of
 from workbench.store import decode, recorded_metrics
 from workbench.sweep_points import Point, StagePlan, draw
 from workbench.sweep_schema import Range, Scalar, Values

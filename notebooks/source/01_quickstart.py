@@ -32,7 +32,7 @@ from workbench.configuration import ExperimentConfig, as_params
 from workbench.experiment import run_experiment
 from workbench.models import resolve_model
 from workbench.progress import stage_bars
-from workbench.quantities import metric_table
+from workbench.metrics.show import metric_table
 from workbench.request_spans import request_spans
 from workbench.workloads import prompt_stream
 

@@ -32,7 +32,7 @@ from workbench import figures, tracking
 from workbench.configuration import ExperimentConfig, as_params
 from workbench.experiment import run_experiment
 from workbench.progress import stage_bars
-from workbench.quantities import metric_table
+from workbench.metrics.show import metric_table
 
 figures.set_style()
 

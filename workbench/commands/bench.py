@@ -177,7 +177,7 @@ def _title(plan: BenchPlan) -> str:
 
 def _tables(table: pd.DataFrame, plan: BenchPlan) -> tuple[Table, Table]:
     """Return the speeds, and what was read and held for them."""
-    from workbench.quantities import show
+    from workbench.metrics.show import show
 
     speeds, costs = Table(title=_title(plan)), Table(title="What it took")
     for shown, headings in (
@@ -219,7 +219,7 @@ def _ratio(value: float) -> str:
 
 
 def _print_notes(console: Console, notes: dict[str, Any], plan: BenchPlan) -> None:
-    from workbench.quantities import show, show_bytes
+    from workbench.metrics.show import show, show_bytes
 
     bandwidths, slots = notes["bandwidths"], notes["slots_per_layer"]
     lines = [

@@ -71,7 +71,7 @@ def run(
         answer = engine.generate([prompt], tasks=[task], max_new_tokens=max_new_tokens, on_token=write)[0]
         console.print()
         stats = engine.stats()
-    from workbench.quantities import show
+    from workbench.metrics.show import show
 
     counts = stats.counters
     console.print(
@@ -95,8 +95,8 @@ def pack(
         raise OptionError(f"--out {out} is a folder: name the file to write, such as {out / 'experts.emoe'}")
     from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.loader.pack import Pack, ensure_pack, write_pack
+    from workbench.metrics.show import show_bytes
     from workbench.models import resolve_model
-    from workbench.quantities import show_bytes
 
     index = open_checkpoint(resolve_model(model), dtype)
     with progress_bar("writing experts") as progress:
@@ -130,8 +130,8 @@ def estimate(
     from emoe_core.config import EngineConfig
     from emoe_core.engine import plan_engine
     from emoe_core.footprint import memory_breakdown
+    from workbench.metrics.show import show_bytes
     from workbench.models import resolve_model
-    from workbench.quantities import show_bytes
 
     checkpoint = resolve_model(model)
     index = open_checkpoint(checkpoint, dtype).with_expert_dtype(expert_dtype)
@@ -160,7 +160,7 @@ def cache(
 ) -> None:
     """Show or empty the cache: downloaded packages, built models, packs, prompts. All of it can be made again."""
     from emoe_core.loader.cache_folder import cache_dir
-    from workbench.quantities import show_bytes
+    from workbench.metrics.show import show_bytes
 
     console = Console()
     folder = cache_dir()

@@ -110,7 +110,7 @@ def _summary(result: SweepResult) -> str:
 
 def _show_plan(file: Path) -> None:
     """Print the runs of a sweep with their state, and how long the rest may take."""
-    from workbench.quantities import show_seconds
+    from workbench.metrics.show import show_seconds
     from workbench.sweep_plan import describe_plan
 
     preview = describe_plan(file)

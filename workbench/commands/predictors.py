@@ -30,9 +30,9 @@ def train(
 ) -> None:
     """Train the transformer predictor of a model from recorded routing (records what is missing)."""
     from emoe_core.predictor.training import TrainingOptions
+    from workbench.metrics.show import show_bytes
     from workbench.predictor_training import predictor_path, train_predictor
     from workbench.progress import stage_bars
-    from workbench.quantities import show_bytes
     from workbench.recording import RecordingConfig, record
 
     options = TrainingOptions(variant=variant, epochs=epochs, width=width, depth=depth, seed=seed)
@@ -69,11 +69,11 @@ def evaluate(
     """Compare all predictors by replay of recorded routing (records what is missing)."""
     from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.errors import OptionError
+    from workbench.metrics.show import show_bytes
     from workbench.models import resolve_model
     from workbench.prediction import compare, factories
     from workbench.predictor_training import predictor_path
     from workbench.progress import stage_bars
-    from workbench.quantities import show_bytes
     from workbench.recording import RecordingConfig, record
 
     experts = min(layer.num_experts for layer in open_checkpoint(resolve_model(model)).layers)

@@ -42,8 +42,8 @@ def costs(
 ) -> None:
     """Measure what serving costs: prompts, decode steps by batch size, loading experts (alone on the machine)."""
     from workbench.busy import busy_warning
+    from workbench.metrics.show import show_seconds
     from workbench.progress import stage_bars
-    from workbench.quantities import show_seconds
     from workbench.serving.measure import CostsConfig, costs_path, measure_costs
 
     config = CostsConfig(
@@ -152,7 +152,7 @@ def simulate_serving(
 
 
 def _service_table(found: pd.DataFrame) -> Table:
-    from workbench.quantities import column_texts
+    from workbench.metrics.show import column_texts
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("scheduler")

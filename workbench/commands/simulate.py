@@ -29,9 +29,9 @@ def simulate(
     """Replay recorded routing through cache policies, between LRU and the best possible (records what is missing)."""
     from emoe_core.budget import plan_slots
     from emoe_core.checkpoint.index import open_checkpoint
+    from workbench.metrics.show import show_bytes
     from workbench.models import resolve_model
     from workbench.progress import stage_bars
-    from workbench.quantities import show_bytes
     from workbench.recording import RecordingConfig
     from workbench.simulate import simulate as replay_all
     from workbench.simulate_accesses import record_accesses

@@ -39,7 +39,7 @@ def synth(
 ) -> None:
     """Write a checkpoint with random weights that loads like its model (goes on where it stopped)."""
     from workbench.commands.checkpoints import progress_bar
-    from workbench.quantities import show_bytes
+    from workbench.metrics.show import show_bytes
     from workbench.synthetic.recorded_routing import OWN, recorded_trace
     from workbench.synthetic.shapes import find_shape, overridden, scaled
     from workbench.synthetic.writer import label_of, write_synthetic

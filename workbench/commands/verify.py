@@ -43,7 +43,7 @@ def verify(
     reproduced, 2 when the run cannot be executed.
     """
     from emoe_core.errors import OptionError
-    from workbench.quantities import show_seconds
+    from workbench.metrics.show import show_seconds
     from workbench.run_lookup import find_run
     from workbench.store import open_store
     from workbench.verify.judge import Tolerances
@@ -88,7 +88,7 @@ def verify(
 
 
 def _show(found: Verification) -> None:
-    from workbench.quantities import show
+    from workbench.metrics.show import show
 
     console = Console(highlight=False)
     if found.metrics:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.metric_groups import better_direction
+from workbench.metrics.groups import better_direction
 from workbench.quality import bootstrap_means, percentile_interval
 from workbench.store import finite
 

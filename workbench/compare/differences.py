@@ -15,8 +15,8 @@ from typing import Any
 from emoe_core.errors import ExperimentError
 from workbench.busy import busy_warning
 from workbench.compare.change import Change
-from workbench.metric_catalogue import GROUPS, OTHER
-from workbench.metric_groups import group_of
+from workbench.metrics.catalogue import GROUPS, OTHER
+from workbench.metrics.groups import group_of
 from workbench.run_record import RunRecord
 from workbench.sweep_notebook import notebook_hash
 from workbench.sweep_state import PAGE_CACHE_TAG

@@ -14,7 +14,7 @@ import numpy as np
 
 from workbench.compare.change import Change, paired_change
 from workbench.compare.pairing import pair_keys, pairs_after_others, side_by_side, why_unpaired
-from workbench.metric_groups import group_of
+from workbench.metrics.groups import group_of
 from workbench.run_record import RunRecord
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from workbench.compare.differences import (
     parameter_differences,
     refuse_warm_beside_cold,
 )
-from workbench.compare.metric_names import named_metrics
 from workbench.compare.prompts import prompt_changes
-from workbench.metric_groups import group_of, rank_of
-from workbench.quantities import show, title_of
+from workbench.metrics.groups import group_of, rank_of
+from workbench.metrics.names import named_metrics
+from workbench.metrics.show import show, title_of
 from workbench.run_record import RunRecord
 from workbench.sweep_state import ERROR_TAG
 

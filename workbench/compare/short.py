@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from workbench.compare.change import Change
 from workbench.compare.texts import ChangeRow
-from workbench.metric_groups import is_measured_memory
-from workbench.quantities import BYTE_UNITS, column_texts
+from workbench.metrics.groups import is_measured_memory
+from workbench.metrics.show import BYTE_UNITS, column_texts
 
 CLOSE = 0.01
 # Of a metric's own noise: how its name ends, and how the metric's ends instead.

@@ -18,8 +18,8 @@ import numpy as np
 from emoe_core.errors import ExperimentError
 from workbench.compare.change import Change, paired_change
 from workbench.compare.differences import Difference, doubted, is_doubtful
-from workbench.compare.metric_names import named_metrics
 from workbench.compare.runs import RunComparison, compare_runs, in_order
+from workbench.metrics.names import named_metrics
 from workbench.run_lookup import Found
 from workbench.run_record import RunRecord
 from workbench.sweep_state import METRICS_TAG

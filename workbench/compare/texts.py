@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from workbench.compare.change import Change
 from workbench.compare.differences import Difference, is_doubtful
-from workbench.quantities import show, show_number, unit_of, words_of
+from workbench.metrics.show import show, show_number, unit_of, words_of
 
 HEADINGS = ("metric", "A", "B", "B − A  [95%]", "B / A  [95%]", "verdict")
 

@@ -12,7 +12,7 @@ from emoe_core.planning.tasks import TASK_TYPES
 from workbench.busy import busy_warning
 from workbench.configuration import ExperimentConfig
 from workbench.explore.explorer import Observation
-from workbench.quantities import column_texts, show, show_bytes, words_of
+from workbench.metrics.show import column_texts, show, show_bytes, words_of
 
 ALL_TASKS = "all tasks"
 # Name, and how a reader tells better from worse.

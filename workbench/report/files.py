@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from emoe_core.errors import ExperimentError
-from workbench.quantities import show_bytes
+from workbench.metrics.show import show_bytes
 from workbench.store import finite
 from workbench.store_errors import store_errors
 

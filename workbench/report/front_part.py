@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from workbench.quantities import show_number
+from workbench.metrics.show import show_number
 from workbench.report.files import as_tables
 from workbench.report.fronts import hits_front, quality_front, time_front
 from workbench.report.pictures import Picture, draw_picture

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.metric_catalogue import FRESH, STOCK, meaning_of
-from workbench.metric_groups import group_of, rank_of
-from workbench.metric_words import BOTH, GROUP_MEANINGS, OWN, PLACES, place_of
-from workbench.quantities import show, title_of
+from workbench.metrics.catalogue import FRESH, STOCK, meaning_of
+from workbench.metrics.groups import group_of, rank_of
+from workbench.metrics.show import show, title_of
+from workbench.metrics.words import BOTH, GROUP_MEANINGS, OWN, PLACES, place_of
 
 QUALITY = "perplexity_ratio"  # what every quality measurement tells
 CHECKPOINT_DTYPE = "the checkpoint's dtype"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from workbench.quantities import show_bytes
+from workbench.metrics.show import show_bytes
 from workbench.sweep_state import PAGE_CACHE_TAG
 
 NOTHING: tuple[Any, ...] = (None, "", [], {})

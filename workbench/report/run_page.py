@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from workbench.figures_residency import residency_map
-from workbench.metric_groups import group_of
+from workbench.metrics.groups import group_of
 from workbench.report.files import ID_LETTERS, RUNS, Download, copy_artifacts
 from workbench.report.metric_tables import MetricTable, metric_tables
 from workbench.report.parameters import parameter_text

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from workbench.quantities import show_seconds
+from workbench.metrics.show import show_seconds
 from workbench.report.files import Download, as_tables, write_table
 from workbench.report.front_part import FrontPart, read_fronts, read_points
 from workbench.report.paper import paper_rows

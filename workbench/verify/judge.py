@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workbench.metric_groups import group_of, is_measured_memory
+from workbench.metrics.groups import group_of, is_measured_memory
 
 if TYPE_CHECKING:
     import pandas as pd

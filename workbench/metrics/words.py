@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from workbench.metric_catalogue import FRESH, MEMORY, OTHER, QUALITY, STOCK, TIME, metric_of
+from workbench.metrics.catalogue import FRESH, MEMORY, OTHER, QUALITY, STOCK, TIME, metric_of
 
 OWN, BOTH = "own", "both"
 PLACES = (OWN, FRESH, STOCK, BOTH)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from workbench.metric_catalogue import GROUPS, MEMORY, NEITHER, OTHER, QUALITY, TIME, metric_of
-from workbench.quantities import TIME_UNITS, unit_of
+from workbench.metrics.catalogue import GROUPS, MEMORY, NEITHER, OTHER, QUALITY, TIME, metric_of
+from workbench.metrics.show import TIME_UNITS, unit_of
 
 
 def group_of(metric: str) -> str:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from workbench.metric_catalogue import metric_of
+from workbench.metrics.catalogue import metric_of
 
 if TYPE_CHECKING:
     import pandas as pd

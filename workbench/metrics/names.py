@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Collection, Iterable
 
 from emoe_core.errors import ExperimentError
-from workbench.quantities import words_of
+from workbench.metrics.show import words_of
 
 SUGGESTED = 6
 
