@@ -9,7 +9,7 @@ import pandas as pd
 from sweep_bench import Bench
 
 from workbench import tracking
-from workbench.environment import describe_environment
+from workbench.machine.environment import describe_environment
 from workbench.store import encode, open_store
 from workbench.sweep_state import find_parent, start_parent
 

@@ -16,7 +16,6 @@ from rich.console import Console
 from emoe_core.budget import plan_slots
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import BudgetError, LimitError, OptionError
-from workbench import control_groups
 from workbench.baselines import llama_cpp
 from workbench.baselines.systems import DEFAULT_SYSTEMS, SYSTEMS, find_system, find_systems, require_runnable
 from workbench.bench import prepare as preparation
@@ -35,7 +34,8 @@ from workbench.bench.routing_pass import RoutingPass, routing_pass
 from workbench.bench.runner import read_results, run_bench, schedule
 from workbench.bench.summary import as_metrics, summarise
 from workbench.commands.bench import _systems, bench_systems
-from workbench.control_groups import Controller, find_controller
+from workbench.machine import control_groups
+from workbench.machine.control_groups import Controller, find_controller
 from workbench.metrics.catalogue import metric_of
 from workbench.reference_model.tiny import tiny_moe
 from workbench.simulate_accesses import accesses_of

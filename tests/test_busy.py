@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from workbench.busy import BUSY_SHARE, OtherWork, busy_warning
+from workbench.machine.busy import BUSY_SHARE, OtherWork, busy_warning
 
 # Cores are accounted in ticks of a hundredth of a second.
 ROUNDING = 0.05

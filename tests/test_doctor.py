@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from workbench import cli, disk_speed, machine
-from workbench.control_groups import memory_limit_bytes
-from workbench.disk_speed import PIECE_BYTES, DiskSpeed, measure_disk
-from workbench.doctor import OK, WARN, examine
-from workbench.machine import MachineFacts, physical_cores, read_constraints, read_machine
+from workbench import cli
+from workbench.machine import disk as disk_speed
+from workbench.machine import facts as machine
+from workbench.machine.control_groups import memory_limit_bytes
+from workbench.machine.disk import PIECE_BYTES, DiskSpeed, measure_disk
+from workbench.machine.doctor import OK, WARN, examine
+from workbench.machine.facts import MachineFacts, physical_cores, read_constraints, read_machine
 
 FINE = MachineFacts(
     cpu="A processor",

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from workbench.environment import compute_threads, describe_environment, git_revision
+from workbench.machine.environment import compute_threads, describe_environment, git_revision
 
 
 def test_the_environment_names_versions_machine_and_identity() -> None:

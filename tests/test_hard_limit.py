@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from emoe_core.errors import LimitError
-from workbench.control_groups import PREFIX, Controller, Group, find_controller, limited_group
 from workbench.hard_limit import run_limited
+from workbench.machine.control_groups import PREFIX, Controller, Group, find_controller, limited_group
 
 MIB = 2**20
 LIMIT_BYTES = 96 * MIB
@@ -126,7 +126,7 @@ def test_version_2_is_used_below_the_nearest_group_that_hands_memory_on(
     def stand_in(group: Group, limit_bytes: int) -> None:
         made.append((group.controller.version, group.path.parent))
 
-    monkeypatch.setattr("workbench.control_groups._set_limit", stand_in)
+    monkeypatch.setattr("workbench.machine.control_groups._set_limit", stand_in)
     found = find_controller(fake_proc(tmp_path, f"41 31 0:38 / {mount} rw,relatime - cgroup2 cgroup2 rw"))
     assert found == Controller(2, mount) and made == [(2, mount)]
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workbench.control_groups import Controller, find_controller, limited_group
+from workbench.machine.control_groups import Controller, find_controller, limited_group
 
 # Dies with its parent (PR_SET_PDEATHSIG), which could no longer end it. Waits for a byte: until it comes, the process
 # is under no limit; if it never comes, it ends. Python ignores SIGPIPE, which a command would inherit.

@@ -31,9 +31,9 @@ from emoe_core.errors import ExperimentError
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.pack import ensure_pack
 from workbench import longest_trial, measured_job
-from workbench.control_groups import Controller
-from workbench.environment import available_cores
 from workbench.hard_limit import LimitedRun, drop_cached, run_limited
+from workbench.machine.control_groups import Controller
+from workbench.machine.environment import available_cores
 
 STOCK = "stock"
 SURVIVED, KILLED, NO_MEMORY, TOO_SLOW = "survived", "killed by the limit", "out of memory", "too slow at the limit"

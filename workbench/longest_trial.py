@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import emoe_core
+from workbench.machine.process_counters import read_bytes
 from workbench.measured_job import answer_job
-from workbench.process_counters import read_bytes
 
 if TYPE_CHECKING:
     import torch

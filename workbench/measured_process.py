@@ -20,8 +20,8 @@ import emoe_core
 from emoe_core.cpu_memory import return_free_memory
 from emoe_core.errors import EmoeError, ExperimentError
 from emoe_core.experts.trace import RoutingTrace
-from workbench.busy import OtherWork
-from workbench.process_counters import status_bytes
+from workbench.machine.busy import OtherWork
+from workbench.machine.process_counters import status_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from workbench.baselines.quantized import FORMATS
-from workbench.busy import busy_warning
 from workbench.comparison import paired_difference
+from workbench.machine.busy import busy_warning
 
 # What knows every prompt to come, and what knows nothing: drawn in grey, dashed.
 BOUNDS = ("oracle", "random")

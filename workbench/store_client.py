@@ -15,7 +15,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.tracking import MlflowClient
 
-from workbench.environment import ENVIRONMENT_TAGS
+from workbench.machine.environment import ENVIRONMENT_TAGS
 from workbench.store_errors import StoreError, store_errors
 from workbench.store_file import ARTIFACTS, location_here
 

@@ -10,8 +10,8 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from workbench.environment import git_revision
 from workbench.executors.protocol import Ending, Job
+from workbench.machine.environment import git_revision
 from workbench.mlflow_view import arrange_view
 from workbench.store import encode, experiment_id, recorded_metrics
 from workbench.store_errors import DeletedError, StoreError

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from workbench.busy import busy_warning
+from workbench.machine.busy import busy_warning
 from workbench.metrics.show import show, show_seconds, words_of
 from workbench.sweep_points import Point
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
-from workbench.environment import Environment, describe_environment, installed_packages
+from workbench.machine.environment import Environment, describe_environment, installed_packages
 from workbench.store import encode, experiment_id, open_store
 from workbench.store_errors import store_errors
 

@@ -32,7 +32,7 @@ from IPython.display import Markdown, display
 
 from emoe_core.errors import LimitError
 from workbench import tracking
-from workbench.control_groups import find_controller
+from workbench.machine.control_groups import find_controller
 from workbench.figures import set_style
 from workbench.limit_trials import Trials
 from workbench.longest import MEGABYTE, SearchConfig, configurations, require_host, resolve_limit, search

@@ -31,7 +31,7 @@ seed: int = 0
 from IPython.display import display
 
 from workbench import figures, tracking
-from workbench.busy import busy_warning
+from workbench.machine.busy import busy_warning
 from workbench.comparison import listed
 from workbench.models import resolve_model
 from workbench.progress import stage_bars

@@ -18,8 +18,8 @@ from typing import Any
 
 from workbench import measured_job
 from workbench.bench import measured_run
-from workbench.control_groups import Controller
 from workbench.hard_limit import drop_cached, run_limited
+from workbench.machine.control_groups import Controller
 
 MEASURED, KILLED, NO_MEMORY = "measured", "killed by the limit", "out of memory"
 TOO_SLOW, FAILED = "too slow", "failed"

@@ -16,7 +16,7 @@ from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.errors import BudgetError, ExperimentError
 from emoe_core.footprint import memory_breakdown
 from workbench.bench.launch import MEASURED, launch
-from workbench.control_groups import Controller
+from workbench.machine.control_groups import Controller
 
 RESERVE_SHARE = 0.04
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from workbench.baselines.decoder import Decoder, decoder_class
-from workbench.busy import OtherWork
+from workbench.machine.busy import OtherWork
+from workbench.machine.process_counters import read_bytes, status_bytes
 from workbench.measured_job import answer_job
-from workbench.process_counters import read_bytes, status_bytes
 
 # Counters of a system that are reported for the timed tokens alone.
 COUNTED = ("requests", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "stall_s")

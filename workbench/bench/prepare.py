@@ -24,8 +24,8 @@ from workbench.bench.forced_tokens import ForcedTokens, forced_tokens
 from workbench.bench.limit_budget import control_bytes, limit_budget, require_possible
 from workbench.bench.plan import PREPARED_FILE, BenchPlan
 from workbench.bench.routing_pass import RoutingPass, routing_pass
-from workbench.control_groups import Controller
-from workbench.environment import describe_environment
+from workbench.machine.control_groups import Controller
+from workbench.machine.environment import describe_environment
 from workbench.models import resolve_model
 
 Report = Callable[[str, int, int], None]

@@ -18,7 +18,7 @@ from workbench.baselines.systems import System
 from workbench.bench.launch import FAILED, MEASURED, Launched, launch
 from workbench.bench.plan import RESULTS_FILE, BenchPlan
 from workbench.bench.prepare import Prepared
-from workbench.control_groups import Controller
+from workbench.machine.control_groups import Controller
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from workbench.bench.plan import LEAST_REPEATS, BenchPlan
 from workbench.bench.prepare import Prepared
 from workbench.bench.replay import replayed_loads
 from workbench.bench.roofline import Roofline, resident_times, roofline
-from workbench.busy import busy_warning
+from workbench.machine.busy import busy_warning
 
 # Figures that get a median and a spread.
 FIGURES = (

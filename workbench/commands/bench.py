@@ -62,8 +62,8 @@ def bench(
     from workbench.bench.plan import BenchPlan, open_folder
     from workbench.bench.prepare import prepare
     from workbench.bench.runner import run_bench
-    from workbench.control_groups import find_controller
-    from workbench.environment import available_cores
+    from workbench.machine.control_groups import find_controller
+    from workbench.machine.environment import available_cores
     from workbench.models import require_model
     from workbench.store import project_root
 
@@ -114,7 +114,7 @@ def bench_systems() -> None:
     """List the systems that `emoe bench` knows, which can run here, and why the others cannot."""
     from emoe_core.errors import LimitError
     from workbench.baselines.systems import NO_LIMIT, SYSTEMS
-    from workbench.control_groups import find_controller
+    from workbench.machine.control_groups import find_controller
 
     table = Table("system", Column("what runs", overflow="fold"), "runs here", box=SIMPLE_HEAD)
     for name, system in SYSTEMS.items():

@@ -17,8 +17,8 @@ def doctor(
 ) -> None:
     """Look at processor, disk, memory, limits and versions, and advise. Writes at most 256 MiB to the cache's disk."""
     from workbench.commands.checkpoints import progress_bar
-    from workbench.doctor import OK, examine
-    from workbench.machine import read_machine
+    from workbench.machine.doctor import OK, examine
+    from workbench.machine.facts import read_machine
 
     with progress_bar("looking at the machine", "measuring the cache's disk") as progress:
         facts = read_machine(progress)

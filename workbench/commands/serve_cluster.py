@@ -92,8 +92,8 @@ def serve_cluster(
     from emoe_core.budget import plan_slots
     from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler, require_scheduler
+    from workbench.machine.ray_connection import code_hash
     from workbench.models import resolve_model
-    from workbench.ray_connection import code_hash
     from workbench.replicas.replica import ReplicaConfig
     from workbench.replicas.service import Placement, running_replicas
     from workbench.server.app import make_app

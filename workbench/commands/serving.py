@@ -41,7 +41,7 @@ def costs(
     out: Annotated[Path | None, typer.Option(help="File to write; beside the profile when not given.")] = None,
 ) -> None:
     """Measure what serving costs: prompts, decode steps by batch size, loading experts (alone on the machine)."""
-    from workbench.busy import busy_warning
+    from workbench.machine.busy import busy_warning
     from workbench.metrics.show import show_seconds
     from workbench.progress import stage_bars
     from workbench.serving.measure import CostsConfig, costs_path, measure_costs

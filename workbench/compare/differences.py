@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from emoe_core.errors import ExperimentError
-from workbench.busy import busy_warning
 from workbench.compare.change import Change
+from workbench.machine.busy import busy_warning
 from workbench.metrics.catalogue import GROUPS, OTHER
 from workbench.metrics.groups import group_of
 from workbench.run_record import RunRecord

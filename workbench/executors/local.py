@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 
 from emoe_core.errors import ExperimentError
-from workbench.control_groups import memory_limit_bytes
-from workbench.environment import available_cores, driver_gpus
 from workbench.executors.notebook_process import NotebookProcess
 from workbench.executors.protocol import Ending, Job, Kind
+from workbench.machine.control_groups import memory_limit_bytes
+from workbench.machine.environment import available_cores, driver_gpus
 from workbench.store import HOME_VARIABLE, machine_held, project_root
 from workbench.sweep_schema import Needs
 

@@ -21,7 +21,7 @@ from typing import Any
 from emoe_core.errors import ExperimentError
 from workbench.executors.protocol import Ending, Job, Kind
 from workbench.executors.ray_task import Parcel, carry_out
-from workbench.ray_connection import code_hash, connect
+from workbench.machine.ray_connection import code_hash, connect
 from workbench.store import HOME_VARIABLE, SERVER_VARIABLE, project_root, server_uri
 from workbench.sweep_schema import Needs
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.executors.notebook_process import execute_text
-from workbench.ray_connection import code_hash
+from workbench.machine.ray_connection import code_hash
 
 
 @dataclass(frozen=True)

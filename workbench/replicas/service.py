@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.ray_connection import connect
+from workbench.machine.ray_connection import connect
 from workbench.replicas.replica import EngineReplica, ReplicaConfig
 from workbench.serving.router import Router
 

@@ -15,7 +15,7 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from workbench.busy import busy_warning
+from workbench.machine.busy import busy_warning
 from workbench.report.points import ALL_RESIDENT, BOUNDS, HINDSIGHT, ON_DEMAND, RANDOM
 
 MARKERS = "osDv^P*<>X"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.scheduler.costs import CostsError, ServingCosts
-from workbench.environment import compute_threads, describe_cpu
+from workbench.machine.environment import compute_threads, describe_cpu
 
 if TYPE_CHECKING:
     import emoe_core

@@ -21,8 +21,8 @@ import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import DataError, OptionError
 from emoe_core.scheduler.costs import ServingCosts
-from workbench.busy import OtherWork
-from workbench.environment import describe_environment
+from workbench.machine.busy import OtherWork
+from workbench.machine.environment import describe_environment
 from workbench.models import TINY, resolve_model
 from workbench.profiling import RECIPES, profile_path
 from workbench.serving.task_loads import profile_of, task_loads

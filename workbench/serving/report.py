@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from emoe_core.scheduler.costs import ServingCosts
-from workbench.busy import busy_warning
+from workbench.machine.busy import busy_warning
 from workbench.serving import conditions
 from workbench.serving.throughput import ON_DEMAND
 

@@ -31,7 +31,7 @@ from emoe_core.errors import OptionError
 from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.scheduler import BatchLimits, make_scheduler
 from emoe_core.serving.loop import ServingLoop
-from workbench.busy import OtherWork
+from workbench.machine.busy import OtherWork
 from workbench.models import resolve_model
 from workbench.serving.task_loads import cut, task_tokens
 

@@ -27,7 +27,7 @@ from emoe_core.scheduler import BatchLimits, Objective, make_scheduler
 from emoe_core.scheduler.costs import ServingCosts
 from emoe_core.serving.loop import ServingLoop
 from emoe_core.serving.records import Answer, Pass
-from workbench.busy import OtherWork
+from workbench.machine.busy import OtherWork
 from workbench.models import resolve_model
 from workbench.serving import conditions
 from workbench.serving.arrivals import Arrival, at_rate, draw_arrivals

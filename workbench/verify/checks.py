@@ -11,7 +11,7 @@ from typing import Any
 
 from emoe_core.errors import EmoeError, ExperimentError
 from workbench.compare.differences import Difference, environment_differences
-from workbench.environment import IDENTITY, describe_environment
+from workbench.machine.environment import IDENTITY, describe_environment
 from workbench.run_record import RunRecord
 from workbench.verify.plan import Plan
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from workbench.machine import MachineFacts
+from workbench.machine.facts import MachineFacts
 from workbench.metrics.show import show_bytes
 
 OK, WARN = "ok", "warn"

@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 
 from emoe_core.errors import LimitError
-from workbench.control_groups import find_controller, memory_limit_bytes
-from workbench.disk_speed import DiskSpeed, measure_disk
-from workbench.environment import (
+from workbench.machine.control_groups import find_controller, memory_limit_bytes
+from workbench.machine.disk import DiskSpeed, measure_disk
+from workbench.machine.environment import (
     PACKAGES,
     available_cores,
     compute_threads,
