@@ -37,10 +37,10 @@ from workbench.commands.bench import _systems, bench_systems
 from workbench.machine import control_groups
 from workbench.machine.control_groups import Controller, find_controller
 from workbench.metrics.catalogue import metric_of
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
+from workbench.models.synthetic.shapes import SHAPES, overridden
+from workbench.models.synthetic.writer import write_synthetic
 from workbench.simulate_accesses import accesses_of
-from workbench.synthetic.shapes import SHAPES, overridden
-from workbench.synthetic.writer import write_synthetic
 
 MIB = 2**20
 FORCED = ForcedTokens((1, 2, 3), (4, 5), (6, 7, 8), (9, 10, 11, 12), "a test")

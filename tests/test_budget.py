@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from emoe_core.budget import Budget, memory_breakdown, plan_given, plan_layers, plan_slots
 from emoe_core.checkpoint.index import MoeLayer, open_checkpoint
 from emoe_core.errors import BudgetError, OptionError
-from workbench.reference_model.tiny import FAMILIES, tiny_moe
+from workbench.models.reference.tiny import FAMILIES, tiny_moe
 
 PAGE = 4096
 

@@ -13,18 +13,18 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from emoe_core.errors import CheckpointError, OptionError
-from workbench import reference_model
 from workbench.cache import sha256_file
-from workbench.models import resolve_model
-from workbench.reference_model.carved import build as builder
-from workbench.reference_model.carved.carving import Shape, carve, contributions, router_start
-from workbench.reference_model.carved.keeping import keeping, most_used, reroute
-from workbench.reference_model.carved.layer import assemble, pack, unpack
-from workbench.reference_model.carved.recipe import Recipe
-from workbench.reference_model.carved.train import Carver, Plan
-from workbench.reference_model.held_out import losses
-from workbench.reference_model.recipe import ADAPTERS, DESCRIPTION, MANIFEST
-from workbench.reference_model.tiny import tiny_tokenizer
+from workbench.models import reference as reference_model
+from workbench.models.names import resolve_model
+from workbench.models.reference.carved import build as builder
+from workbench.models.reference.carved.carving import Shape, carve, contributions, router_start
+from workbench.models.reference.carved.keeping import keeping, most_used, reroute
+from workbench.models.reference.carved.layer import assemble, pack, unpack
+from workbench.models.reference.carved.recipe import Recipe
+from workbench.models.reference.carved.train import Carver, Plan
+from workbench.models.reference.held_out import losses
+from workbench.models.reference.recipe import ADAPTERS, DESCRIPTION, MANIFEST
+from workbench.models.reference.tiny import tiny_tokenizer
 
 HIDDEN, NEURONS = 32, 48
 SHAPE = Shape(experts=4, top_k=2, shared=16)

@@ -18,7 +18,7 @@ from emoe_core.checkpoint.conversion import ParamSource
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.checkpoint.safetensors_files import ALIGNMENT, read_shard
 from emoe_core.errors import CheckpointError, OptionError, UnsupportedFamilyError
-from workbench.reference_model.tiny import FAMILIES, tiny_moe
+from workbench.models.reference.tiny import FAMILIES, tiny_moe
 
 
 def stock(path: Path, dtype: str | torch.dtype = "auto") -> transformers.PreTrainedModel:

@@ -20,7 +20,7 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from emoe_core.errors import CheckpointError
 from emoe_core.loader.pack import compare_with_checkpoint, ensure_pack
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 from workbench.sweep_points import model_state
 
 Tensors = dict[str, torch.Tensor]

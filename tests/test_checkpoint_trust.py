@@ -14,8 +14,8 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import CheckpointError, PredictorError
 from emoe_core.loader.pack import ensure_pack
 from emoe_core.tokenizer import load_tokenizer
-from workbench.reference_model.tiny import tiny_moe
-from workbench.reference_model.tiny_families import tiny_family
+from workbench.models.reference.tiny import tiny_moe
+from workbench.models.reference.tiny_families import tiny_family
 
 
 def edit(file: Path, **changes: Any) -> None:

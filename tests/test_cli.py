@@ -116,7 +116,7 @@ def test_an_unknown_option_is_a_usage_error(
 def test_mistakes_are_told_before_anything_is_loaded(
     arguments: tuple[str, ...], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("workbench.reference_model.build", lambda **_: pytest.fail("a model was built"))
+    monkeypatch.setattr("workbench.models.reference.build", lambda **_: pytest.fail("a model was built"))
     assert emoe(monkeypatch, *arguments) == 2
     assert complaint in capsys.readouterr().err
 
@@ -167,7 +167,7 @@ def test_the_cache_is_listed_and_cleared(
 def test_a_tiny_model_is_estimated_packed_verified_and_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from workbench.reference_model.tiny import tiny_moe
+    from workbench.models.reference.tiny import tiny_moe
 
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
     model = str(tiny_moe(tmp_path / "model"))

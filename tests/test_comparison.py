@@ -12,7 +12,7 @@ from emoe_core.errors import ExperimentError, OptionError
 from workbench import interval_report, memory_report, task_report
 from workbench.comparison import Comparison, listed, paired_difference, period, run_quantized, run_variants, timed
 from workbench.configuration import ORACLE, ExperimentConfig
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import emoe_core
-from workbench.reference_model.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
+from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 
 import emoe_core
 from workbench.disturbance import layer_divergences, random_routing
+from workbench.models.reference.tiny import tiny_moe
 from workbench.quality import compare
-from workbench.reference_model.tiny import tiny_moe
 
 PROMPT, ANSWER = [5, 9, 12, 7, 30], [8, 4, 21]
 

@@ -19,8 +19,8 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.planning.tasks import Profile, TaskProfile
 from emoe_core.predictor import PREDICTORS
 from workbench.cli import app, main
+from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
 from workbench.profiling import profile_path
-from workbench.reference_model.tiny import EXPERTS, LAYERS, tiny_moe
 from workbench.store import HOME_VARIABLE
 from workbench.sweep_file import read_sweep
 
@@ -103,7 +103,7 @@ def reader(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EMOE_CACHE", str(tiny / "cache"))
     monkeypatch.setenv(HOME_VARIABLE, str(tiny))
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr("workbench.models.EMBEDDED", {})  # 'reference' is then the folder of that name
+    monkeypatch.setattr("workbench.models.names.EMBEDDED", {})  # 'reference' is then the folder of that name
     # A page adds a predictor; other tests shall not meet it.
     monkeypatch.setattr("emoe_core.predictor.PREDICTORS", dict(PREDICTORS))
     return tiny

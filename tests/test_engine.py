@@ -23,7 +23,7 @@ from emoe_core.errors import (
 from emoe_core.experts.compute import ExpertForm
 from emoe_core.generation import encode
 from emoe_core.loader.pack import Pack
-from workbench.reference_model.tiny import FAMILIES, LAYERS, TOP_K, tiny_moe
+from workbench.models.reference.tiny import FAMILIES, LAYERS, TOP_K, tiny_moe
 
 
 @pytest.fixture(scope="module")

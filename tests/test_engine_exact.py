@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import emoe_core
 from emoe_core.loader.eviction import POLICY_NAMES
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -15,7 +15,7 @@ from workbench import figures, similarity
 from workbench.configuration import ORACLE, ExperimentConfig
 from workbench.experiment import Result, run_experiment
 from workbench.metrics.catalogue import metric_of
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 
 def _alike(expected: Sequence[str], given: Sequence[str]) -> np.ndarray:

@@ -16,7 +16,7 @@ import emoe_core
 from emoe_core.experts import compute as expert_compute
 from emoe_core.experts.compute import ExpertForm, Tensors, prove
 from emoe_core.experts.layer import LayerHandle
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 EXPERTS, HIDDEN, INNER = 6, 24, 40
 

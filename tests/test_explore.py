@@ -16,7 +16,7 @@ from workbench.explore.explorer import Explorer, Observation
 from workbench.explore.panel import Panel
 from workbench.explore.readout import points_frame
 from workbench.explore.token_view import count_steps, step_grid, step_table, steps_table
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 UNTIMED = ("computed_bytes", "perplexity_ratio", "kl_nats", "top1_agreement", "hit_rate", "loads", "reroutes")
 

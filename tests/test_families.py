@@ -12,8 +12,8 @@ from emoe_core.checkpoint.families import REFUSED, decorated_modules, families
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import UnsupportedFamilyError
 from workbench.cli import app
-from workbench.families import EXACT_ONLY, as_markdown, prove, recorded, refused
-from workbench.reference_model.tiny_families import tiny_config
+from workbench.models.families import EXACT_ONLY, as_markdown, prove, recorded, refused
+from workbench.models.reference.tiny_families import tiny_config
 
 ROWS = {row.model_type: row for row in recorded()}
 DOCUMENT = Path(__file__).parent.parent / "docs" / "families.md"

@@ -25,7 +25,7 @@ from emoe_core.serving.generation_rules import GenerationRules
 from emoe_core.serving.loop import ServingLoop
 from emoe_core.serving.records import Answer
 from emoe_core.serving.sampling import Sampler, Sampling
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 PROMPTS = ["A heron waits at the water", "Why? Why?", "Two and two"]
 TOKENS = 24

@@ -16,9 +16,9 @@ from emoe_core.errors import DataError, UnsupportedFamilyError
 from workbench.baselines import gguf_export
 from workbench.baselines.gguf_export import export_gguf, neighbour_pairs
 from workbench.baselines.llama_cpp import is_installed
-from workbench.reference_model.tiny import tiny_moe
-from workbench.synthetic.shapes import SHAPES, overridden
-from workbench.synthetic.writer import write_synthetic
+from workbench.models.reference.tiny import tiny_moe
+from workbench.models.synthetic.shapes import SHAPES, overridden
+from workbench.models.synthetic.writer import write_synthetic
 
 FAMILIES = {"bench": "olmoe", "qwen1.5-moe-a2.7b": "qwen2moe", "mixtral-8x7b": "llama"}
 SIZES = {"layers": 2, "experts": 8, "top_k": 2, "hidden": 64, "intermediate": 32, "vocab": 320}

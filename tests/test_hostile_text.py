@@ -12,7 +12,7 @@ import emoe_core
 from emoe_core.errors import ExperimentError
 from emoe_core.metrics import Counters, RunStats
 from workbench.cli import app
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 from workbench.store import slug
 from workbench.sweep_file import read_sweep
 from workbench.sweep_notebook import find_notebook

@@ -12,7 +12,7 @@ import emoe_core
 from emoe_core.experts.trace import HIT, LOAD, REROUTE, RoutingTrace
 from emoe_core.html_view import Part, bar, layer_map, served_bar
 from emoe_core.planning.planner import make_plan
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 
 @pytest.fixture(scope="module")

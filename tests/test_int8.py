@@ -15,7 +15,7 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.checkpoint.quantization import LARGEST, dequantize, product, quantize
 from emoe_core.errors import OptionError
 from emoe_core.experts.layer import LayerHandle
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 
 def rounded_stock(path: Path, dtype: torch.dtype) -> torch.nn.Module:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from server_bench import PATIENCE_S, serving
 
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 COMMAND = shutil.which("guidellm")
 REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 6, 24, 8

@@ -23,7 +23,7 @@ from emoe_core.loader.loader import ExpertLoader
 from emoe_core.loader.pack import Pack, write_pack
 from emoe_core.loader.slots import SlotTable
 from emoe_core.loader.storage import PackedFile
-from workbench.reference_model.tiny import EXPERTS, LAYERS, tiny_moe
+from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
 
 
 @pytest.fixture(scope="module")

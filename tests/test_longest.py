@@ -25,7 +25,7 @@ from workbench.limit_trials import (
 from workbench.longest import MEGABYTE, SearchConfig, configurations, resolve_limit, search
 from workbench.longest_report import beside_paper, limits_figure
 from workbench.machine.control_groups import Controller, find_controller
-from workbench.models import TINY, resolve_model
+from workbench.models.names import TINY, resolve_model
 
 CLEAN = LimitedRun(10**9, 10**8, 0, False, False, 0, "", "", 1.0)
 

@@ -12,7 +12,7 @@ import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
 from emoe_core.planning.tasks import Profile, TaskProfile
-from workbench.reference_model.tiny import FAMILIES, LAYERS, tiny_moe
+from workbench.models.reference.tiny import FAMILIES, LAYERS, tiny_moe
 
 FLOAT16_EPSILON = 2e-3
 

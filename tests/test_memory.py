@@ -13,7 +13,7 @@ from emoe_core.errors import ExperimentError
 from workbench import memory
 from workbench.measured_process import mapped_checkpoint_bytes, process_peak_bytes, reset_peak
 from workbench.memory import as_metrics, measure
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 PROMPTS, TASKS = ["Is it warm?", "Sum up the day."], ["qa", "summarization"]
 

@@ -23,7 +23,7 @@ from workbench.longest_report import as_metrics
 from workbench.metrics.catalogue import CATALOGUE, GROUPS, HIGHER, LOWER, NEITHER, metric_of
 from workbench.metrics.groups import better_direction, group_of, is_measured_memory
 from workbench.metrics.show import column_texts, show, unit_of, words_of
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 from workbench.serving.comparison import bounds
 from workbench.serving.experiment import ServingConfig, simulate_serving
 from workbench.serving.validation_report import COMPARED

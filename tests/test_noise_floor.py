@@ -7,8 +7,8 @@ import pytest
 from emoe_core.errors import OptionError
 from workbench import noise_floor as module
 from workbench.configuration import ExperimentConfig
+from workbench.models.reference.tiny import tiny_moe
 from workbench.noise_floor import VARIANTS, noise_floor
-from workbench.reference_model.tiny import tiny_moe
 
 
 def test_rounding_alone_leaves_most_texts_of_a_small_model_as_they_are(tmp_path, monkeypatch) -> None:

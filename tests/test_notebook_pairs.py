@@ -12,7 +12,7 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from workbench.models import REFERENCE, TINY
+from workbench.models.names import REFERENCE, TINY
 from workbench.sweep_notebook import cells_of, notebook_parameters, read_notebook, source_hash
 
 FOLDER = Path(__file__).parent.parent / "notebooks"

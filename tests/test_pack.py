@@ -18,7 +18,7 @@ from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.checkpoint.safetensors_files import SAMPLE_BYTES, SAMPLES_PER_SHARD
 from emoe_core.errors import PackError
 from emoe_core.loader.pack import Pack, compare_with_checkpoint, ensure_pack, write_pack
-from workbench.reference_model.tiny import FAMILIES, tiny_moe
+from workbench.models.reference.tiny import FAMILIES, tiny_moe
 
 
 @pytest.fixture

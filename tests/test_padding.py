@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import logging as transformers_logging
 
-from workbench.families import PADDING_CHANGES, recorded
-from workbench.reference_model.tiny_families import FIRST_PLAIN_TOKEN, VOCABULARY, tiny_family
+from workbench.models.families import PADDING_CHANGES, recorded
+from workbench.models.reference.tiny_families import FIRST_PLAIN_TOKEN, VOCABULARY, tiny_family
 
 # Further families whose attention picks or compresses tokens: they leave padding out. And one that does neither.
 MASKED = ("glm5_next", "minimax_m3_vl_text", "qwen4_exp_text", "mixtral")

@@ -13,8 +13,8 @@ import emoe_core
 from emoe_core.errors import OptionError
 from emoe_core.predictor import PREDICTORS, LastPromptPredictor, OraclePredictor, make_predictor
 from workbench.counting_loader import CountingLoader
+from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
 from workbench.prediction import PromptUse, compare, next_element_scores, prompt_uses, replay
-from workbench.reference_model.tiny import EXPERTS, LAYERS, tiny_moe
 
 TASKS = ("qa", "code")
 

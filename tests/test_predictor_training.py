@@ -11,9 +11,9 @@ from emoe_core.errors import OptionError, PredictorError
 from workbench.cli import app
 from workbench.configuration import ExperimentConfig
 from workbench.experiment import run_experiment
+from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 from workbench.predictor_training import predictor_path, stored_predictor
 from workbench.recording import Recording, RecordingConfig, record
-from workbench.reference_model.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 
 RECORDED = {"source": "fixture", "max_new_tokens": 2}
 OPTIONS = ["--prompts", "60", "--source", "fixture", "--max-new-tokens", "2", "--epochs", "2", "--depth", "1"]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from emoe_core.errors import DataError, PredictorError
+from workbench.models.reference.tiny import tiny_moe
 from workbench.predictor_training import stored_predictor
 from workbench.profiling import stored_profile
-from workbench.reference_model.tiny import tiny_moe
 from workbench.serving.measure import stored_costs
 from workbench.store import HOME_VARIABLE, store_uri, ui_command
 

@@ -11,8 +11,8 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.planning.tasks import TASK_TYPES, Profile, TaskProfile
 from workbench import profile_report
 from workbench.configuration import ExperimentConfig
+from workbench.models.reference.tiny import LAYERS, tiny_moe
 from workbench.profile_report import OUR_RULE, PAPER_RULE
-from workbench.reference_model.tiny import LAYERS, tiny_moe
 
 QA = TaskProfile(
     "qa",

@@ -16,8 +16,8 @@ from emoe_core.planning.tasks import TASK_TYPES, Profile, ProfileError
 from workbench import disturbance
 from workbench import similarity as similarity_module
 from workbench.coverage import coverage
+from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 from workbench.profiling import ProfileConfig, extend_profile, measure_profile, profile_path, stored_profile
-from workbench.reference_model.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 from workbench.reference_outputs import reference_outputs
 
 

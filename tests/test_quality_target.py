@@ -16,7 +16,7 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
 from emoe_core.planning.quality_target import choose, unscaled_loss_nats
 from emoe_core.planning.tasks import Profile, ProfileError, TaskProfile
-from workbench.reference_model.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
+from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 
 SHARES = st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3)
 

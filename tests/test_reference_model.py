@@ -13,16 +13,16 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from emoe_core.errors import CheckpointError, DataError, OptionError
-from workbench import reference_model
 from workbench.cache import sha256_file
-from workbench.reference_model import dense
-from workbench.reference_model.recipe import ADAPTERS, MANIFEST
-from workbench.reference_model.summary import normalised_mutual_information, summarise
-from workbench.reference_model.tiny import tiny_tokenizer
-from workbench.reference_model.upcycled import build as builder
-from workbench.reference_model.upcycled.mixture import Shape
-from workbench.reference_model.upcycled.recipe import Recipe, save_recipe
-from workbench.reference_model.upcycled.train import Plan, Trainer, next_token_loss
+from workbench.models import reference as reference_model
+from workbench.models.reference import dense
+from workbench.models.reference.recipe import ADAPTERS, MANIFEST
+from workbench.models.reference.summary import normalised_mutual_information, summarise
+from workbench.models.reference.tiny import tiny_tokenizer
+from workbench.models.reference.upcycled import build as builder
+from workbench.models.reference.upcycled.mixture import Shape
+from workbench.models.reference.upcycled.recipe import Recipe, save_recipe
+from workbench.models.reference.upcycled.train import Plan, Trainer, next_token_loss
 
 SHAPE = Shape(experts=4, top_k=2, rank=2)
 PLAN = Plan(branch_steps=3, mix_steps=4, branch_batch=2, branch_length=16, mix_length=16, probe_tokens=32, save_every=2)

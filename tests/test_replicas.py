@@ -28,7 +28,7 @@ import emoe_core
 from emoe_core.config import EngineConfig
 from emoe_core.errors import ExperimentError, OptionError
 from workbench.cli import app
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 from workbench.replicas.residency import Residency, look, missing_for
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")

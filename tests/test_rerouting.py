@@ -15,7 +15,7 @@ from emoe_core.errors import UnsupportedFamilyError
 from emoe_core.experts.reroute_token import reroute_token
 from emoe_core.experts.rerouting import Rerouted, outbid, replaceable, shares_of, substitute
 from emoe_core.experts.routing_rules import Choice, Groups, RoutingRule
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 SOFTMAX = RoutingRule()
 ONE_GROUP_OF_FOUR = RoutingRule(groups=Groups(4, 1, best=2))

@@ -9,7 +9,7 @@ import torch
 
 import emoe_core
 from emoe_core.errors import IntegrationError, OptionError
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 PROMPTS = ["What is a heron?", "Name three rivers.", "Count to five."]
 TASKS = ["qa", "qa", "summary"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from server_bench import HELLO, Service, post, said, serving
 
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 # Knows three roles as older models do, and what newer ones read beside the messages.
 OTHER_TEMPLATE = (

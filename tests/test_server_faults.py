@@ -15,7 +15,7 @@ import pytest
 import torch
 from server_bench import LONG, PATIENCE_S, Service, serving
 
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 from workbench.server.limits import ServerLimits
 
 OTHER = "A heron waits at the water, and nobody knows why it does"

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import emoe_core
 from emoe_core.errors import OptionError
-from workbench.reference_model.tiny import CHAT_TEMPLATE, tiny_moe
+from workbench.models.reference.tiny import CHAT_TEMPLATE, tiny_moe
 from workbench.server.fields import UNUSED_HEADER
 from workbench.server.limits import ServerLimits
 

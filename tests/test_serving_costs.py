@@ -17,7 +17,7 @@ from emoe_core.errors import DataError, OptionError
 from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.scheduler.costs import CostsError, ServingCosts, TaskLoad
 from workbench import cli
-from workbench.reference_model.tiny import LAYERS, tiny_moe
+from workbench.models.reference.tiny import LAYERS, tiny_moe
 from workbench.server.listen import EmoeServer
 from workbench.serving import conditions
 from workbench.serving.experiment import ServingConfig, simulate_serving

@@ -18,7 +18,7 @@ from emoe_core.generation import encode
 from emoe_core.scheduler import BatchLimits, make_scheduler
 from emoe_core.serving.loop import ServingLoop
 from emoe_core.serving.sampling import Sampler, Sampling
-from workbench.reference_model.tiny import roughen, tiny_moe
+from workbench.models.reference.tiny import roughen, tiny_moe
 
 PROMPTS = ["A heron waits.", "Two and two make four, they say", "Why?", "Is the sky blue at noon"]
 TOKENS = 8

@@ -16,7 +16,7 @@ from emoe_core.scheduler import BatchLimits, RequestTooLargeError, make_schedule
 from emoe_core.scheduler.costs import CostsError, TaskLoad
 from emoe_core.serving.loop import ServingLoop, limits_within
 from emoe_core.serving.records import Answer
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 from workbench.serving.arrivals import Arrival
 from workbench.serving.experiment import ServingConfig, simulate_serving
 

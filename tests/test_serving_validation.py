@@ -11,7 +11,7 @@ import pytest
 from emoe_core.errors import OptionError
 from emoe_core.scheduler.costs import CostsError, ServingCosts
 from emoe_core.serving.records import Pass
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 from workbench.serving.experiment import ServingConfig
 from workbench.serving.measure import CostsConfig, measure_costs
 from workbench.serving.scale import scale_up

@@ -17,7 +17,7 @@ from emoe_core.experts.trace import RoutingTrace
 from emoe_core.loader.eviction import POLICY_NAMES as ENGINE_POLICIES
 from emoe_core.loader.eviction import DemandTable
 from workbench.cli import app
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 from workbench.reference_outputs import reference_outputs
 from workbench.simulate import replay_policy, replay_table, simulate
 from workbench.simulate_accesses import Accesses, accesses_of, accesses_of_reference

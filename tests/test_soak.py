@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from workbench.cli import app
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 from workbench.serving.soak import Reply, Soaked, memory_slope
 from workbench.serving.soak_check import Offline
 

@@ -15,7 +15,7 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError, PackError
 from emoe_core.loader.pack import Pack, write_pack
 from emoe_core.loader.storage import HostMemory, PackedFile, Storage, aligned_buffer
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 
 
 @pytest.fixture(scope="module")

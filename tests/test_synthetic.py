@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import DataError, OptionError
 from emoe_core.experts.trace import RoutingTrace
-from workbench.synthetic import writer
-from workbench.synthetic.composed_trace import compose, locality
+from workbench.models.synthetic import writer
+from workbench.models.synthetic.composed_trace import compose, locality
+from workbench.models.synthetic.shapes import SHAPES, Shape, find_shape, overridden, scaled
+from workbench.models.synthetic.writer import INDEX_FILE, label_of, tensors_of, write_synthetic
+from workbench.models.synthetic.written_routing import WrittenRouting
 from workbench.synthetic.recorded_routing import recorded_trace
-from workbench.synthetic.shapes import SHAPES, Shape, find_shape, overridden, scaled
-from workbench.synthetic.writer import INDEX_FILE, label_of, tensors_of, write_synthetic
-from workbench.synthetic.written_routing import WrittenRouting
 
 SMALL = {"layers": 2, "experts": 8, "top_k": 2, "hidden": 64, "intermediate": 32, "vocab": 320}
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from emoe_core.text_stream import TextStream
-from workbench.reference_model.tiny import tiny_tokenizer
+from workbench.models.reference.tiny import tiny_tokenizer
 
 # Characters of one to four bytes; what tidying looks for; the replacement character itself.
 TEXT = "a bé €字🦩 . , ! n't 's 've 're ' \ufffd"

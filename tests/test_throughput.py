@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from emoe_core.errors import OptionError
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 from workbench.serving.throughput import ON_DEMAND, RESIDENT, SYSTEMS, ThroughputConfig, measure_throughput, summary
 
 

@@ -10,7 +10,7 @@ from sweep_bench import Bench
 
 import emoe_core
 from workbench import tracking
-from workbench.reference_model.tiny import LAYERS, tiny_moe
+from workbench.models.reference.tiny import LAYERS, tiny_moe
 from workbench.request_spans import Span, request_spans
 from workbench.store import open_store
 

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emoe_core.errors import OptionError
-from workbench.models import TINY, resolve_model
-from workbench.reference_model import tiny
-from workbench.reference_model.tiny import FAMILIES, tiny_moe
+from workbench.models.names import TINY, resolve_model
+from workbench.models.reference import tiny
+from workbench.models.reference.tiny import FAMILIES, tiny_moe
 
 
 def _bytes_of(path: Path) -> int:

@@ -15,7 +15,7 @@ from emoe_core.predictor import FrequencyPredictor, make_predictor
 from emoe_core.predictor.network import SMOOTHING, NetworkShape, ShareNetwork
 from emoe_core.predictor.training import Example, TrainingOptions, train
 from emoe_core.predictor.transformer import PredictorHeader, TransformerPredictor
-from workbench.reference_model.tiny import EXPERTS, LAYERS, tiny_moe
+from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "epochs": 12, "streams": 8, "longest": 24}
 

@@ -19,7 +19,7 @@ from sweep_bench import Bench, wait_for
 from emoe_core.errors import ExperimentError
 from workbench import tracking
 from workbench.configuration import ExperimentConfig, as_params, config_of
-from workbench.reference_model.tiny import tiny_moe
+from workbench.models.reference.tiny import tiny_moe
 from workbench.run_lookup import find_run
 from workbench.run_record import RunRecord
 from workbench.store import HOME_VARIABLE, open_store

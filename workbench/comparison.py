@@ -20,7 +20,7 @@ from workbench.baselines.quantized import BITS_PER_WEIGHT, score_quantized
 from workbench.configuration import ExperimentConfig
 from workbench.experiment import all_resident, quality_metrics, run_experiment, warm_trace
 from workbench.memory import MemoryMeasurement, measure
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.quality import bootstrap_interval
 from workbench.workloads import prompt_stream
 

@@ -30,7 +30,7 @@ from emoe_core.predictor import TRAINED, OraclePredictor
 from workbench.configuration import ORACLE, ExperimentConfig
 from workbench.labels import told_tasks
 from workbench.memory import MemoryMeasurement, as_metrics, measure
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.predictor_training import stored_predictor
 from workbench.quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio
 from workbench.reference_outputs import Reference, reference_outputs

@@ -167,7 +167,7 @@ def _control(spec: dict[str, Any]) -> dict[str, int]:
         digest.update(source.read_bytes())
     stored = cache_dir() / "controls" / f"{digest.hexdigest()[:24]}.json"
     if not stored.exists():
-        from workbench.reference_model.tiny import cached_tiny_moe
+        from workbench.models.reference.tiny import cached_tiny_moe
 
         tiny = {**spec, "checkpoint": str(cached_tiny_moe()), "options": options, "tokenizer": tokenizer}
         _ensure_pack(tiny)

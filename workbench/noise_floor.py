@@ -19,7 +19,7 @@ from emoe_core.errors import OptionError
 from workbench.baselines.stock import greedy_answers
 from workbench.configuration import ExperimentConfig
 from workbench.experiment import all_resident
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.quality import bootstrap_interval
 from workbench.similarity import similarity
 from workbench.workloads import prompt_stream

@@ -34,7 +34,7 @@ from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.planning.tasks import DEFAULT_SIMILARITY_THRESHOLD, LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
 from workbench.coverage import extend
 from workbench.disturbance import layer_divergences, random_routing
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.quality import bootstrap_interval
 from workbench.reference_outputs import Reference, ReferenceOutput, reference_outputs
 from workbench.similarity import similarity

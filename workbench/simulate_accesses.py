@@ -24,7 +24,7 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.config import resolve_device
 from emoe_core.errors import DataError, OptionError
 from emoe_core.experts.trace import RoutingTrace
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.recording import Progress, RecordingConfig
 from workbench.reference_outputs import Reference, reference_outputs
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash

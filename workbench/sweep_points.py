@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
-from workbench.models import EMBEDDED
+from workbench.models.names import EMBEDDED
 from workbench.sweep_file import SweepSource
 from workbench.sweep_notebook import Parameter, check_parameter, find_notebook, notebook_parameters, source_hash
 from workbench.sweep_schema import Needs, Range, Scalar, Search, Stage, Values

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import EmoeError, ExperimentError
-from workbench.models import require_model
+from workbench.models.names import require_model
 from workbench.sweep_notebook import Parameter
 
 SINGLE = (

@@ -30,7 +30,7 @@ import emoe_core
 from workbench import figures, tracking
 from workbench.configuration import ExperimentConfig, as_params
 from workbench.experiment import run_experiment
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.progress import stage_bars
 from workbench.metrics.show import metric_table
 from workbench.request_spans import request_spans

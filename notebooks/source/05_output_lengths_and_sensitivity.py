@@ -36,7 +36,7 @@ from IPython.display import display
 from emoe_core.planning.tasks import TASK_TYPES, Profile
 from workbench import figures, profile_report, tracking
 from workbench.configuration import ExperimentConfig
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.profiling import ProfileConfig, measure_profile, stored_profile
 from workbench.progress import stage_bars
 

@@ -37,7 +37,7 @@ from workbench.figures import set_style
 from workbench.limit_trials import Trials
 from workbench.longest import MEGABYTE, SearchConfig, configurations, require_host, resolve_limit, search
 from workbench.longest_report import as_metrics, beside_paper, limits_figure
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.progress import stage_bars
 
 set_style()

@@ -33,7 +33,7 @@ from IPython.display import display
 from workbench import figures, tracking
 from workbench.machine.busy import busy_warning
 from workbench.comparison import listed
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.progress import stage_bars
 from workbench.serving import report
 from workbench.serving.comparison import bounds, compare_schedulers, gains, load_at_attainment, reachable_loads, variant

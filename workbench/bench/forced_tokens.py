@@ -1,6 +1,6 @@
 """The token ids that every system of a bench reads and decodes: the same for all, given beforehand.
 
-Two sequences: one to warm up, one to time. Where the checkpoint carries recorded routing (`workbench.synthetic`), they
+Two sequences: one to warm up, one to time. Where the checkpoint carries recorded routing (`workbench.models.synthetic`), they
 are consecutive tokens of that recording, prompts and answers as they came. A random model without one gets random ids.
 A model that knows language reads the project's own fixture prompts, one after the other.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
-from workbench.synthetic.writer import TRACE_FILE, label_of
+from workbench.models.synthetic.writer import TRACE_FILE, label_of
 
 
 @dataclass(frozen=True)

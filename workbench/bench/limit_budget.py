@@ -97,7 +97,7 @@ def control_bytes(spec: dict[str, Any], limit_bytes: int, controller: Controller
     BudgetError
         When not even the tiny model runs under the limit.
     """
-    from workbench.reference_model.tiny import cached_tiny_moe
+    from workbench.models.reference.tiny import cached_tiny_moe
 
     tiny = {**spec, "checkpoint": str(cached_tiny_moe()), "warm_trace": None, "options": {"budget": "50%"}}
     tiny |= {name: [1 + token % 255 for token in spec[name]] for name in ("warm_prompt", "warm", "prompt", "timed")}

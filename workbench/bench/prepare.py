@@ -26,7 +26,7 @@ from workbench.bench.plan import PREPARED_FILE, BenchPlan
 from workbench.bench.routing_pass import RoutingPass, routing_pass
 from workbench.machine.control_groups import Controller
 from workbench.machine.environment import describe_environment
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 
 Report = Callable[[str, int, int], None]
 

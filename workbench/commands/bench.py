@@ -64,7 +64,7 @@ def bench(
     from workbench.bench.runner import run_bench
     from workbench.machine.control_groups import find_controller
     from workbench.machine.environment import available_cores
-    from workbench.models import require_model
+    from workbench.models.names import require_model
     from workbench.store import project_root
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -56,7 +56,7 @@ def run(
     if not prompt.strip():
         raise OptionError("the prompt is empty: say what to ask.")
     from emoe_core.planning.tasks import TASK_TYPES
-    from workbench.models import resolve_model
+    from workbench.models.names import resolve_model
 
     if task is not None and task not in TASK_TYPES:
         raise OptionError(f"--task {task}: the task types are {', '.join(TASK_TYPES)}.")
@@ -96,7 +96,7 @@ def pack(
     from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.loader.pack import Pack, ensure_pack, write_pack
     from workbench.metrics.show import show_bytes
-    from workbench.models import resolve_model
+    from workbench.models.names import resolve_model
 
     index = open_checkpoint(resolve_model(model), dtype)
     with progress_bar("writing experts") as progress:
@@ -131,7 +131,7 @@ def estimate(
     from emoe_core.engine import plan_engine
     from emoe_core.footprint import memory_breakdown
     from workbench.metrics.show import show_bytes
-    from workbench.models import resolve_model
+    from workbench.models.names import resolve_model
 
     checkpoint = resolve_model(model)
     index = open_checkpoint(checkpoint, dtype).with_expert_dtype(expert_dtype)

@@ -13,7 +13,7 @@ from rich.table import Table
 from emoe_core.errors import OptionError
 
 if TYPE_CHECKING:
-    from workbench.families import FamilyRow
+    from workbench.models.families import FamilyRow
 
 
 def models(
@@ -25,13 +25,13 @@ def models(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """List model families: how their experts lie on disk, whether they are exact, and how they are rerouted."""
-    from workbench.families import as_markdown, recorded
+    from workbench.models.families import as_markdown, recorded
 
     if write and check != ["all"]:
         raise OptionError("--write renews the whole record: give it with --check all.")
     rows = recorded() if check is None else _proven(check)
     if write:
-        from workbench.families import write_record
+        from workbench.models.families import write_record
 
         write_record(list(rows))
     if markdown:
@@ -50,7 +50,7 @@ def _proven(wanted: list[str]) -> tuple[FamilyRow, ...]:
 
     from emoe_core.checkpoint.families import REFUSED, families
     from workbench.commands.checkpoints import progress_bar
-    from workbench.families import prove, refused
+    from workbench.models.families import prove, refused
 
     known = [family.model_type for family in families()]
     unknown = sorted(set(wanted) - {*known, *REFUSED, "all"})

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from emoe_core.errors import OptionError
-from workbench.models import EMBEDDED, REFERENCE
+from workbench.models.names import EMBEDDED, REFERENCE
 
 Embedded = Annotated[str, typer.Argument(help="'reference' or 'carved'.")]
 Built = Annotated[Path | None, typer.Option("--path", help="Folder of the built model; the cache's when not given.")]
@@ -42,7 +42,7 @@ def build_model(
     out: Annotated[Path | None, typer.Option(help="Folder to write; the cache when not given.")] = None,
 ) -> None:
     """Build a reference model from its recipe (under two minutes, once)."""
-    from workbench import reference_model
+    from workbench.models import reference as reference_model
 
     built = reference_model.build(out, kind=kind_of(model))
     Console().print(f"Reference model: [bold]{escape(str(built))}[/]", soft_wrap=True)
@@ -55,7 +55,7 @@ def train_model(
     seed: Annotated[int, typer.Option(help="Seed of the recipe.")] = 0,
 ) -> None:
     """Compute the recipe anew (reference: two hours, carved: ten minutes; goes on where it stopped)."""
-    from workbench import reference_model
+    from workbench.models import reference as reference_model
 
     recipe = reference_model.train(out, seed=seed, kind=kind_of(model))
     Console().print(f"Recipe: [bold]{escape(str(recipe))}[/]", soft_wrap=True)
@@ -64,7 +64,7 @@ def train_model(
 @model_app.command("verify")
 def verify_model(model: Embedded = REFERENCE, path: Built = None) -> None:
     """Check the built model's files against their checksums."""
-    from workbench import reference_model
+    from workbench.models import reference as reference_model
 
     Console().print(f"Intact: all {len(reference_model.verify(path, kind_of(model)))} files.")
 
@@ -72,7 +72,7 @@ def verify_model(model: Embedded = REFERENCE, path: Built = None) -> None:
 @model_app.command("evaluate")
 def evaluate_model(model: Embedded = REFERENCE, path: Built = None) -> None:
     """Measure perplexity by domain beside the dense model, and how the routers choose."""
-    from workbench import reference_model
+    from workbench.models import reference as reference_model
 
     table = Table(title=f"Embedded model, {model}", show_header=False)
     for name, value in reference_model.evaluate(path, kind=kind_of(model)).items():
@@ -144,7 +144,7 @@ def profile(
 ) -> None:
     """Measure output lengths, and which layers' routing a task depends on (goes on where it stopped)."""
     from emoe_core.planning.tasks import DEFAULT_SIMILARITY_THRESHOLD
-    from workbench.models import resolve_model
+    from workbench.models.names import resolve_model
     from workbench.profiling import ProfileConfig, extend_profile, measure_profile, profile_path, stored_profile
     from workbench.progress import stage_bars
 

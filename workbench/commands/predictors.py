@@ -70,7 +70,7 @@ def evaluate(
     from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.errors import OptionError
     from workbench.metrics.show import show_bytes
-    from workbench.models import resolve_model
+    from workbench.models.names import resolve_model
     from workbench.prediction import compare, factories
     from workbench.predictor_training import predictor_path
     from workbench.progress import stage_bars

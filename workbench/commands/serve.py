@@ -78,7 +78,7 @@ def serve(
     require_free_port(host, port)
 
     from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler, require_scheduler
-    from workbench.models import resolve_model
+    from workbench.models.names import resolve_model
     from workbench.server.listen import EmoeServer
     from workbench.serving import conditions
     from workbench.serving.measure import stored_costs

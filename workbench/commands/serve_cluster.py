@@ -93,7 +93,7 @@ def serve_cluster(
     from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler, require_scheduler
     from workbench.machine.ray_connection import code_hash
-    from workbench.models import resolve_model
+    from workbench.models.names import resolve_model
     from workbench.replicas.replica import ReplicaConfig
     from workbench.replicas.service import Placement, running_replicas
     from workbench.server.app import make_app

@@ -101,7 +101,7 @@ def simulate_serving(
 ) -> None:
     """Simulate a service under several schedulers and rates, by measured costs."""
     from emoe_core.scheduler.costs import ServingCosts
-    from workbench.models import resolve_model
+    from workbench.models.names import resolve_model
     from workbench.progress import stage_bars
     from workbench.serving.comparison import compare_schedulers, variant
     from workbench.serving.experiment import ServingConfig

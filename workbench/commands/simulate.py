@@ -30,7 +30,7 @@ def simulate(
     from emoe_core.budget import plan_slots
     from emoe_core.checkpoint.index import open_checkpoint
     from workbench.metrics.show import show_bytes
-    from workbench.models import resolve_model
+    from workbench.models.names import resolve_model
     from workbench.progress import stage_bars
     from workbench.recording import RecordingConfig
     from workbench.simulate import simulate as replay_all

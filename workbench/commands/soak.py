@@ -31,7 +31,7 @@ def soak(
     if not (hours > 0 and minutes > 0):
         raise OptionError("hours and minutes must be more than 0")
     import emoe_core
-    from workbench.models import resolve_model
+    from workbench.models.names import resolve_model
     from workbench.progress import stage_bars
     from workbench.serving.soak import SoakConfig, memory_slope, questions
     from workbench.serving.soak import soak as run_soak

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 if TYPE_CHECKING:
     from emoe_core.experts.trace import RoutingTrace
-    from workbench.synthetic.shapes import Shape
+    from workbench.models.synthetic.shapes import Shape
 
 Size = Annotated[int | None, typer.Option(show_default=False, help="In place of the shape's own.")]
 
@@ -40,9 +40,9 @@ def synth(
     """Write a checkpoint with random weights that loads like its model (goes on where it stopped)."""
     from workbench.commands.checkpoints import progress_bar
     from workbench.metrics.show import show_bytes
+    from workbench.models.synthetic.shapes import find_shape, overridden, scaled
+    from workbench.models.synthetic.writer import label_of, write_synthetic
     from workbench.synthetic.recorded_routing import OWN, recorded_trace
-    from workbench.synthetic.shapes import find_shape, overridden, scaled
-    from workbench.synthetic.writer import label_of, write_synthetic
 
     sizes = {"layers": layers, "experts": experts, "top_k": top_k, "hidden": hidden}
     sizes |= {"intermediate": intermediate, "vocab": vocab}
@@ -67,8 +67,8 @@ def synth(
 
 
 def _laid_out(trace: RoutingTrace, shape: Shape) -> RoutingTrace:
-    from workbench.synthetic.composed_trace import compose, locality
-    from workbench.synthetic.writer import tensors_of
+    from workbench.models.synthetic.composed_trace import compose, locality
+    from workbench.models.synthetic.writer import tensors_of
 
     moe_layers = sum(tensor.moe_layer is not None for tensor in tensors_of(shape))
     composed = compose(trace, moe_layers, shape.experts, shape.top_k)

@@ -35,7 +35,7 @@ from workbench.experiment import all_resident, quality_metrics, score_prompts, w
 from workbench.machine.busy import OtherWork
 from workbench.machine.process_counters import status_bytes
 from workbench.measured_process import process_peak_bytes, reset_peak
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.workloads import prompt_stream, prompts_hash
 
 Progress = Callable[[str, int, int], None]

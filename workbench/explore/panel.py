@@ -26,7 +26,7 @@ from workbench.configuration import ExperimentConfig
 from workbench.explore.explorer import Explorer, Observation
 from workbench.explore.readout import ALL_TASKS, name_of, points_table, readout
 from workbench.explore.token_view import count_steps, step_grid, step_table, steps_table
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 
 LEAST_PERCENT, MOST_INTERVAL = 5, 16
 _STYLE = {"description_width": "80px"}

@@ -32,7 +32,7 @@ from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.scheduler import BatchLimits, make_scheduler
 from emoe_core.serving.loop import ServingLoop
 from workbench.machine.busy import OtherWork
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.serving.task_loads import cut, task_tokens
 
 Progress = Callable[[str, int, int], None]

@@ -28,7 +28,7 @@ from emoe_core.scheduler.costs import ServingCosts
 from emoe_core.serving.loop import ServingLoop
 from emoe_core.serving.records import Answer, Pass
 from workbench.machine.busy import OtherWork
-from workbench.models import resolve_model
+from workbench.models.names import resolve_model
 from workbench.serving import conditions
 from workbench.serving.arrivals import Arrival, at_rate, draw_arrivals
 from workbench.serving.cluster import Cluster

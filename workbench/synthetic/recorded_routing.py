@@ -7,7 +7,7 @@ from pathlib import Path
 
 from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
-from workbench.models import EMBEDDED, resolve_model
+from workbench.models.names import EMBEDDED, resolve_model
 
 OWN = "own"
 ANSWER_TOKENS = 160

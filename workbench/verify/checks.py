@@ -41,7 +41,7 @@ def check_model(run: RunRecord, plan: Plan) -> str:
     if recorded is None or name is None:
         return "model: the notebook says which one, compared afterwards"
     from emoe_core.checkpoint.index import open_checkpoint
-    from workbench.models import resolve_model
+    from workbench.models.names import resolve_model
 
     try:
         found = open_checkpoint(resolve_model(str(name))).source_hash

@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from workbench.reference_model import dense
-from workbench.reference_model.held_out import (
+from workbench.models.reference import dense
+from workbench.models.reference.held_out import (
     answers,
     compute_type,
     counts,
@@ -25,10 +25,10 @@ from workbench.reference_model.held_out import (
     losses,
     predicted_tokens,
 )
-from workbench.reference_model.recipe import FIGURES
-from workbench.reference_model.summary import summarise
-from workbench.reference_model.upcycled.build import ASSEMBLY, build
-from workbench.reference_model.upcycled.recipe import Recipe
+from workbench.models.reference.recipe import FIGURES
+from workbench.models.reference.summary import summarise
+from workbench.models.reference.upcycled.build import ASSEMBLY, build
+from workbench.models.reference.upcycled.recipe import Recipe
 
 HEATMAP = "routing.png"
 

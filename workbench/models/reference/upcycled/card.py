@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from workbench.reference_model.upcycled.recipe import Recipe
+from workbench.models.reference.upcycled.recipe import Recipe
 
 _HEAD = """---
 license: apache-2.0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workbench.reference_model.carved.carving import Shape
+from workbench.models.reference.carved.carving import Shape
 
 SHARED_GATE = 0.5
 LARGEST_CODE = 7

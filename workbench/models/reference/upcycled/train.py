@@ -23,15 +23,9 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from emoe_core.errors import OptionError
-from workbench.reference_model import corpora, dense
-from workbench.reference_model.upcycled.mixture import (
-    BASE,
-    MixtureFeedForward,
-    Shape,
-    adapter_parameters,
-    grow,
-)
-from workbench.reference_model.upcycled.recipe import Recipe, save_recipe
+from workbench.models.reference import corpora, dense
+from workbench.models.reference.upcycled.mixture import BASE, MixtureFeedForward, Shape, adapter_parameters, grow
+from workbench.models.reference.upcycled.recipe import Recipe, save_recipe
 
 STATE = "state.pt"
 

@@ -31,13 +31,13 @@ def resolve_model(name: str | Path) -> str | Path:
     """
     require_model(name)
     if str(name) == TINY:
-        from workbench.reference_model.tiny import cached_tiny_moe
+        from workbench.models.reference.tiny import cached_tiny_moe
 
         return cached_tiny_moe()
     kind = EMBEDDED.get(str(name))
     if kind is None:
         return name
-    from workbench.reference_model import build
+    from workbench.models.reference import build
 
     return build(kind=kind)
 

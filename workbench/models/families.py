@@ -23,7 +23,7 @@ from emoe_core.experts.layer import handle_of
 from emoe_core.planning.tasks import UNKNOWN
 from emoe_core.scheduler import BatchLimits, make_scheduler
 from emoe_core.serving.loop import ServingLoop
-from workbench.reference_model.tiny_families import FIRST_PLAIN_TOKEN, VOCABULARY, tiny_family
+from workbench.models.reference.tiny_families import FIRST_PLAIN_TOKEN, VOCABULARY, tiny_family
 
 RECORD = Path(__file__).with_name("families.json")
 # About two of eight experts a layer, so that experts are really missed and evicted.

@@ -28,9 +28,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from emoe_core.checkpoint.safetensors_files import byte_view
 from emoe_core.errors import DataError, OptionError
 from emoe_core.experts.trace import RoutingTrace
-from workbench.reference_model.tiny import tiny_tokenizer
-from workbench.synthetic.shapes import Shape
-from workbench.synthetic.written_routing import RESIDUAL_SHARE, WrittenRouting
+from workbench.models.reference.tiny import tiny_tokenizer
+from workbench.models.synthetic.shapes import Shape
+from workbench.models.synthetic.written_routing import RESIDUAL_SHARE, WrittenRouting
 
 LABEL_FILE, TRACE_FILE, INDEX_FILE = "synthetic.json", "routing.npz", "model.safetensors.index.json"
 SHARD_BYTES = 10**9

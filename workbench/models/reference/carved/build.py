@@ -10,11 +10,11 @@ import itertools
 import torch
 from transformers import Qwen2MoeConfig
 
-from workbench.reference_model import dense
-from workbench.reference_model.carved.card import render_card
-from workbench.reference_model.carved.layer import assemble
-from workbench.reference_model.carved.recipe import Recipe
-from workbench.reference_model.checkpoint import Assembly, parent_options
+from workbench.models.reference import dense
+from workbench.models.reference.carved.card import render_card
+from workbench.models.reference.carved.layer import assemble
+from workbench.models.reference.carved.recipe import Recipe
+from workbench.models.reference.checkpoint import Assembly, parent_options
 
 
 def qwen2_moe_config(parent: dense.DenseSource, recipe: Recipe) -> Qwen2MoeConfig:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import MixtralConfig
 
-from workbench.reference_model import dense
-from workbench.reference_model.checkpoint import Assembly, corrected, parent_options
-from workbench.reference_model.upcycled.card import render_card
-from workbench.reference_model.upcycled.recipe import Recipe
+from workbench.models.reference import dense
+from workbench.models.reference.checkpoint import Assembly, corrected, parent_options
+from workbench.models.reference.upcycled.card import render_card
+from workbench.models.reference.upcycled.recipe import Recipe
 
 # Name of the parent's projection, the recipe's part, and Mixtral's name of the same matrix.
 _MATRICES = (("gate_proj", "gate", "w1"), ("up_proj", "up", "w3"), ("down_proj", "down", "w2"))

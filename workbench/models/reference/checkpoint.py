@@ -24,8 +24,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from emoe_core.errors import CheckpointError
 from workbench.cache import cache_dir, sha256_file
-from workbench.reference_model import dense
-from workbench.reference_model.recipe import MANIFEST, Recipe
+from workbench.models.reference import dense
+from workbench.models.reference.recipe import MANIFEST, Recipe
 
 LAYERS_PER_SHARD = 3
 CHECKSUMS = "checksums.json"

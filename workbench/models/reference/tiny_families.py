@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from emoe_core.checkpoint.families import language_model, language_model_class
-from workbench.reference_model.tiny import roughen
+from workbench.models.reference.tiny import roughen
 
 VOCABULARY = 128
 HIDDEN = 32

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from emoe_core.errors import OptionError
-from workbench.reference_model import corpora, dense
-from workbench.reference_model.recipe import Recipe
+from workbench.models.reference import corpora, dense
+from workbench.models.reference.recipe import Recipe
 
 QUESTIONS = (
     "What is the capital of Italy?",

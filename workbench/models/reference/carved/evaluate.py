@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from workbench.reference_model import corpora, dense
-from workbench.reference_model.carved.build import ASSEMBLY, build
-from workbench.reference_model.carved.keeping import keeping, most_used
-from workbench.reference_model.carved.recipe import Recipe
-from workbench.reference_model.held_out import (
+from workbench.models.reference import corpora, dense
+from workbench.models.reference.carved.build import ASSEMBLY, build
+from workbench.models.reference.carved.keeping import keeping, most_used
+from workbench.models.reference.carved.recipe import Recipe
+from workbench.models.reference.held_out import (
     answers,
     compute_type,
     counts,
@@ -29,8 +29,8 @@ from workbench.reference_model.held_out import (
     losses,
     predicted_tokens,
 )
-from workbench.reference_model.recipe import FIGURES
-from workbench.reference_model.summary import summarise
+from workbench.models.reference.recipe import FIGURES
+from workbench.models.reference.summary import summarise
 
 KEPT = (19, 14, 10)
 

@@ -45,4 +45,4 @@ def evaluate(
 def _verb(kind: str, module: str, name: str | None = None) -> Any:
     if kind not in KINDS:
         raise OptionError(f"unknown kind of reference model {kind!r}: choose one of {', '.join(KINDS)}")
-    return getattr(importlib.import_module(f"workbench.reference_model.{kind}.{module}"), name or module)
+    return getattr(importlib.import_module(f"workbench.models.reference.{kind}.{module}"), name or module)

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-from workbench.reference_model import recipe
-from workbench.reference_model.upcycled.mixture import MixtureFeedForward, Shape
+from workbench.models.reference import recipe
+from workbench.models.reference.upcycled.mixture import MixtureFeedForward, Shape
 
 PARTS = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b", "router")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from workbench.reference_model import recipe
-from workbench.reference_model.carved.carving import Shape
+from workbench.models.reference import recipe
+from workbench.models.reference.carved.carving import Shape
 
 
 class Recipe(recipe.Recipe):

@@ -25,10 +25,10 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from emoe_core.errors import OptionError
-from workbench.reference_model import corpora, dense
-from workbench.reference_model.carved.carving import Shape, carve, contributions, router_start
-from workbench.reference_model.carved.layer import assemble, factors, pack
-from workbench.reference_model.carved.recipe import Recipe
+from workbench.models.reference import corpora, dense
+from workbench.models.reference.carved.carving import Shape, carve, contributions, router_start
+from workbench.models.reference.carved.layer import assemble, factors, pack
+from workbench.models.reference.carved.recipe import Recipe
 
 # Tokens that pass through a feed-forward at a time.
 PIECE_TOKENS = 2048

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from emoe_core.errors import CheckpointError
 from workbench.cache import sha256_file
-from workbench.models import EMBEDDED
+from workbench.models.names import EMBEDDED
 
 RECIPES = Path(__file__).parent / "recipes"
 ADAPTERS = "adapters.safetensors"

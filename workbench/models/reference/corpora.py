@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from workbench.cache import fetch_package
-from workbench.reference_model import dialogue
+from workbench.models.reference import dialogue
 
 DOCUMENT_END = 0
 PACKAGES = {

@@ -1,0 +1,1 @@
+"""Models by name: the embedded ones, synthetic checkpoints, and the families of transformers."""
