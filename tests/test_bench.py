@@ -23,9 +23,7 @@ from workbench.bench import runner
 from workbench.bench.bandwidth import Bandwidths, memory_rate
 from workbench.bench.figure import bench_figure
 from workbench.bench.forced_tokens import ForcedTokens, forced_tokens
-from workbench.bench.launch import FAILED, KILLED, MEASURED, Launched, launch
 from workbench.bench.limit_budget import RESERVE_SHARE, limit_budget
-from workbench.bench.measured_run import decode_until, measure
 from workbench.bench.plan import BenchPlan, open_folder
 from workbench.bench.prepare import Prepared
 from workbench.bench.replay import replayed_loads
@@ -36,6 +34,8 @@ from workbench.bench.summary import as_metrics, summarise
 from workbench.commands.bench import _systems, bench_systems
 from workbench.machine import control_groups
 from workbench.machine.control_groups import Controller, find_controller
+from workbench.measure.decode_job import decode_until, measure
+from workbench.measure.launch import FAILED, KILLED, MEASURED, Launched, launch
 from workbench.metrics.catalogue import metric_of
 from workbench.models.reference.tiny import tiny_moe
 from workbench.models.synthetic.shapes import SHAPES, overridden

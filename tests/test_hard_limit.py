@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from emoe_core.errors import LimitError
-from workbench.hard_limit import run_limited
 from workbench.machine.control_groups import PREFIX, Controller, Group, find_controller, limited_group
+from workbench.measure.hard_limit import run_limited
 
 MIB = 2**20
 LIMIT_BYTES = 96 * MIB
@@ -144,7 +144,7 @@ def test_the_command_does_not_outlive_a_killed_parent(controller: Controller, tm
     written = tmp_path / "pid"
     inner = f"import os, time; open({str(written)!r}, 'w').write(str(os.getpid()) + ' '); time.sleep(60)"
     start = f"run_limited([sys.executable, '-c', {inner!r}], {LIMIT_BYTES})"
-    outer = f"import sys; from workbench.hard_limit import run_limited; {start}"
+    outer = f"import sys; from workbench.measure.hard_limit import run_limited; {start}"
     parent = subprocess.Popen([sys.executable, "-c", outer])
     until(lambda: written.exists() and written.read_text().endswith(" "))
     parent.kill()

@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 
 from emoe_core.errors import ExperimentError, LimitError, OptionError
-from workbench.hard_limit import LimitedRun
-from workbench.limit_trials import (
+from workbench.longest_report import beside_paper, limits_figure
+from workbench.machine.control_groups import Controller, find_controller
+from workbench.measure.hard_limit import LimitedRun
+from workbench.measure.limit_trials import (
     KILLED,
     NO_MEMORY,
     STOCK,
@@ -22,9 +24,7 @@ from workbench.limit_trials import (
     Trials,
     outcome_of,
 )
-from workbench.longest import MEGABYTE, SearchConfig, configurations, resolve_limit, search
-from workbench.longest_report import beside_paper, limits_figure
-from workbench.machine.control_groups import Controller, find_controller
+from workbench.measure.longest import MEGABYTE, SearchConfig, configurations, resolve_limit, search
 from workbench.models.names import TINY, resolve_model
 
 CLEAN = LimitedRun(10**9, 10**8, 0, False, False, 0, "", "", 1.0)
@@ -160,7 +160,7 @@ def test_trials_under_a_real_limit_end_as_they_should_and_are_remembered(
     def forbidden(*_: object, **__: object) -> LimitedRun:
         raise AssertionError("a finished trial must not run again")
 
-    monkeypatch.setattr("workbench.limit_trials.run_limited", forbidden)
+    monkeypatch.setattr("workbench.measure.limit_trials.run_limited", forbidden)
     assert trials.run(emoe, 32, 2, 1500 * MEGABYTE) == fits
     assert trials.frame()["outcome"].tolist() == [SURVIVED, KILLED]
     assert isinstance(trials.frame(), pd.DataFrame) and len(trials.done) == 2

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import emoe_core
 from emoe_core.errors import ExperimentError
-from workbench import memory
-from workbench.measured_process import mapped_checkpoint_bytes, process_peak_bytes, reset_peak
-from workbench.memory import as_metrics, measure
+from workbench.measure import memory
+from workbench.measure.memory import as_metrics, measure
+from workbench.measure.serving_job import mapped_checkpoint_bytes, process_peak_bytes, reset_peak
 from workbench.models.reference.tiny import tiny_moe
 
 PROMPTS, TASKS = ["Is it warm?", "Sum up the day."], ["qa", "summarization"]

@@ -18,8 +18,8 @@ from serving_bench import make_costs
 from workbench.compare.change import paired_change
 from workbench.configuration import ExperimentConfig
 from workbench.explore.explorer import Explorer
-from workbench.longest import with_ratios
 from workbench.longest_report import as_metrics
+from workbench.measure.longest import with_ratios
 from workbench.metrics.catalogue import CATALOGUE, GROUPS, HIGHER, LOWER, NEITHER, metric_of
 from workbench.metrics.groups import better_direction, group_of, is_measured_memory
 from workbench.metrics.show import column_texts, show, unit_of, words_of

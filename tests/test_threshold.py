@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe_core.errors import OptionError
-from workbench.threshold import largest_that_holds, most_questions, smallest_that_holds
+from workbench.measure.threshold import largest_that_holds, most_questions, smallest_that_holds
 
 NUMBERS = st.integers(1, 5000)
 

@@ -19,7 +19,7 @@ from emoe_core.errors import ExperimentError, OptionError
 from workbench.baselines.quantized import BITS_PER_WEIGHT, score_quantized
 from workbench.configuration import ExperimentConfig
 from workbench.experiment import all_resident, quality_metrics, run_experiment, warm_trace
-from workbench.memory import MemoryMeasurement, measure
+from workbench.measure.memory import MemoryMeasurement, measure
 from workbench.models.names import resolve_model
 from workbench.quality import bootstrap_interval
 from workbench.workloads import prompt_stream

@@ -29,7 +29,7 @@ from emoe_core.planning.tasks import Profile
 from emoe_core.predictor import TRAINED, OraclePredictor
 from workbench.configuration import ORACLE, ExperimentConfig
 from workbench.labels import told_tasks
-from workbench.memory import MemoryMeasurement, as_metrics, measure
+from workbench.measure.memory import MemoryMeasurement, as_metrics, measure
 from workbench.models.names import resolve_model
 from workbench.predictor_training import stored_predictor
 from workbench.quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio

@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from workbench.limit_trials import STOCK
+from workbench.measure.limit_trials import STOCK
 
 PANELS = (
     # column, ratio to stock's, whether the search's cap was reached, axis label

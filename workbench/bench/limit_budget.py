@@ -15,8 +15,8 @@ from emoe_core.budget import plan_slots
 from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.errors import BudgetError, ExperimentError
 from emoe_core.footprint import memory_breakdown
-from workbench.bench.launch import MEASURED, launch
 from workbench.machine.control_groups import Controller
+from workbench.measure.launch import MEASURED, launch
 
 RESERVE_SHARE = 0.04
 

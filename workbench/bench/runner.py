@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from workbench.baselines.systems import System
-from workbench.bench.launch import FAILED, MEASURED, Launched, launch
 from workbench.bench.plan import RESULTS_FILE, BenchPlan
 from workbench.bench.prepare import Prepared
 from workbench.machine.control_groups import Controller
+from workbench.measure.launch import FAILED, MEASURED, Launched, launch
 
 
 @dataclass(frozen=True)

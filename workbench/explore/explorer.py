@@ -34,7 +34,7 @@ from workbench.configuration import ORACLE, ExperimentConfig
 from workbench.experiment import all_resident, quality_metrics, score_prompts, warm_trace
 from workbench.machine.busy import OtherWork
 from workbench.machine.process_counters import status_bytes
-from workbench.measured_process import process_peak_bytes, reset_peak
+from workbench.measure.serving_job import process_peak_bytes, reset_peak
 from workbench.models.names import resolve_model
 from workbench.workloads import prompt_stream, prompts_hash
 

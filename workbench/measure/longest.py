@@ -18,8 +18,8 @@ import psutil
 
 from emoe_core.budget import Budget
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.limit_trials import STOCK, TOO_SLOW, Configuration, Trial, Trials
-from workbench.threshold import largest_that_holds, most_questions, smallest_that_holds
+from workbench.measure.limit_trials import STOCK, TOO_SLOW, Configuration, Trial, Trials
+from workbench.measure.threshold import largest_that_holds, most_questions, smallest_that_holds
 
 MEGABYTE = 10**6
 Progress = Callable[[str, int, int], None]

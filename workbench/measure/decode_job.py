@@ -1,6 +1,6 @@
 """One measured process of a bench: load a system, warm it up, then decode the timed sequence token by token.
 
-Started by `launch.py` as ``python -m workbench.bench.measured_run SPEC RESULT``; the process does nothing else, imports
+Started by `launch.py` as ``python -m workbench.measure.decode_job SPEC RESULT``; the process does nothing else, imports
 only what its system needs, and reports what it took: seconds of each token, bytes that the disk delivered, the
 operating system's peak of its memory. Importing libraries is kept apart from loading. Exit codes: `measured_job`.
 
@@ -19,7 +19,7 @@ from typing import Any
 from workbench.baselines.decoder import Decoder, decoder_class
 from workbench.machine.busy import OtherWork
 from workbench.machine.process_counters import read_bytes, status_bytes
-from workbench.measured_job import answer_job
+from workbench.measure.job import answer_job
 
 # Counters of a system that are reported for the timed tokens alone.
 COUNTED = ("requests", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "stall_s")

@@ -30,7 +30,7 @@ from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.pack import ensure_pack
-from workbench import measured_process
+from workbench.measure import serving_job as measured_process
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _child(spec: dict[str, Any], warm_trace: RoutingTrace | None = None) -> dict
         spec = {**spec, "warm_trace": trace}
         source, target = Path(scratch) / "spec.json", Path(scratch) / "result.json"
         source.write_text(json.dumps(spec))
-        command = [sys.executable, "-m", "workbench.measured_process", str(source), str(target)]
+        command = [sys.executable, "-m", "workbench.measure.serving_job", str(source), str(target)]
         finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "EMOE_RUN_ID": ""})
         if finished.returncode != 0 or not target.exists():
             last = finished.stderr.strip().splitlines()[-1:] or [f"exit code {finished.returncode}"]

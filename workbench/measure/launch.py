@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench import measured_job
-from workbench.bench import measured_run
-from workbench.hard_limit import drop_cached, run_limited
 from workbench.machine.control_groups import Controller
+from workbench.measure import decode_job as measured_run
+from workbench.measure import job as measured_job
+from workbench.measure.hard_limit import drop_cached, run_limited
 
 MEASURED, KILLED, NO_MEMORY = "measured", "killed by the limit", "out of memory"
 TOO_SLOW, FAILED = "too slow", "failed"

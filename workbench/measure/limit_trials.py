@@ -30,10 +30,11 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.pack import ensure_pack
-from workbench import longest_trial, measured_job
-from workbench.hard_limit import LimitedRun, drop_cached, run_limited
 from workbench.machine.control_groups import Controller
 from workbench.machine.environment import available_cores
+from workbench.measure import job as measured_job
+from workbench.measure import limit_job as longest_trial
+from workbench.measure.hard_limit import LimitedRun, drop_cached, run_limited
 
 STOCK = "stock"
 SURVIVED, KILLED, NO_MEMORY, TOO_SLOW = "survived", "killed by the limit", "out of memory", "too slow at the limit"

@@ -1,6 +1,6 @@
 """One trial: a configuration reads prompts of a length and a batch size and decodes a few tokens, in its own process.
 
-Started by `limit_trials.py`, under a hard memory limit, as ``python -m workbench.longest_trial SPEC RESULT``. Prompts
+Started by `limit_trials.py`, under a hard memory limit, as ``python -m workbench.measure.limit_job SPEC RESULT``. Prompts
 are random token ids, so that any length can be made; end-of-text is not heeded, so that every trial decodes the same
 number of tokens. Stock transformers and emoe run the same code here: a pass over the prompts that keeps the last
 position's logits only, then one pass a token, greedily, with a KV cache. Exit codes: `measured_job`.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import emoe_core
 from workbench.machine.process_counters import read_bytes
-from workbench.measured_job import answer_job
+from workbench.measure.job import answer_job
 
 if TYPE_CHECKING:
     import torch
