@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 from sweep_bench import Bench
 
-from workbench.store import HOME_VARIABLE, open_store
+from workbench.tracking.store import HOME_VARIABLE, open_store
 
 # How long an example takes says what else the machine does.
 hypothesis.settings.register_profile(

@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 from sweep_bench import Bench
 
-from workbench import tracking
 from workbench.machine.environment import describe_environment
-from workbench.store import encode, open_store
 from workbench.sweep_state import find_parent, start_parent
+from workbench.tracking import run as tracking
+from workbench.tracking.store import encode, open_store
 
 
 class Page(HTMLParser):

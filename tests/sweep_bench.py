@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from workbench.store import HOME_VARIABLE, open_store
 from workbench.sweep_state import children, current_runs, find_parent
+from workbench.tracking.store import HOME_VARIABLE, open_store
 
 NOTEBOOK = Path(__file__).parent / "fixtures" / "dummy.ipynb"
 COMMAND = [sys.executable, "-c", "from workbench.cli import main; main()"]

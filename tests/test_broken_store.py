@@ -15,12 +15,13 @@ from site_pages import add_run
 from sqlalchemy import event
 from sweep_bench import Bench
 
-from workbench import store_file, tracking
 from workbench.cli import main
 from workbench.report import write_report
-from workbench.request_spans import Span
-from workbench.store import SERVER_VARIABLE, database_file, open_store
-from workbench.store_errors import StoreError
+from workbench.tracking import run as tracking
+from workbench.tracking import store_file
+from workbench.tracking.store import SERVER_VARIABLE, database_file, open_store
+from workbench.tracking.store_errors import StoreError
+from workbench.tracking.traces import Span
 
 OLDER = "0584bdc529eb"  # a revision of the schema that this MLflow knows and has left behind
 

@@ -16,7 +16,6 @@ from sweep_bench import Bench
 from typer.testing import CliRunner
 
 from emoe_core.errors import ExperimentError
-from workbench import tracking
 from workbench.cli import app
 from workbench.compare.change import paired_change
 from workbench.compare.differences import environment_differences, parameter_differences
@@ -25,10 +24,11 @@ from workbench.compare.short import short_tables
 from workbench.compare.sweeps import compare_sweeps
 from workbench.compare.view import view_runs, view_sweeps
 from workbench.machine import environment
-from workbench.run_lookup import find_run, find_runs
-from workbench.store import open_store
 from workbench.sweep_state import METRICS_TAG, NOTEBOOK_TAG, PAGE_CACHE_TAG, start_parent
-from workbench.tracking import PARENT_TAG
+from workbench.tracking import run as tracking
+from workbench.tracking.run import PARENT_TAG
+from workbench.tracking.run_lookup import find_run, find_runs
+from workbench.tracking.store import open_store
 
 PROMPTS = 12
 COLD, WARM = "bypassed (direct reads)", "packed file /x, buffered reads (no O_DIRECT)"

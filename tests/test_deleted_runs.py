@@ -11,13 +11,13 @@ from site_pages import add_run
 from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError
-from workbench import tracking
 from workbench.report import write_report
-from workbench.store import open_store
-from workbench.store_errors import DeletedError
 from workbench.sweep import SweepResult, run_sweep
 from workbench.sweep_state import ERROR_TAG, INDEX_TAG, SWEEP_TAG, current_runs, find_parent, parents
-from workbench.tracking import PARENT_TAG
+from workbench.tracking import run as tracking
+from workbench.tracking.run import PARENT_TAG
+from workbench.tracking.store import open_store
+from workbench.tracking.store_errors import DeletedError
 
 # One worker runs all sweeps of tests: they share the machine.
 pytestmark = pytest.mark.xdist_group("sweep")

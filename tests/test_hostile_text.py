@@ -13,9 +13,9 @@ from emoe_core.errors import ExperimentError
 from emoe_core.metrics import Counters, RunStats
 from workbench.cli import app
 from workbench.models.reference.tiny import tiny_moe
-from workbench.store import slug
 from workbench.sweep_file import read_sweep
-from workbench.sweep_notebook import find_notebook
+from workbench.tracking.notebook import find_notebook
+from workbench.tracking.store import slug
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;'\""
 # What our own HTML is made of.

@@ -11,8 +11,8 @@ from emoe_core.errors import ExperimentError, OptionError
 from workbench.executors.choice import executor_maker
 from workbench.executors.local import LocalExecutor, Machine, visible_gpus
 from workbench.executors.protocol import Ending, Job
-from workbench.store import HOME_VARIABLE
 from workbench.sweep_schema import Needs
+from workbench.tracking.store import HOME_VARIABLE
 
 MACHINE = Machine(cores=4, memory_bytes=10_000_000_000)
 CHILD = "import os, json\nopen(where, 'w').write(json.dumps({n: os.environ.get(n) for n in names}))"

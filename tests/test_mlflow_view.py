@@ -12,9 +12,9 @@ from mlflow.entities import Metric, Run, RunData, RunInfo, RunTag
 from site_pages import add_run
 from sweep_bench import Bench
 
-from workbench.mlflow_view import MOST_LETTERS, VIEW_TAG, arrange_view, encoded_view
-from workbench.store import open_store
 from workbench.sweep_state import current_runs, find_parent
+from workbench.tracking.store import open_store
+from workbench.tracking.view import MOST_LETTERS, VIEW_TAG, arrange_view, encoded_view
 
 
 def read_view(text: str) -> dict[str, Any]:

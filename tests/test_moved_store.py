@@ -15,12 +15,13 @@ import pytest
 from matplotlib.figure import Figure
 from sweep_bench import Bench
 
-from workbench import results, tracking
 from workbench.report import write_report
-from workbench.run_lookup import find_run
-from workbench.store import HOME_VARIABLE, open_store, store_uri
-from workbench.store_errors import StoreError
 from workbench.sweep import run_sweep
+from workbench.tracking import results
+from workbench.tracking import run as tracking
+from workbench.tracking.run_lookup import find_run
+from workbench.tracking.store import HOME_VARIABLE, open_store, store_uri
+from workbench.tracking.store_errors import StoreError
 
 Enter = Callable[[Path], Path]
 NAMES = ("plain", "a b", "50%", "a%20b", "a#b", "what?", "naïve 'quoted'", "mlruns")

@@ -13,7 +13,7 @@ import jupytext
 import pytest
 
 from workbench.models.names import REFERENCE, TINY
-from workbench.sweep_notebook import cells_of, notebook_parameters, read_notebook, source_hash
+from workbench.tracking.notebook import cells_of, notebook_parameters, read_notebook, source_hash
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -14,9 +14,9 @@ from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError
 from workbench.executors.choice import executor_maker
-from workbench.store import SERVER_VARIABLE, open_store
 from workbench.sweep import run_sweep
 from workbench.sweep_state import DIGEST_TAG, ERROR_TAG, SUPERSEDED_TAG, find_parent
+from workbench.tracking.store import SERVER_VARIABLE, open_store
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000, "memory": 8_000_000_000}

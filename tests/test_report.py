@@ -15,15 +15,16 @@ from site_pages import Page, add_run
 from sweep_bench import Bench
 
 from emoe_core.errors import ExperimentError
-from workbench import figures, tracking
+from workbench import figures
 from workbench.metrics.catalogue import meaning_of
 from workbench.metrics.groups import group_of, main_metrics
 from workbench.metrics.words import GROUP_MEANINGS, place_of
 from workbench.report import write_report
 from workbench.report.section import Section
 from workbench.report.sweep_page import read_sweep_page
-from workbench.store import HOME_VARIABLE, open_store
 from workbench.sweep_state import METRICS_TAG, find_parent
+from workbench.tracking import run as tracking
+from workbench.tracking.store import HOME_VARIABLE, open_store
 
 
 def section(bench: Bench, name: str | None = None) -> Section:

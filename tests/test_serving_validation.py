@@ -18,7 +18,7 @@ from workbench.serving.scale import scale_up
 from workbench.serving.times import fitted
 from workbench.serving.validation import Validation, ValidationConfig, validate
 from workbench.serving.validation_report import DRIVERS, agreement_figure, beside_paper
-from workbench.store import HOME_VARIABLE
+from workbench.tracking.store import HOME_VARIABLE
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import pytest
 from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError, OptionError
-from workbench import results
-from workbench.mlflow_view import VIEW_TAG, view_address
-from workbench.store import HOME_VARIABLE, locked, open_store
 from workbench.sweep import run_sweep
 from workbench.sweep_state import ERROR_TAG, OWNER_TAG, find_parent, is_alive, owner_tag
-from workbench.tracking import new_run
+from workbench.tracking import results
+from workbench.tracking.run import new_run
+from workbench.tracking.store import HOME_VARIABLE, locked, open_store
+from workbench.tracking.view import VIEW_TAG, view_address
 
 # One worker runs all of these: they share one sweep that takes a while, and the machine.
 

@@ -10,11 +10,11 @@ import yaml
 from sweep_bench import NOTEBOOK, Bench
 
 from emoe_core.errors import ExperimentError
-from workbench.store import encode, open_store
 from workbench.sweep_plan import describe_plan
 from workbench.sweep_state import NOTEBOOK_TAG
 from workbench.sweep_values import check_value
-from workbench.tracking import new_run
+from workbench.tracking.run import new_run
+from workbench.tracking.store import encode, open_store
 
 
 def record(seconds: float, metrics: tuple[str, ...] = ("peak_bytes",), **parameters: Any) -> None:

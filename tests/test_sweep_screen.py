@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 from test_sweep_file import points
 
-from workbench.store import HOME_VARIABLE
 from workbench.sweep_points import Point
 from workbench.sweep_screen import SweepScreen
+from workbench.tracking.store import HOME_VARIABLE
 
 
 @pytest.fixture

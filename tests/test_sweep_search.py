@@ -10,13 +10,13 @@ from sweep_bench import NOTEBOOK, Bench
 from test_sweep_file import write
 
 from emoe_core.errors import ExperimentError
-from workbench.store import HOME_VARIABLE, encode
 from workbench.sweep import run_sweep
 from workbench.sweep_file import read_sweep
 from workbench.sweep_plan import describe_plan
 from workbench.sweep_points import Point, StagePlan, plan_stages
 from workbench.sweep_search import OptunaSearch, known_points
 from workbench.sweep_state import DIGEST_TAG, STUDY_TAG
+from workbench.tracking.store import HOME_VARIABLE, encode
 
 pytest.importorskip("optuna", reason="Optuna is not installed (extra `optuna`)")
 SPACE = {"tolerance": {"low": 0.0, "high": 1.0}, "budget": {"low": 20, "high": 100, "step": 5, "suffix": "%"}}

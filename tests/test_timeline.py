@@ -9,10 +9,10 @@ import pytest
 from sweep_bench import Bench
 
 import emoe_core
-from workbench import tracking
 from workbench.models.reference.tiny import LAYERS, tiny_moe
-from workbench.request_spans import Span, request_spans
-from workbench.store import open_store
+from workbench.tracking import run as tracking
+from workbench.tracking.store import open_store
+from workbench.tracking.traces import Span, request_spans
 
 PROMPTS = ["What is a heron?", "Count to ten."]
 

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from sweep_bench import Bench
 
 from emoe_core.errors import ExperimentError
-from workbench import results, tracking
-from workbench.store import (
+from workbench.tracking import results
+from workbench.tracking import run as tracking
+from workbench.tracking.store import (
     HOME_VARIABLE,
     decode,
     encode,
@@ -26,7 +27,7 @@ from workbench.store import (
     store_uri,
     ui_command,
 )
-from workbench.store_errors import disk_reason
+from workbench.tracking.store_errors import disk_reason
 
 
 def test_a_run_by_hand_is_recorded_and_finishes(bench: Bench) -> None:
@@ -142,7 +143,7 @@ def test_two_processes_may_open_a_new_store_at_once(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    code = "from workbench.store import open_store; print(len(open_store().search_experiments()))"
+    code = "from workbench.tracking.store import open_store; print(len(open_store().search_experiments()))"
     environment = {**os.environ, HOME_VARIABLE: str(tmp_path)}
     running = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)

@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 
 from emoe_core.errors import ExperimentError, OptionError
-from workbench import results, tracking
-from workbench.postgres import Postgres, find_programs
-from workbench.store import HOME_VARIABLE, SERVER_VARIABLE, open_store, store_uri
-from workbench.tracking_server import ServerConfig, serving
+from workbench.tracking import results
+from workbench.tracking import run as tracking
+from workbench.tracking.postgres import Postgres, find_programs
+from workbench.tracking.server import ServerConfig, serving
+from workbench.tracking.store import HOME_VARIABLE, SERVER_VARIABLE, open_store, store_uri
 
 
 @pytest.fixture

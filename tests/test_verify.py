@@ -17,13 +17,13 @@ import yaml
 from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError
-from workbench import tracking
 from workbench.configuration import ExperimentConfig, as_params, config_of
 from workbench.models.reference.tiny import tiny_moe
-from workbench.run_lookup import find_run
-from workbench.run_record import RunRecord
-from workbench.store import HOME_VARIABLE, open_store
 from workbench.sweep_state import search
+from workbench.tracking import run as tracking
+from workbench.tracking.record import RunRecord
+from workbench.tracking.run_lookup import find_run
+from workbench.tracking.store import HOME_VARIABLE, open_store
 from workbench.verify.checks import check_data, check_model
 from workbench.verify.judge import (
     DIFFERS,

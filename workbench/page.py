@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from workbench.store_errors import store_errors
+from workbench.tracking.store_errors import store_errors
 
 
 def render_page(template: str, **values: Any) -> str:

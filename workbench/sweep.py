@@ -26,8 +26,6 @@ from emoe_core.errors import ExperimentError, OptionError
 from workbench.executors.choice import ExecutorMaker
 from workbench.executors.local import LocalExecutor
 from workbench.executors.protocol import Ending, Executor, Kind
-from workbench.store import locked, open_store, server_uri, store_dir
-from workbench.store_errors import DeletedError, disk_reason
 from workbench.sweep_file import read_sweep
 from workbench.sweep_plan import Expectation
 from workbench.sweep_points import Point, StagePlan, plan_stages
@@ -35,6 +33,8 @@ from workbench.sweep_record import SweepRecord
 from workbench.sweep_screen import SweepScreen
 from workbench.sweep_search import OptunaSearch
 from workbench.sweep_source import ListedPoints, PointSource
+from workbench.tracking.store import locked, open_store, server_uri, store_dir
+from workbench.tracking.store_errors import DeletedError, disk_reason
 
 MAX_WRITERS = 4  # more sqlite writers than this want an MLflow server
 MAX_SERVER_WRITERS = 64

@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 
 from workbench.executors.protocol import Ending, Job
 from workbench.machine.environment import git_revision
-from workbench.mlflow_view import arrange_view
-from workbench.store import encode, experiment_id, recorded_metrics
-from workbench.store_errors import DeletedError, StoreError
 from workbench.sweep_points import Point, StagePlan
 from workbench.sweep_schema import SweepFile
 from workbench.sweep_search import known_points
@@ -39,7 +36,10 @@ from workbench.sweep_state import (
     refuse_running_elsewhere,
     start_parent,
 )
-from workbench.tracking import NOTEBOOK_FOLDER, new_run
+from workbench.tracking.run import NOTEBOOK_FOLDER, new_run
+from workbench.tracking.store import encode, experiment_id, recorded_metrics
+from workbench.tracking.store_errors import DeletedError, StoreError
+from workbench.tracking.view import arrange_view
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun

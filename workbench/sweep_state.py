@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from emoe_core.errors import ExperimentError
-from workbench.tracking import PARENT_TAG, new_run
+from workbench.tracking.run import PARENT_TAG, new_run
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun

@@ -12,7 +12,7 @@ from typing import Any
 
 from emoe_core.errors import EmoeError, ExperimentError
 from workbench.models.names import require_model
-from workbench.sweep_notebook import Parameter
+from workbench.tracking.notebook import Parameter
 
 SINGLE = (
     "budget",

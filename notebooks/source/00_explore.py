@@ -26,7 +26,7 @@ seed: int = 0
 # %matplotlib inline
 from IPython.display import HTML, display
 
-from workbench import tracking
+from workbench.tracking import run as tracking
 from workbench.configuration import ExperimentConfig, as_params
 from workbench.explore.panel import Panel
 from workbench.explore.readout import points_frame, readout

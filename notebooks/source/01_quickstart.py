@@ -27,13 +27,14 @@ import numpy as np
 from IPython.display import Markdown, display
 
 import emoe_core
-from workbench import figures, tracking
+from workbench import figures
+from workbench.tracking import run as tracking
 from workbench.configuration import ExperimentConfig, as_params
 from workbench.experiment import run_experiment
 from workbench.models.names import resolve_model
 from workbench.progress import stage_bars
 from workbench.metrics.show import metric_table
-from workbench.request_spans import request_spans
+from workbench.tracking.traces import request_spans
 from workbench.workloads import prompt_stream
 
 figures.set_style()

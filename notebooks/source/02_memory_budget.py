@@ -32,7 +32,8 @@ seed: int = 0
 import pandas as pd
 from IPython.display import display
 
-from workbench import figures, tracking
+from workbench import figures
+from workbench.tracking import run as tracking
 from workbench.configuration import ExperimentConfig, as_params
 from workbench.experiment import run_experiment
 from workbench.progress import stage_bars

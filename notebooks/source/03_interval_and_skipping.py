@@ -28,7 +28,8 @@ seed: int = 0
 
 # %%
 # %matplotlib inline
-from workbench import figures, tracking
+from workbench import figures
+from workbench.tracking import run as tracking
 from workbench.configuration import ExperimentConfig, as_params
 from workbench.experiment import run_experiment
 from workbench.progress import stage_bars

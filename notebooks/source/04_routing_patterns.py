@@ -25,7 +25,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from workbench import figures, figures_patterns, patterns, tracking
+from workbench import figures, figures_patterns, patterns
+from workbench.tracking import run as tracking
 from workbench.prediction import prompt_uses
 from workbench.progress import stage_bars
 from workbench.recording import RecordingConfig

@@ -34,7 +34,8 @@ import pandas as pd
 from IPython.display import display
 
 from emoe_core.planning.tasks import TASK_TYPES, Profile
-from workbench import figures, profile_report, tracking
+from workbench import figures, profile_report
+from workbench.tracking import run as tracking
 from workbench.configuration import ExperimentConfig
 from workbench.models.names import resolve_model
 from workbench.profiling import ProfileConfig, measure_profile, stored_profile

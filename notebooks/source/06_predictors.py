@@ -30,7 +30,8 @@ import pandas as pd
 from IPython.display import display
 
 from emoe_core.predictor.training import TrainingOptions
-from workbench import figures, tracking
+from workbench import figures
+from workbench.tracking import run as tracking
 from workbench.prediction import compare, factories, next_element_scores
 from workbench.predictor_report import beside_paper, interval_figure, skill_figure, winner
 from workbench.predictor_training import predictor_path, train_predictor

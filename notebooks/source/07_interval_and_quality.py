@@ -27,7 +27,8 @@ seed: int = 0
 # %matplotlib inline
 from IPython.display import display
 
-from workbench import figures, interval_report, tracking
+from workbench import figures, interval_report
+from workbench.tracking import run as tracking
 from workbench.comparison import listed, period, run_variants
 from workbench.configuration import ExperimentConfig
 from workbench.progress import stage_bars

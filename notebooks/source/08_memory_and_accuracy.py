@@ -37,7 +37,8 @@ from dataclasses import replace
 import pandas as pd
 from IPython.display import display
 
-from workbench import figures, memory_report, tracking
+from workbench import figures, memory_report
+from workbench.tracking import run as tracking
 from workbench.comparison import listed, run_quantized, run_variants, timed
 from workbench.configuration import ORACLE, ExperimentConfig
 from workbench.noise_floor import noise_floor

@@ -29,7 +29,8 @@ from dataclasses import replace
 
 from IPython.display import display
 
-from workbench import figures, task_report, tracking
+from workbench import figures, task_report
+from workbench.tracking import run as tracking
 from workbench.comparison import listed, run_variants
 from workbench.configuration import ExperimentConfig
 from workbench.progress import stage_bars

@@ -31,7 +31,7 @@ seed: int = 0  # of the prompts' token ids
 from IPython.display import Markdown, display
 
 from emoe_core.errors import LimitError
-from workbench import tracking
+from workbench.tracking import run as tracking
 from workbench.machine.control_groups import find_controller
 from workbench.figures import set_style
 from workbench.measure.limit_trials import Trials

@@ -30,7 +30,8 @@ seed: int = 0
 # %matplotlib inline
 from IPython.display import display
 
-from workbench import figures, tracking
+from workbench import figures
+from workbench.tracking import run as tracking
 from workbench.machine.busy import busy_warning
 from workbench.comparison import listed
 from workbench.models.names import resolve_model

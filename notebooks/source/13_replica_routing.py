@@ -26,7 +26,8 @@ seed: int = 0
 # %matplotlib inline
 from IPython.display import display
 
-from workbench import figures, tracking
+from workbench import figures
+from workbench.tracking import run as tracking
 from workbench.comparison import listed
 from workbench.progress import stage_bars
 from workbench.serving import report

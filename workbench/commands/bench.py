@@ -65,7 +65,7 @@ def bench(
     from workbench.machine.control_groups import find_controller
     from workbench.machine.environment import available_cores
     from workbench.models.names import require_model
-    from workbench.store import project_root
+    from workbench.tracking.store import project_root
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     plan = BenchPlan(
@@ -254,9 +254,9 @@ def _track(
 ) -> None:
     from dataclasses import asdict
 
-    from workbench import tracking
     from workbench.bench.figure import bench_figure
     from workbench.bench.summary import as_metrics
+    from workbench.tracking import run as tracking
 
     name = f"{Path(plan.model).name}, {plan.limit or 'no limit'}"
     with tracking.run("bench", name, params=asdict(plan), model_hash=model_hash) as run:

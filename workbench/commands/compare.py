@@ -53,8 +53,8 @@ def compare(
     from workbench.compare.texts import HEADINGS
     from workbench.compare.view import view_runs, view_sweeps
     from workbench.page import write_page
-    from workbench.run_lookup import find_runs
-    from workbench.store import open_store
+    from workbench.tracking.run_lookup import find_runs
+    from workbench.tracking.store import open_store
 
     client = open_store()
     first, second = find_runs(client, a), find_runs(client, b)

@@ -17,7 +17,7 @@ def ui(port: Annotated[int, typer.Option(help="Port to listen on, at loopback.")
     A store that MLflow cannot use is refused in a line, and one that was moved is set right before.
     """
     from emoe_core.errors import OptionError
-    from workbench.store import open_store, server_uri, store_uri
+    from workbench.tracking.store import open_store, server_uri, store_uri
 
     if server := server_uri():
         raise OptionError(f"the runs are on a server, which shows them itself: open {server}")
@@ -56,9 +56,9 @@ def tracking_server(
 
     Sweeps and notebooks use it with MLFLOW_TRACKING_URI set to its address. It has no accounts.
     """
-    from workbench.store import SERVER_VARIABLE, store_dir
     from workbench.sweep import terminated_like_interrupted
-    from workbench.tracking_server import ServerConfig, serving
+    from workbench.tracking.server import ServerConfig, serving
+    from workbench.tracking.store import SERVER_VARIABLE, store_dir
 
     config = ServerConfig(folder or store_dir() / "server", host, port, database, allowed_hosts, workers)
     console = Console(stderr=True, soft_wrap=True)

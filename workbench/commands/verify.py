@@ -44,8 +44,8 @@ def verify(
     """
     from emoe_core.errors import OptionError
     from workbench.metrics.show import show_seconds
-    from workbench.run_lookup import find_run
-    from workbench.store import open_store
+    from workbench.tracking.run_lookup import find_run
+    from workbench.tracking.store import open_store
     from workbench.verify.judge import Tolerances
     from workbench.verify.plan import plan_rerun
     from workbench.verify.verification import verify_run

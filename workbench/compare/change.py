@@ -17,7 +17,7 @@ import numpy as np
 
 from workbench.metrics.groups import better_direction
 from workbench.quality import bootstrap_means, percentile_interval
-from workbench.store import finite
+from workbench.tracking.store import finite
 
 NAN = float("nan")
 

@@ -15,7 +15,7 @@ import numpy as np
 from workbench.compare.change import Change, paired_change
 from workbench.compare.pairing import pair_keys, pairs_after_others, side_by_side, why_unpaired
 from workbench.metrics.groups import group_of
-from workbench.run_record import RunRecord
+from workbench.tracking.record import RunRecord
 
 if TYPE_CHECKING:
     import pandas as pd

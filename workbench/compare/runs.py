@@ -22,8 +22,8 @@ from workbench.compare.prompts import prompt_changes
 from workbench.metrics.groups import group_of, rank_of
 from workbench.metrics.names import named_metrics
 from workbench.metrics.show import show, title_of
-from workbench.run_record import RunRecord
 from workbench.sweep_state import ERROR_TAG
+from workbench.tracking.record import RunRecord
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from workbench.executors.notebook_process import NotebookProcess
 from workbench.executors.protocol import Ending, Job, Kind
 from workbench.machine.control_groups import memory_limit_bytes
 from workbench.machine.environment import available_cores, driver_gpus
-from workbench.store import HOME_VARIABLE, machine_held, project_root
 from workbench.sweep_schema import Needs
+from workbench.tracking.store import HOME_VARIABLE, machine_held, project_root
 
 POLL_S = 0.1
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from workbench.executors.protocol import Ending
-from workbench.tracking import RUN_VARIABLE
+from workbench.tracking.run import RUN_VARIABLE
 
 KILL_WAIT_S = 5.0
 POLL_S = 0.1

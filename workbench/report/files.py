@@ -17,8 +17,8 @@ import pandas as pd
 
 from emoe_core.errors import ExperimentError
 from workbench.metrics.show import show_bytes
-from workbench.store import finite
-from workbench.store_errors import store_errors
+from workbench.tracking.store import finite
+from workbench.tracking.store_errors import store_errors
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -19,7 +19,7 @@ from workbench.report.run_page import RunPage
 from workbench.residency import REPLAYED
 
 if TYPE_CHECKING:
-    from workbench.run_record import RunRecord
+    from workbench.tracking.record import RunRecord
 
 HEADINGS = (
     *("expert memory", "memory / stock", "perplexity ratio (95% interval)", "KL (nats/token)", "top-1 agreement"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 if TYPE_CHECKING:
-    from workbench.run_record import RunRecord
+    from workbench.tracking.record import RunRecord
 
 TABLE = "beside_paper"
 COLUMNS = ("what", "paper", "here", "why they differ")

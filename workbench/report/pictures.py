@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from workbench.store_errors import store_errors
+from workbench.tracking.store_errors import store_errors
 
 INK = {"light": "#1c2128", "dark": "#e4e8ed"}
 GRID = {"light": "#d9dde3", "dark": "#363e48"}

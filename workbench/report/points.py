@@ -15,10 +15,10 @@ import pandas as pd
 
 from workbench.configuration import ORACLE
 from workbench.memory_report import expert_memory_share
-from workbench.store import decode
+from workbench.tracking.store import decode
 
 if TYPE_CHECKING:
-    from workbench.run_record import RunRecord
+    from workbench.tracking.record import RunRecord
 
 ALL_RESIDENT, ON_DEMAND, HINDSIGHT, RANDOM = "all resident", "LRU on demand", "hindsight", "random subset"
 BOUNDS = (ALL_RESIDENT, ON_DEMAND, RANDOM, HINDSIGHT)

@@ -21,9 +21,9 @@ from workbench.metrics.show import column_texts, words_of
 from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.run_page import RunPage
-from workbench.results import frame_of
-from workbench.store import decode, recorded_metrics
 from workbench.sweep_state import AXES_TAG, METRICS_TAG, listed_in
+from workbench.tracking.results import frame_of
+from workbench.tracking.store import decode, recorded_metrics
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun

@@ -12,7 +12,7 @@ from typing import Any
 from emoe_core.errors import EmoeError, ExperimentError
 from workbench.compare.differences import Difference, environment_differences
 from workbench.machine.environment import IDENTITY, describe_environment
-from workbench.run_record import RunRecord
+from workbench.tracking.record import RunRecord
 from workbench.verify.plan import Plan
 
 # Known only inside the notebook's process.

@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
-from workbench.run_record import RunRecord
-from workbench.store import project_root
-from workbench.sweep_notebook import check_parameter, find_notebook, notebook_hash, notebook_parameters, read_notebook
 from workbench.sweep_state import SOURCE_TAG
+from workbench.tracking.notebook import (
+    check_parameter,
+    find_notebook,
+    notebook_hash,
+    notebook_parameters,
+    read_notebook,
+)
+from workbench.tracking.record import RunRecord
+from workbench.tracking.store import project_root
 
 RECORDED, CURRENT = "recorded", "current"
 SOURCES = (RECORDED, CURRENT)

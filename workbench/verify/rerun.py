@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from workbench.executors.notebook_process import execute_text
 from workbench.executors.protocol import Ending
-from workbench.run_record import RunRecord
-from workbench.store import HOME_VARIABLE, machine_held, project_root
 from workbench.sweep import terminated_like_interrupted
 from workbench.sweep_state import ERROR_LETTERS, ERROR_TAG, KIND_TAG, NOTEBOOK_TAG, OWNER_TAG, SOURCE_TAG, owner_tag
-from workbench.tracking import NOTEBOOK_FOLDER, new_run
+from workbench.tracking.record import RunRecord
+from workbench.tracking.run import NOTEBOOK_FOLDER, new_run
+from workbench.tracking.store import HOME_VARIABLE, machine_held, project_root
 from workbench.verify.plan import Plan
 
 if TYPE_CHECKING:

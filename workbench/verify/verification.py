@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
 from workbench.compare.differences import Difference, environment_differences
-from workbench.run_record import RunRecord
-from workbench.store import finite
 from workbench.sweep_state import ERROR_TAG
+from workbench.tracking.record import RunRecord
+from workbench.tracking.store import finite
 from workbench.verify.checks import check_data, check_model, machine_differences
 from workbench.verify.judge import FAILING, PROSE_TABLES, Judgement, Tolerances, judge_metrics, judge_table
 from workbench.verify.plan import Plan

@@ -16,7 +16,7 @@ from typing import Any
 
 from emoe_core.errors import ExperimentError
 from emoe_core.json_file import parse, read_text
-from workbench.store import project_root
+from workbench.tracking.store import project_root
 from workbench.yaml_file import unquoted
 
 CHECKED_TYPES = {"bool", "int", "float", "str", "list", "None"}

@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from workbench.request_spans import Span
-from workbench.store import SERVER_VARIABLE, store_uri
-from workbench.store_errors import store_errors
+from workbench.tracking.store import SERVER_VARIABLE, store_uri
+from workbench.tracking.store_errors import store_errors
+from workbench.tracking.traces import Span
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

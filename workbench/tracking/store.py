@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from emoe_core.errors import ExperimentError
-from workbench.store_errors import StoreError, store_errors, told_in_one_line
-from workbench.store_file import ARTIFACTS, refuse_unusable, relocate
+from workbench.tracking.store_errors import StoreError, store_errors, told_in_one_line
+from workbench.tracking.store_file import ARTIFACTS, refuse_unusable, relocate
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
@@ -169,7 +169,7 @@ def open_store() -> MlflowClient:
     # MLflow logs the traceback of an error of the database before it raises it.
     for noisy, level in (("alembic", logging.WARNING), ("mlflow.store.db.utils", logging.CRITICAL)):
         logging.getLogger(noisy).setLevel(level)
-    from workbench.store_client import StoreClient
+    from workbench.tracking.client import StoreClient
 
     if server := server_uri():
         _ask_for_health(server)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from workbench.store_errors import BETWEEN_VERSIONS, StoreError, told_in_one_line
+from workbench.tracking.store_errors import BETWEEN_VERSIONS, StoreError, told_in_one_line
 
 LOCK_PATIENCE_S = 10.0
 ARTIFACTS = "artifacts"

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
-from workbench.results import artifact_frame
-from workbench.store import decode, recorded_metrics
-from workbench.sweep_notebook import parse_notebook
 from workbench.sweep_state import NOTEBOOK_TAG
-from workbench.tracking import DATA_FOLDER, ENVIRONMENT_FILE, NOTEBOOK_FOLDER
+from workbench.tracking.notebook import parse_notebook
+from workbench.tracking.results import artifact_frame
+from workbench.tracking.run import DATA_FOLDER, ENVIRONMENT_FILE, NOTEBOOK_FOLDER
+from workbench.tracking.store import decode, recorded_metrics
 
 if TYPE_CHECKING:
     import pandas as pd

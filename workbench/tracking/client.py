@@ -16,8 +16,8 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.tracking import MlflowClient
 
 from workbench.machine.environment import ENVIRONMENT_TAGS
-from workbench.store_errors import StoreError, store_errors
-from workbench.store_file import ARTIFACTS, location_here
+from workbench.tracking.store_errors import StoreError, store_errors
+from workbench.tracking.store_file import ARTIFACTS, location_here
 
 
 class StoreClient(MlflowClient):

@@ -28,15 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
 from workbench.machine.environment import Environment, describe_environment, installed_packages
-from workbench.store import encode, experiment_id, open_store
-from workbench.store_errors import store_errors
+from workbench.tracking.store import encode, experiment_id, open_store
+from workbench.tracking.store_errors import store_errors
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from mlflow.tracking import MlflowClient
 
-    from workbench.request_spans import Span
+    from workbench.tracking.traces import Span
 
 RUN_VARIABLE = "EMOE_RUN_ID"
 PARENT_TAG = "mlflow.parentRunId"
@@ -123,7 +123,7 @@ class Run:
 
     def log_traces(self, roots: Sequence[Span]) -> list[str]:
         """Record traces of requests (`request_spans`) beside the run and return their ids."""
-        from workbench.trace_log import log_traces
+        from workbench.tracking.trace_log import log_traces
 
         return log_traces(self._client, self.run_id, roots)
 

@@ -74,7 +74,7 @@ def store_errors() -> Iterator[None]:
 
 def told_in_one_line(error: Exception) -> ExperimentError | None:
     """Return what an error says about the store, None when that is nothing known."""
-    from workbench.store import store_name
+    from workbench.tracking.store import store_name
 
     # What follows is the statement that failed, with values that may say anything.
     line = " ".join(str(error).partition("[SQL:")[0].split())

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.postgres import running_postgres
+from workbench.tracking.postgres import running_postgres
 
 DATABASE = "mlflow"
 START_PATIENCE_S = 180.0
