@@ -28,7 +28,7 @@ from emoe_core.predictor.transformer import FORMAT, KEY, PredictorHeader, Transf
 from emoe_core.scheduler.costs import ServingCosts, TaskLoad
 from workbench.reference_outputs import read_output
 from workbench.serving.request_traces import read_trace
-from workbench.sweep_file import read_sweep
+from workbench.sweep.file import read_sweep
 from workbench.tracking.notebook import notebook_parameters
 
 SHAPE = NetworkShape("A", 2, 3, ("qa",), 4, 1, 2)

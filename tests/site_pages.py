@@ -9,7 +9,7 @@ import pandas as pd
 from sweep_bench import Bench
 
 from workbench.machine.environment import describe_environment
-from workbench.sweep_state import find_parent, start_parent
+from workbench.sweep.resume import find_parent, start_parent
 from workbench.tracking import run as tracking
 from workbench.tracking.store import encode, open_store
 

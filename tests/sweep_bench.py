@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from workbench.sweep_state import children, current_runs, find_parent
+from workbench.sweep.resume import children, current_runs, find_parent
 from workbench.tracking.store import HOME_VARIABLE, open_store
 
 NOTEBOOK = Path(__file__).parent / "fixtures" / "dummy.ipynb"

@@ -21,7 +21,7 @@ from emoe_core.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from emoe_core.errors import CheckpointError
 from emoe_core.loader.pack import compare_with_checkpoint, ensure_pack
 from workbench.models.reference.tiny import tiny_moe
-from workbench.sweep_points import model_state
+from workbench.sweep.points import model_state
 
 Tensors = dict[str, torch.Tensor]
 NORM, HEAD, ROUTER = "model.norm.weight", "lm_head.weight", "model.layers.1.block_sparse_moe.gate.weight"

@@ -12,8 +12,8 @@ from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError
 from workbench.report import write_report
-from workbench.sweep import SweepResult, run_sweep
-from workbench.sweep_state import ERROR_TAG, INDEX_TAG, SWEEP_TAG, current_runs, find_parent, parents
+from workbench.sweep.resume import ERROR_TAG, INDEX_TAG, SWEEP_TAG, current_runs, find_parent, parents
+from workbench.sweep.run import SweepResult, run_sweep
 from workbench.tracking import run as tracking
 from workbench.tracking.run import PARENT_TAG
 from workbench.tracking.store import open_store

@@ -13,7 +13,7 @@ from emoe_core.errors import ExperimentError
 from emoe_core.metrics import Counters, RunStats
 from workbench.cli import app
 from workbench.models.reference.tiny import tiny_moe
-from workbench.sweep_file import read_sweep
+from workbench.sweep.file import read_sweep
 from workbench.tracking.notebook import find_notebook
 from workbench.tracking.store import slug
 

@@ -8,10 +8,10 @@ import pytest
 from test_sweep_file import notebook
 
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.executors.choice import executor_maker
-from workbench.executors.local import LocalExecutor, Machine, visible_gpus
-from workbench.executors.protocol import Ending, Job
-from workbench.sweep_schema import Needs
+from workbench.sweep.executors.choice import executor_maker
+from workbench.sweep.executors.local import LocalExecutor, Machine, visible_gpus
+from workbench.sweep.executors.protocol import Ending, Job
+from workbench.sweep.schema import Needs
 from workbench.tracking.store import HOME_VARIABLE
 
 MACHINE = Machine(cores=4, memory_bytes=10_000_000_000)

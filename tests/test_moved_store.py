@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from sweep_bench import Bench
 
 from workbench.report import write_report
-from workbench.sweep import run_sweep
+from workbench.sweep.run import run_sweep
 from workbench.tracking import results
 from workbench.tracking import run as tracking
 from workbench.tracking.run_lookup import find_run

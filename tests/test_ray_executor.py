@@ -13,9 +13,9 @@ from ray_bench import ray_cluster
 from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError
-from workbench.executors.choice import executor_maker
-from workbench.sweep import run_sweep
-from workbench.sweep_state import DIGEST_TAG, ERROR_TAG, SUPERSEDED_TAG, find_parent
+from workbench.sweep.executors.choice import executor_maker
+from workbench.sweep.resume import DIGEST_TAG, ERROR_TAG, SUPERSEDED_TAG, find_parent
+from workbench.sweep.run import run_sweep
 from workbench.tracking.store import SERVER_VARIABLE, open_store
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
@@ -68,8 +68,8 @@ def test_a_node_that_is_killed_loses_nothing_and_nothing_runs_twice(bench: Bench
 
 
 def test_runs_that_no_node_can_hold_are_refused_after_a_while(bench: Bench, cluster: Any) -> None:
-    from workbench.executors.ray_cluster import RayExecutor
-    from workbench.sweep_schema import Needs
+    from workbench.sweep.executors.ray_cluster import RayExecutor
+    from workbench.sweep.schema import Needs
 
     told: list[str] = []
     place = RayExecutor(bench.root / "running", most=2, address=cluster.address, tell=told.append, patience_s=0.0)
@@ -83,7 +83,7 @@ def test_runs_that_no_node_can_hold_are_refused_after_a_while(bench: Bench, clus
 
 
 def test_nodes_elsewhere_need_a_server(monkeypatch: pytest.MonkeyPatch, bench: Bench) -> None:
-    from workbench.executors.ray_cluster import Node, shared_environment
+    from workbench.sweep.executors.ray_cluster import Node, shared_environment
 
     nodes = [Node("a", "10.0.0.1", 1, 1, 0), Node("b", "10.0.0.2", 1, 1, 0)]
     with pytest.raises(ExperimentError, match="emoe tracking-server"):

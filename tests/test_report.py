@@ -22,7 +22,7 @@ from workbench.metrics.words import GROUP_MEANINGS, place_of
 from workbench.report import write_report
 from workbench.report.section import Section
 from workbench.report.sweep_page import read_sweep_page
-from workbench.sweep_state import METRICS_TAG, find_parent
+from workbench.sweep.resume import METRICS_TAG, find_parent
 from workbench.tracking import run as tracking
 from workbench.tracking.store import HOME_VARIABLE, open_store
 

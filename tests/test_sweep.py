@@ -15,8 +15,8 @@ import pytest
 from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.sweep import run_sweep
-from workbench.sweep_state import ERROR_TAG, OWNER_TAG, find_parent, is_alive, owner_tag
+from workbench.sweep.resume import ERROR_TAG, OWNER_TAG, find_parent, is_alive, owner_tag
+from workbench.sweep.run import run_sweep
 from workbench.tracking import results
 from workbench.tracking.run import new_run
 from workbench.tracking.store import HOME_VARIABLE, locked, open_store

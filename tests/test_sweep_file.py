@@ -9,8 +9,8 @@ import yaml
 from sweep_bench import NOTEBOOK
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep_file import SweepSource, read_sweep
-from workbench.sweep_points import Point, plan_stages
+from workbench.sweep.file import SweepSource, read_sweep
+from workbench.sweep.points import Point, plan_stages
 from workbench.tracking.notebook import find_notebook, source_hash
 from workbench.tracking.store import HOME_VARIABLE
 

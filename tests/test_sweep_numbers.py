@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep_file import read_sweep
-from workbench.sweep_points import Point, plan_stages
+from workbench.sweep.file import read_sweep
+from workbench.sweep.points import Point, plan_stages
+from workbench.sweep.yaml_file import read_yaml
 from workbench.tracking.store import HOME_VARIABLE
-from workbench.yaml_file import read_yaml
 
 PARAMETERS = "rate: float = 0.1\ncount: int = 1\nname: str = 'a'\nswitch: bool = False\nboth: int | str = 'x'\n"
 

@@ -10,9 +10,9 @@ import yaml
 from sweep_bench import NOTEBOOK, Bench
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep_plan import describe_plan
-from workbench.sweep_state import NOTEBOOK_TAG
-from workbench.sweep_values import check_value
+from workbench.sweep.plan import describe_plan
+from workbench.sweep.resume import NOTEBOOK_TAG
+from workbench.sweep.values import check_value
 from workbench.tracking.run import new_run
 from workbench.tracking.store import encode, open_store
 

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 from test_sweep_file import points
 
-from workbench.sweep_points import Point
-from workbench.sweep_screen import SweepScreen
+from workbench.sweep.points import Point
+from workbench.sweep.screen import SweepScreen
 from workbench.tracking.store import HOME_VARIABLE
 
 

@@ -10,12 +10,12 @@ from sweep_bench import NOTEBOOK, Bench
 from test_sweep_file import write
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep import run_sweep
-from workbench.sweep_file import read_sweep
-from workbench.sweep_plan import describe_plan
-from workbench.sweep_points import Point, StagePlan, plan_stages
-from workbench.sweep_search import OptunaSearch, known_points
-from workbench.sweep_state import DIGEST_TAG, STUDY_TAG
+from workbench.sweep.file import read_sweep
+from workbench.sweep.plan import describe_plan
+from workbench.sweep.points import Point, StagePlan, plan_stages
+from workbench.sweep.resume import DIGEST_TAG, STUDY_TAG
+from workbench.sweep.run import run_sweep
+from workbench.sweep.search import OptunaSearch, known_points
 from workbench.tracking.store import HOME_VARIABLE, encode
 
 pytest.importorskip("optuna", reason="Optuna is not installed (extra `optuna`)")

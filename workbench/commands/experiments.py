@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from workbench.sweep import SweepResult
+    from workbench.sweep.run import SweepResult
 
 
 def sweep(
@@ -42,8 +42,8 @@ def sweep(
     if dry_run:
         _show_plan(file)
         return
-    from workbench.executors.choice import executor_maker
-    from workbench.sweep import run_sweep
+    from workbench.sweep.executors.choice import executor_maker
+    from workbench.sweep.run import run_sweep
     from workbench.tracking.store import open_store, ui_command
 
     place = executor_maker(executor, ray_address)
@@ -83,7 +83,7 @@ def report(
 
 def _sweeps(names: list[str] | None) -> list[tuple[str, str]]:
     """Return (name, id of the experiment) of these sweeps, or of all, newest first."""
-    from workbench.sweep_state import SWEEP_TAG, parents
+    from workbench.sweep.resume import SWEEP_TAG, parents
     from workbench.tracking.store import open_store
 
     found = [(item.data.tags[SWEEP_TAG], item.info.experiment_id) for item in parents(open_store())]
@@ -111,7 +111,7 @@ def _summary(result: SweepResult) -> str:
 def _show_plan(file: Path) -> None:
     """Print the runs of a sweep with their state, and how long the rest may take."""
     from workbench.metrics.show import show_seconds
-    from workbench.sweep_plan import describe_plan
+    from workbench.sweep.plan import describe_plan
 
     preview = describe_plan(file)
     runs = preview.runs

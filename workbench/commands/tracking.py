@@ -56,7 +56,7 @@ def tracking_server(
 
     Sweeps and notebooks use it with MLFLOW_TRACKING_URI set to its address. It has no accounts.
     """
-    from workbench.sweep import terminated_like_interrupted
+    from workbench.sweep.run import terminated_like_interrupted
     from workbench.tracking.server import ServerConfig, serving
     from workbench.tracking.store import SERVER_VARIABLE, store_dir
 

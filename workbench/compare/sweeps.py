@@ -20,7 +20,7 @@ from workbench.compare.change import Change, paired_change
 from workbench.compare.differences import Difference, doubted, is_doubtful
 from workbench.compare.runs import RunComparison, compare_runs, in_order
 from workbench.metrics.names import named_metrics
-from workbench.sweep_state import METRICS_TAG
+from workbench.sweep.resume import METRICS_TAG
 from workbench.tracking.record import RunRecord
 from workbench.tracking.run_lookup import Found
 

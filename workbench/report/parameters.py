@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from workbench.sweep_points import short
+from workbench.sweep.points import short
 
 
 def parameter_text(value: Any) -> str:

@@ -15,7 +15,7 @@ from workbench.report.metric_tables import MetricTable, metric_tables
 from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.provenance import provenance
-from workbench.sweep_state import ERROR_TAG, PAGE_CACHE_TAG
+from workbench.sweep.resume import ERROR_TAG, PAGE_CACHE_TAG
 from workbench.tracking.record import RunRecord
 from workbench.tracking.store import slug
 

@@ -21,7 +21,7 @@ from workbench.metrics.show import column_texts, words_of
 from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.run_page import RunPage
-from workbench.sweep_state import AXES_TAG, METRICS_TAG, listed_in
+from workbench.sweep.resume import AXES_TAG, METRICS_TAG, listed_in
 from workbench.tracking.results import frame_of
 from workbench.tracking.store import decode, recorded_metrics
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from emoe_core.errors import ExperimentError
 from emoe_core.json_file import parse, read_text
+from workbench.sweep.yaml_file import unquoted
 from workbench.tracking.store import project_root
-from workbench.yaml_file import unquoted
 
 CHECKED_TYPES = {"bool", "int", "float", "str", "list", "None"}
 SWITCHES = {"yes": True, "on": True, "no": False, "off": False}

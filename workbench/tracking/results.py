@@ -10,7 +10,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep_state import current_runs, find_parent
+from workbench.sweep.resume import current_runs, find_parent
 from workbench.tracking.run import DATA_FOLDER
 from workbench.tracking.store import decode, open_store, recorded_metrics, store_name
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.metrics.catalogue import GROUPS, OTHER, QUALITY
 from workbench.metrics.groups import group_of, in_order, main_metrics
-from workbench.sweep_state import AXES_TAG, METRICS_TAG, NOTEBOOK_TAG, SUPERSEDED_TAG, current_runs, listed_in
+from workbench.sweep.resume import AXES_TAG, METRICS_TAG, NOTEBOOK_TAG, SUPERSEDED_TAG, current_runs, listed_in
 from workbench.tracking.run import PARENT_TAG
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep_state import SOURCE_TAG
+from workbench.sweep.resume import SOURCE_TAG
 from workbench.tracking.notebook import (
     check_parameter,
     find_notebook,

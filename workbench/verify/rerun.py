@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workbench.executors.notebook_process import execute_text
-from workbench.executors.protocol import Ending
-from workbench.sweep import terminated_like_interrupted
-from workbench.sweep_state import ERROR_LETTERS, ERROR_TAG, KIND_TAG, NOTEBOOK_TAG, OWNER_TAG, SOURCE_TAG, owner_tag
+from workbench.sweep.executors.notebook_process import execute_text
+from workbench.sweep.executors.protocol import Ending
+from workbench.sweep.resume import ERROR_LETTERS, ERROR_TAG, KIND_TAG, NOTEBOOK_TAG, OWNER_TAG, SOURCE_TAG, owner_tag
+from workbench.sweep.run import terminated_like_interrupted
 from workbench.tracking.record import RunRecord
 from workbench.tracking.run import NOTEBOOK_FOLDER, new_run
 from workbench.tracking.store import HOME_VARIABLE, machine_held, project_root

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
 from workbench.compare.differences import Difference, environment_differences
-from workbench.sweep_state import ERROR_TAG
+from workbench.sweep.resume import ERROR_TAG
 from workbench.tracking.record import RunRecord
 from workbench.tracking.store import finite
 from workbench.verify.checks import check_data, check_model, machine_differences

@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 
 from emoe_core.errors import ExperimentError
-from workbench.executors.notebook_process import NotebookProcess
-from workbench.executors.protocol import Ending, Job, Kind
 from workbench.machine.control_groups import memory_limit_bytes
 from workbench.machine.environment import available_cores, driver_gpus
-from workbench.sweep_schema import Needs
+from workbench.sweep.executors.notebook_process import NotebookProcess
+from workbench.sweep.executors.protocol import Ending, Job, Kind
+from workbench.sweep.schema import Needs
 from workbench.tracking.store import HOME_VARIABLE, machine_held, project_root
 
 POLL_S = 0.1

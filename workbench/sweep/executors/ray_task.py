@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.executors.notebook_process import execute_text
 from workbench.machine.ray_connection import code_hash
+from workbench.sweep.executors.notebook_process import execute_text
 
 
 @dataclass(frozen=True)

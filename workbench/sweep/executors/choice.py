@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from emoe_core.errors import OptionError
-from workbench.executors.local import LocalExecutor
-from workbench.executors.protocol import Executor
+from workbench.sweep.executors.local import LocalExecutor
+from workbench.sweep.executors.protocol import Executor
 
 
 class ExecutorMaker(Protocol):
@@ -29,7 +29,7 @@ def executor_maker(name: str = "local", ray_address: str | None = None) -> Execu
     if name == "ray":
 
         def on_ray(scratch: Path, *, most: int, jobs: int | None, tell: Callable[[str], object]) -> Executor:
-            from workbench.executors.ray_cluster import RayExecutor
+            from workbench.sweep.executors.ray_cluster import RayExecutor
 
             return RayExecutor(scratch, most=jobs or most, address=ray_address, tell=tell)
 

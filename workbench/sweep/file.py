@@ -12,8 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep_schema import Needs, NeedsWhere, Search, Stage, SweepFile
-from workbench.yaml_file import read_yaml
+from workbench.sweep.schema import Needs, NeedsWhere, Search, Stage, SweepFile
+from workbench.sweep.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
-from workbench.executors.protocol import Ending, Job, Kind
-from workbench.executors.ray_task import Parcel, carry_out
 from workbench.machine.ray_connection import code_hash, connect
-from workbench.sweep_schema import Needs
+from workbench.sweep.executors.protocol import Ending, Job, Kind
+from workbench.sweep.executors.ray_task import Parcel, carry_out
+from workbench.sweep.schema import Needs
 from workbench.tracking.store import HOME_VARIABLE, SERVER_VARIABLE, project_root, server_uri
 
 POLL_S = 0.2

@@ -8,11 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workbench.sweep_file import read_sweep
-from workbench.sweep_points import Point, StagePlan, plan_stages
-from workbench.sweep_schema import SweepFile
-from workbench.sweep_search import known_points
-from workbench.sweep_state import DIGEST_TAG, NOTEBOOK_TAG, children, find_parent, search
+from workbench.sweep.file import read_sweep
+from workbench.sweep.points import Point, StagePlan, plan_stages
+from workbench.sweep.resume import DIGEST_TAG, NOTEBOOK_TAG, children, find_parent, search
+from workbench.sweep.schema import SweepFile
+from workbench.sweep.search import known_points
 from workbench.tracking.store import encode, open_store
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""One job as a process of this machine: `workbench.sweep_run` with its files in a folder.
+"""One job as a process of this machine: `workbench.sweep.executors.run_notebook` with its files in a folder.
 
 The process runs in a session of its own, so that an interrupt from the keyboard reaches only the sweep, and it ends by
 itself when the process that started it is gone.
@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from workbench.executors.protocol import Ending
+from workbench.sweep.executors.protocol import Ending
 from workbench.tracking.run import RUN_VARIABLE
 
 KILL_WAIT_S = 5.0
@@ -63,7 +63,7 @@ class NotebookProcess:
         (folder / "job.json").write_text(json.dumps(job))
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "workbench.sweep_run", str(folder / "job.json")],
+                [sys.executable, "-m", "workbench.sweep.executors.run_notebook", str(folder / "job.json")],
                 env={**os.environ, **environment, RUN_VARIABLE: run_id},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -10,12 +10,10 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from workbench.executors.protocol import Ending, Job
 from workbench.machine.environment import git_revision
-from workbench.sweep_points import Point, StagePlan
-from workbench.sweep_schema import SweepFile
-from workbench.sweep_search import known_points
-from workbench.sweep_state import (
+from workbench.sweep.executors.protocol import Ending, Job
+from workbench.sweep.points import Point, StagePlan
+from workbench.sweep.resume import (
     AXES_TAG,
     DIGEST_TAG,
     ERROR_LETTERS,
@@ -36,6 +34,8 @@ from workbench.sweep_state import (
     refuse_running_elsewhere,
     start_parent,
 )
+from workbench.sweep.schema import SweepFile
+from workbench.sweep.search import known_points
 from workbench.tracking.run import NOTEBOOK_FOLDER, new_run
 from workbench.tracking.store import encode, experiment_id, recorded_metrics
 from workbench.tracking.store_errors import DeletedError, StoreError

@@ -23,16 +23,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.executors.choice import ExecutorMaker
-from workbench.executors.local import LocalExecutor
-from workbench.executors.protocol import Ending, Executor, Kind
-from workbench.sweep_file import read_sweep
-from workbench.sweep_plan import Expectation
-from workbench.sweep_points import Point, StagePlan, plan_stages
-from workbench.sweep_record import SweepRecord
-from workbench.sweep_screen import SweepScreen
-from workbench.sweep_search import OptunaSearch
-from workbench.sweep_source import ListedPoints, PointSource
+from workbench.sweep.executors.choice import ExecutorMaker
+from workbench.sweep.executors.local import LocalExecutor
+from workbench.sweep.executors.protocol import Ending, Executor, Kind
+from workbench.sweep.file import read_sweep
+from workbench.sweep.plan import Expectation
+from workbench.sweep.points import Point, StagePlan, plan_stages
+from workbench.sweep.record import SweepRecord
+from workbench.sweep.screen import SweepScreen
+from workbench.sweep.search import OptunaSearch
+from workbench.sweep.sources import ListedPoints, PointSource
 from workbench.tracking.store import locked, open_store, server_uri, store_dir
 from workbench.tracking.store_errors import DeletedError, disk_reason
 

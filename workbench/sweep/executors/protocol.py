@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from workbench.sweep_schema import Needs
+from workbench.sweep.schema import Needs
 
 Kind = Literal["timing", "quality"]
 

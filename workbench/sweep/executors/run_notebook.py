@@ -1,4 +1,4 @@
-"""Execute one notebook in this process's own kernel: ``python -m workbench.sweep_run JOB.json``.
+"""Execute one notebook in this process's own kernel: ``python -m workbench.sweep.executors.run_notebook JOB.json``.
 
 `executors.notebook_process` starts one such process per run, so that a kernel that crashes or is killed for memory
 takes only itself down. The job is a JSON file with ``notebook, working_folder, output, parameters, status,

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from workbench.sweep_points import Point
+from workbench.sweep.points import Point
 
 
 class PointSource(Protocol):

@@ -21,9 +21,9 @@ from typing import Any
 
 from emoe_core.errors import ExperimentError
 from workbench.models.names import EMBEDDED
-from workbench.sweep_file import SweepSource
-from workbench.sweep_schema import Needs, Range, Scalar, Search, Stage, Values
-from workbench.sweep_values import check_value
+from workbench.sweep.file import SweepSource
+from workbench.sweep.schema import Needs, Range, Scalar, Search, Stage, Values
+from workbench.sweep.values import check_value
 from workbench.tracking.notebook import Parameter, check_parameter, find_notebook, notebook_parameters, source_hash
 
 MODEL_PARAMETER = "model"

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from workbench.machine.busy import busy_warning
 from workbench.metrics.show import show, show_seconds, words_of
-from workbench.sweep_points import Point
+from workbench.sweep.points import Point
 
 SHOWN_METRICS = 4
 REDRAWS_PER_S = 2
