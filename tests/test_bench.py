@@ -16,8 +16,6 @@ from rich.console import Console
 from emoe_core.budget import plan_slots
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import BudgetError, LimitError, OptionError
-from workbench.baselines import llama_cpp
-from workbench.baselines.systems import DEFAULT_SYSTEMS, SYSTEMS, find_system, find_systems, require_runnable
 from workbench.bench import prepare as preparation
 from workbench.bench import runner
 from workbench.bench.bandwidth import Bandwidths, memory_rate
@@ -41,6 +39,8 @@ from workbench.models.reference.tiny import tiny_moe
 from workbench.models.synthetic.shapes import SHAPES, overridden
 from workbench.models.synthetic.writer import write_synthetic
 from workbench.simulate_accesses import accesses_of
+from workbench.systems import llama_cpp
+from workbench.systems.systems import DEFAULT_SYSTEMS, SYSTEMS, find_system, find_systems, require_runnable
 
 MIB = 2**20
 FORCED = ForcedTokens((1, 2, 3), (4, 5), (6, 7, 8), (9, 10, 11, 12), "a test")
@@ -154,7 +154,7 @@ def test_every_system_is_listed_with_whether_it_runs_here_and_why_not(
 
 
 def test_the_notice_of_what_is_left_out_names_the_extra_as_it_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workbench.baselines.llama_cpp.is_installed", lambda: False)
+    monkeypatch.setattr("workbench.systems.llama_cpp.is_installed", lambda: False)
     said = Console(file=io.StringIO(), width=300)
     assert not any(name.startswith("llama.cpp") for name in _systems(None, said))
     assert "'.[llama]'" in said.file.getvalue()

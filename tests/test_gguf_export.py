@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import DataError, UnsupportedFamilyError
-from workbench.baselines import gguf_export
-from workbench.baselines.gguf_export import export_gguf, neighbour_pairs
-from workbench.baselines.llama_cpp import is_installed
 from workbench.models.reference.tiny import tiny_moe
 from workbench.models.synthetic.shapes import SHAPES, overridden
 from workbench.models.synthetic.writer import write_synthetic
+from workbench.systems import gguf_export
+from workbench.systems.gguf_export import export_gguf, neighbour_pairs
+from workbench.systems.llama_cpp import is_installed
 
 FAMILIES = {"bench": "olmoe", "qwen1.5-moe-a2.7b": "qwen2moe", "mixtral-8x7b": "llama"}
 SIZES = {"layers": 2, "experts": 8, "top_k": 2, "hidden": 64, "intermediate": 32, "vocab": 320}
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("shape", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_llama_cpp_computes_stock_logits(shape: str, dtype: str, tmp_path: Path) -> None:
-    from workbench.baselines.llama_cpp import LlamaDecoder
+    from workbench.systems.llama_cpp import LlamaDecoder
 
     path = checkpoint(tmp_path, shape, dtype)
     file = export_gguf(open_checkpoint(path), tmp_path / "out.gguf")

@@ -16,12 +16,12 @@ import pandas as pd
 from transformers import AutoModelForCausalLM
 
 from emoe_core.errors import OptionError
-from workbench.baselines.stock import greedy_answers
 from workbench.configuration import ExperimentConfig
 from workbench.experiment import all_resident
 from workbench.models.names import resolve_model
 from workbench.quality import bootstrap_interval
 from workbench.similarity import similarity
+from workbench.systems.stock import greedy_answers
 from workbench.workloads import prompt_stream
 
 VARIANTS = {"grouped products": ("grouped_mm", None), "bfloat16": ("eager", "bfloat16")}

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
-from workbench.baselines.stock import greedy_answers
 from workbench.quality import compare
 from workbench.reference_outputs import Reference
+from workbench.systems.stock import greedy_answers
 from workbench.workloads import Prompt
 
 FORMATS = {"q8_0": GGMLQuantizationType.Q8_0, "q4_0": GGMLQuantizationType.Q4_0}

@@ -16,7 +16,7 @@ from typing import Any
 
 from emoe_core.budget import Budget
 from emoe_core.errors import BudgetError, OptionError
-from workbench.baselines.systems import DEFAULT_SYSTEMS, System, find_systems
+from workbench.systems.systems import DEFAULT_SYSTEMS, System, find_systems
 
 PLAN_FILE, RESULTS_FILE, PREPARED_FILE, SUMMARY_FILE = "plan.json", "results.jsonl", "prepared.json", "summary.json"
 LEAST_REPEATS = 5
@@ -36,7 +36,7 @@ class BenchPlan:
     budget : str or None
         Expert budget of the emoe systems; None: what the limit leaves (`workbench.bench.limit_budget`).
     systems : tuple of str
-        Names of `workbench.baselines.systems`.
+        Names of `workbench.systems.systems`.
     repeats : int
         Processes of each system; below `LEAST_REPEATS` the summary says that it is only a trial.
     tokens : int

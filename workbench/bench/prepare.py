@@ -18,7 +18,6 @@ from emoe_core.budget import SlotPlan, plan_slots
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.pack import ensure_pack
-from workbench.baselines.systems import System, require_runnable
 from workbench.bench.bandwidth import Bandwidths, measure_bandwidths
 from workbench.bench.forced_tokens import ForcedTokens, forced_tokens
 from workbench.bench.limit_budget import control_bytes, limit_budget, require_possible
@@ -27,6 +26,7 @@ from workbench.bench.routing_pass import RoutingPass, routing_pass
 from workbench.machine.control_groups import Controller
 from workbench.machine.environment import describe_environment
 from workbench.models.names import resolve_model
+from workbench.systems.systems import System, require_runnable
 
 Report = Callable[[str, int, int], None]
 
@@ -110,7 +110,7 @@ def prepare(plan: BenchPlan, folder: Path, controller: Controller | None, report
     pack = ensure_pack(index, cache_dir() / "packs", lambda done, total: report("expert pack", done, total))
     gguf = None
     if any(system.adapter == "llama.cpp" for system in systems):
-        from workbench.baselines.gguf_export import ensure_gguf
+        from workbench.systems.gguf_export import ensure_gguf
 
         gguf = ensure_gguf(index, lambda done, total: report("GGUF file", done, total))
     vocab = index.config.get_text_config().vocab_size

@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 
 from emoe_core.budget import plan_slots
-from workbench.baselines.systems import System
 from workbench.bench.prepare import Prepared
 from workbench.simulate import replay_policy
+from workbench.systems.systems import System
 
 
 def replayed_loads(prepared: Prepared, system: System) -> np.ndarray | None:

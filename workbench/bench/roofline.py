@@ -17,8 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.baselines.systems import System
 from workbench.bench.prepare import Prepared
+from workbench.systems.systems import System
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.baselines.systems import System
 from workbench.bench.plan import RESULTS_FILE, BenchPlan
 from workbench.bench.prepare import Prepared
 from workbench.machine.control_groups import Controller
 from workbench.measure.launch import FAILED, MEASURED, Launched, launch
+from workbench.systems.systems import System
 
 
 @dataclass(frozen=True)

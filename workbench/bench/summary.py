@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 
 from emoe_core.errors import OptionError
-from workbench.baselines.systems import System
 from workbench.bench.plan import LEAST_REPEATS, BenchPlan
 from workbench.bench.prepare import Prepared
 from workbench.bench.replay import replayed_loads
 from workbench.bench.roofline import Roofline, resident_times, roofline
 from workbench.machine.busy import busy_warning
 from workbench.measure.launch import MEASURED
+from workbench.systems.systems import System
 
 # Figures that get a median and a spread.
 FIGURES = (

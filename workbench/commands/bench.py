@@ -58,13 +58,13 @@ def bench(
     track: Annotated[bool, typer.Option(help="Log the bench to MLflow.")] = True,
 ) -> None:
     """Measure systems side by side: same tokens, fresh processes in turn, cold page cache, one hard memory limit."""
-    from workbench.baselines.systems import find_systems
     from workbench.bench.plan import BenchPlan, open_folder
     from workbench.bench.prepare import prepare
     from workbench.bench.runner import run_bench
     from workbench.machine.control_groups import find_controller
     from workbench.machine.environment import available_cores
     from workbench.models.names import require_model
+    from workbench.systems.systems import find_systems
     from workbench.tracking.store import project_root
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -113,8 +113,8 @@ def bench(
 def bench_systems() -> None:
     """List the systems that `emoe bench` knows, which can run here, and why the others cannot."""
     from emoe_core.errors import LimitError
-    from workbench.baselines.systems import NO_LIMIT, SYSTEMS
     from workbench.machine.control_groups import find_controller
+    from workbench.systems.systems import NO_LIMIT, SYSTEMS
 
     table = Table("system", Column("what runs", overflow="fold"), "runs here", box=SIMPLE_HEAD)
     for name, system in SYSTEMS.items():
@@ -137,7 +137,7 @@ def bench_systems() -> None:
 
 def _systems(names: str | None, console: Console) -> tuple[str, ...]:
     """Return the systems asked for; all that can run here if none were."""
-    from workbench.baselines.systems import DEFAULT_SYSTEMS, find_systems
+    from workbench.systems.systems import DEFAULT_SYSTEMS, find_systems
 
     if names is not None:
         return tuple(name.strip() for name in names.split(",") if name.strip())

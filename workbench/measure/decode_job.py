@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from workbench.baselines.decoder import Decoder, decoder_class
 from workbench.machine.busy import OtherWork
 from workbench.machine.process_counters import read_bytes, status_bytes
 from workbench.measure.job import answer_job
+from workbench.systems.decoder import Decoder, decoder_class
 
 # Counters of a system that are reported for the timed tokens alone.
 COUNTED = ("requests", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "stall_s")

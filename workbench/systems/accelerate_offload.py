@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from workbench.baselines.stock import TorchDecoder
+from workbench.systems.stock import TorchDecoder
 
 
 class OffloadedDecoder(TorchDecoder):

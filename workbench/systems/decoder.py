@@ -33,18 +33,18 @@ class Decoder(Protocol):
 def decoder_class(adapter: str) -> Callable[[dict[str, Any]], Decoder]:
     """Import what an adapter needs, and return what loads a system from a spec of `workbench.bench.prepare`."""
     if adapter == "emoe":
-        from workbench.baselines.engine import EngineDecoder
+        from workbench.systems.engine import EngineDecoder
 
         return EngineDecoder
     if adapter == "stock":
-        from workbench.baselines.stock import StockDecoder
+        from workbench.systems.stock import StockDecoder
 
         return StockDecoder
     if adapter == "accelerate":
-        from workbench.baselines.accelerate_offload import OffloadedDecoder
+        from workbench.systems.accelerate_offload import OffloadedDecoder
 
         return OffloadedDecoder
     assert adapter == "llama.cpp", adapter
-    from workbench.baselines.llama_cpp import LlamaDecoder
+    from workbench.systems.llama_cpp import LlamaDecoder
 
     return LlamaDecoder

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emoe_core.errors import OptionError
-from workbench.baselines import llama_cpp
+from workbench.systems import llama_cpp
 
 NO_LIMIT = ":no-limit"
 

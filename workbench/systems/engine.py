@@ -10,7 +10,7 @@ from typing import Any
 import emoe_core
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.planning.tasks import UNKNOWN
-from workbench.baselines.stock import TorchDecoder
+from workbench.systems.stock import TorchDecoder
 
 
 class EngineDecoder(TorchDecoder):
