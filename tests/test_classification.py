@@ -3,7 +3,7 @@
 import pytest
 
 from emoe_core.errors import OptionError
-from workbench.classification import bare, confusion, rates, without_instruction
+from workbench.workloads.classification import bare, confusion, rates, without_instruction
 
 TEXTS = ["Summarize this.", "Lorem ipsum.", "Write a python function.", "Write a python function."]
 TASKS = ["summarization", "summarization", "code", "qa"]

@@ -10,9 +10,9 @@ import pytest
 
 from emoe_core.errors import ExperimentError, OptionError
 from workbench import interval_report, memory_report, task_report
-from workbench.comparison import Comparison, listed, paired_difference, period, run_quantized, run_variants, timed
-from workbench.configuration import ORACLE, ExperimentConfig
 from workbench.models.reference.tiny import tiny_moe
+from workbench.quality.configuration import ORACLE, ExperimentConfig
+from workbench.quality.variants import Comparison, listed, paired_difference, period, run_quantized, run_variants, timed
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import emoe_core
-from workbench.disturbance import layer_divergences, random_routing
 from workbench.models.reference.tiny import tiny_moe
-from workbench.quality import compare
+from workbench.quality.profile.disturbance import layer_divergences, random_routing
+from workbench.quality.token_quality import compare
 
 PROMPT, ANSWER = [5, 9, 12, 7, 30], [8, 4, 21]
 

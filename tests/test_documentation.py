@@ -20,7 +20,7 @@ from emoe_core.planning.tasks import Profile, TaskProfile
 from emoe_core.predictor import PREDICTORS
 from workbench.cli import app, main
 from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
-from workbench.profiling import profile_path
+from workbench.quality.profile.profiling import profile_path
 from workbench.sweep.file import read_sweep
 from workbench.tracking.store import HOME_VARIABLE
 

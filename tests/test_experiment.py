@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 
 from emoe_core.errors import ExperimentError
-from workbench import figures, similarity
-from workbench.configuration import ORACLE, ExperimentConfig
-from workbench.experiment import Result, run_experiment
+from workbench import figures
 from workbench.metrics.catalogue import metric_of
 from workbench.models.reference.tiny import tiny_moe
+from workbench.quality import similarity
+from workbench.quality.configuration import ORACLE, ExperimentConfig
+from workbench.quality.experiment import Result, run_experiment
 
 
 def _alike(expected: Sequence[str], given: Sequence[str]) -> np.ndarray:

@@ -11,12 +11,12 @@ import pytest
 
 from emoe_core.errors import BudgetError, DataError, ExperimentError, OptionError
 from emoe_core.experts.trace import RoutingTrace
-from workbench.configuration import ExperimentConfig
 from workbench.explore.explorer import Explorer, Observation
 from workbench.explore.panel import Panel
 from workbench.explore.readout import points_frame
 from workbench.explore.token_view import count_steps, step_grid, step_table, steps_table
 from workbench.models.reference.tiny import tiny_moe
+from workbench.quality.configuration import ExperimentConfig
 
 UNTIMED = ("computed_bytes", "perplexity_ratio", "kl_nats", "top1_agreement", "hit_rate", "loads", "reroutes")
 

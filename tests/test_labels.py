@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe_core.errors import OptionError
-from workbench.labels import check_labels, told_tasks
 from workbench.workloads import StreamConfig, prompt_stream
+from workbench.workloads.labels import check_labels, told_tasks
 
 PROMPTS = prompt_stream(StreamConfig(n_prompts=20, source="fixture"))
 

@@ -17,8 +17,8 @@ from emoe_core.errors import OptionError
 from emoe_core.loader.eviction import POLICY_NAMES
 from emoe_core.loader.pack import Pack
 from emoe_core.loader.prefetch import MIN_TRUST, Lookahead, norm_scale
-from workbench.configuration import ExperimentConfig, as_params
 from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
+from workbench.quality.configuration import ExperimentConfig, as_params
 
 
 @pytest.mark.parametrize("distance", [1, 2])

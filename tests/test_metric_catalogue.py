@@ -16,7 +16,6 @@ import yaml
 from serving_bench import make_costs
 
 from workbench.compare.change import paired_change
-from workbench.configuration import ExperimentConfig
 from workbench.explore.explorer import Explorer
 from workbench.longest_report import as_metrics
 from workbench.measure.longest import with_ratios
@@ -24,6 +23,7 @@ from workbench.metrics.catalogue import CATALOGUE, GROUPS, HIGHER, LOWER, NEITHE
 from workbench.metrics.groups import better_direction, group_of, is_measured_memory
 from workbench.metrics.show import column_texts, show, unit_of, words_of
 from workbench.models.reference.tiny import tiny_moe
+from workbench.quality.configuration import ExperimentConfig
 from workbench.serving.comparison import bounds
 from workbench.serving.experiment import ServingConfig, simulate_serving
 from workbench.serving.validation_report import COMPARED

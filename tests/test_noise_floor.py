@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from emoe_core.errors import OptionError
-from workbench import noise_floor as module
-from workbench.configuration import ExperimentConfig
 from workbench.models.reference.tiny import tiny_moe
-from workbench.noise_floor import VARIANTS, noise_floor
+from workbench.quality import noise_floor as module
+from workbench.quality.configuration import ExperimentConfig
+from workbench.quality.noise_floor import VARIANTS, noise_floor
 
 
 def test_rounding_alone_leaves_most_texts_of_a_small_model_as_they_are(tmp_path, monkeypatch) -> None:

@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from emoe_core.errors import OptionError, PredictorError
 from workbench.cli import app
-from workbench.configuration import ExperimentConfig
-from workbench.experiment import run_experiment
 from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 from workbench.predictor_training import predictor_path, stored_predictor
+from workbench.quality.configuration import ExperimentConfig
+from workbench.quality.experiment import run_experiment
 from workbench.recording import Recording, RecordingConfig, record
 
 RECORDED = {"source": "fixture", "max_new_tokens": 2}

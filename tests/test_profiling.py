@@ -13,12 +13,18 @@ from emoe_core.errors import DataError
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.planning.quality_target import choose
 from emoe_core.planning.tasks import TASK_TYPES, Profile, ProfileError
-from workbench import disturbance
-from workbench import similarity as similarity_module
-from workbench.coverage import coverage
 from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
-from workbench.profiling import ProfileConfig, extend_profile, measure_profile, profile_path, stored_profile
-from workbench.reference_outputs import reference_outputs
+from workbench.quality import similarity as similarity_module
+from workbench.quality.profile import disturbance
+from workbench.quality.profile.coverage import coverage
+from workbench.quality.profile.profiling import (
+    ProfileConfig,
+    extend_profile,
+    measure_profile,
+    profile_path,
+    stored_profile,
+)
+from workbench.replay.references import reference_outputs
 
 
 class LetterCounts:

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from workbench.compare.change import paired_change
-from workbench.comparison import paired_difference
-from workbench.experiment import quality_metrics
-from workbench.quality import LEAST_PROMPTS, bootstrap_interval
+from workbench.quality.experiment import quality_metrics
+from workbench.quality.token_quality import LEAST_PROMPTS, bootstrap_interval
+from workbench.quality.variants import paired_difference
 
 Ends = tuple[float, float]
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
-from workbench.baselines.quantized import quantized_model, round_trip
 from workbench.models.reference.tiny import tiny_moe
+from workbench.quality.quantized import quantized_model, round_trip
 
 
 @pytest.mark.parametrize(("name", "worst"), [("q8_0", 0.5 / 127), ("q4_0", 1.0 / 8)])

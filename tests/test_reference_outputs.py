@@ -12,7 +12,7 @@ import torch
 import emoe_core
 from emoe_core.errors import ExperimentError
 from workbench.models.reference.tiny import tiny_moe
-from workbench.reference_outputs import Reference, ReferenceSpec, reference_outputs
+from workbench.replay.references import Reference, ReferenceSpec, reference_outputs
 
 PROMPTS = ["Is this a question?", "Sum up the day.", "Good or bad?"]
 TASKS = ["qa", "summarization", "classification"]

@@ -8,8 +8,8 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from emoe_core.errors import DataError
-from workbench import similarity as module
-from workbench.similarity import SentenceEncoder, similarity
+from workbench.quality import similarity as module
+from workbench.quality.similarity import SentenceEncoder, similarity
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "fish", "bird", "swims", "sings"]
 

@@ -18,7 +18,7 @@ from emoe_core.loader.eviction import POLICY_NAMES as ENGINE_POLICIES
 from emoe_core.loader.eviction import DemandTable
 from workbench.cli import app
 from workbench.models.reference.tiny import tiny_moe
-from workbench.reference_outputs import reference_outputs
+from workbench.replay.references import reference_outputs
 from workbench.simulate import replay_policy, replay_table, simulate
 from workbench.simulate_accesses import Accesses, accesses_of, accesses_of_reference
 from workbench.simulate_bound import fewest_misses

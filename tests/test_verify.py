@@ -17,8 +17,8 @@ import yaml
 from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError
-from workbench.configuration import ExperimentConfig, as_params, config_of
 from workbench.models.reference.tiny import tiny_moe
+from workbench.quality.configuration import ExperimentConfig, as_params, config_of
 from workbench.sweep.resume import search
 from workbench.tracking import run as tracking
 from workbench.tracking.record import RunRecord

@@ -11,9 +11,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from workbench.baselines.quantized import FORMATS
-from workbench.comparison import paired_difference
 from workbench.machine.busy import busy_warning
+from workbench.quality.quantized import FORMATS
+from workbench.quality.variants import paired_difference
 
 # What knows every prompt to come, and what knows nothing: drawn in grey, dashed.
 BOUNDS = ("oracle", "random")

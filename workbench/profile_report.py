@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from emoe_core.planning.tasks import LENGTH_QUANTILES, Profile
-from workbench.configuration import ExperimentConfig
-from workbench.experiment import run_experiment
-from workbench.quality import LEAST_PROMPTS
+from workbench.quality.configuration import ExperimentConfig
+from workbench.quality.experiment import run_experiment
+from workbench.quality.token_quality import LEAST_PROMPTS
 
 PAPER_RULE, OUR_RULE = "leading layers by similarity (paper)", "cheapest layers by divergence (ours)"
 MARKERS = "osD^vP"

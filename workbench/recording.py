@@ -16,7 +16,7 @@ from emoe_core.errors import OptionError
 from emoe_core.planning.tasks import TASK_TYPES
 from workbench.models.names import resolve_model
 from workbench.prediction import PromptUse, prompt_uses
-from workbench.reference_outputs import reference_outputs
+from workbench.replay.references import reference_outputs
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 
 Progress = Callable[[str, int, int], None]

@@ -21,7 +21,7 @@ from workbench.simulate_policies import BOUND
 
 if TYPE_CHECKING:
     from emoe_core import Engine
-    from workbench.reference_outputs import Reference
+    from workbench.replay.references import Reference
 
 REPLAYED = {"lru": "lru", "belady": BOUND, "random": "random"}
 

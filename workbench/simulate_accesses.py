@@ -26,7 +26,7 @@ from emoe_core.errors import DataError, OptionError
 from emoe_core.experts.trace import RoutingTrace
 from workbench.models.names import resolve_model
 from workbench.recording import Progress, RecordingConfig
-from workbench.reference_outputs import Reference, reference_outputs
+from workbench.replay.references import Reference, reference_outputs
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 
 

@@ -11,9 +11,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from workbench.comparison import paired_difference
 from workbench.figures import MEGABYTE
-from workbench.quality import LEAST_PROMPTS
+from workbench.quality.token_quality import LEAST_PROMPTS
+from workbench.quality.variants import paired_difference
 
 AWARE, AGNOSTIC = "task-aware", "task-agnostic"
 

@@ -11,7 +11,7 @@ best resident expert is milder than random routing, and layers are not independe
 buys most (no budget given), or finds the layers that must stay exact, that is, load what is absent (budget given).
 
 The model of the loss is rough, and a profile is a sample: a target is aimed at, not guaranteed. What a choice really
-costs is for held-out prompts to say; `workbench.experiment` measures it beside the prediction. Measured so far
+costs is for held-out prompts to say; `workbench.quality.experiment` measures it beside the prediction. Measured so far
 (embedded model, 48 uniform test prompts, 32 tokens, float32, seed 0, scale from 4 of 8 slots): without a budget,
 targets of 0.5, 1 and 5% took 49, 37 and 25% of the experts and cost 0.73% (0.25 to 1.22), 2.16% (1.39 to 2.99) and
 4.70% (3.33 to 6.16), so the two strict ones were missed: below the slots where the scale was measured, loss grows

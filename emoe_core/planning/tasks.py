@@ -15,7 +15,7 @@ task profile
 
 Two rules make a mask: `insensitive_until` (the paper's: leading layers whose random routing keeps the output) and
 `insensitive_within` (ours: layers whose divergences, taken alone and added up, stay within an allowance).
-This module defines the file format; `workbench.profiling` measures.
+This module defines the file format; `workbench.quality.profile.profiling` measures.
 """
 
 from __future__ import annotations

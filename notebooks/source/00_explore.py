@@ -27,7 +27,7 @@ seed: int = 0
 from IPython.display import HTML, display
 
 from workbench.tracking import run as tracking
-from workbench.configuration import ExperimentConfig, as_params
+from workbench.quality.configuration import ExperimentConfig, as_params
 from workbench.explore.panel import Panel
 from workbench.explore.readout import points_frame, readout
 from workbench.explore.token_view import count_steps, step_grid, step_table, steps_table

@@ -29,8 +29,8 @@ from IPython.display import Markdown, display
 import emoe_core
 from workbench import figures
 from workbench.tracking import run as tracking
-from workbench.configuration import ExperimentConfig, as_params
-from workbench.experiment import run_experiment
+from workbench.quality.configuration import ExperimentConfig, as_params
+from workbench.quality.experiment import run_experiment
 from workbench.models.names import resolve_model
 from workbench.progress import stage_bars
 from workbench.metrics.show import metric_table

@@ -30,8 +30,8 @@ seed: int = 0
 # %matplotlib inline
 from workbench import figures
 from workbench.tracking import run as tracking
-from workbench.configuration import ExperimentConfig, as_params
-from workbench.experiment import run_experiment
+from workbench.quality.configuration import ExperimentConfig, as_params
+from workbench.quality.experiment import run_experiment
 from workbench.progress import stage_bars
 from workbench.metrics.show import metric_table
 

@@ -36,9 +36,9 @@ from IPython.display import display
 from emoe_core.planning.tasks import TASK_TYPES, Profile
 from workbench import figures, profile_report
 from workbench.tracking import run as tracking
-from workbench.configuration import ExperimentConfig
+from workbench.quality.configuration import ExperimentConfig
 from workbench.models.names import resolve_model
-from workbench.profiling import ProfileConfig, measure_profile, stored_profile
+from workbench.quality.profile.profiling import ProfileConfig, measure_profile, stored_profile
 from workbench.progress import stage_bars
 
 figures.set_style()

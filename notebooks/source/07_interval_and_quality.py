@@ -29,8 +29,8 @@ from IPython.display import display
 
 from workbench import figures, interval_report
 from workbench.tracking import run as tracking
-from workbench.comparison import listed, period, run_variants
-from workbench.configuration import ExperimentConfig
+from workbench.quality.variants import listed, period, run_variants
+from workbench.quality.configuration import ExperimentConfig
 from workbench.progress import stage_bars
 
 figures.set_style()

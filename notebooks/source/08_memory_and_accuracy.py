@@ -39,9 +39,9 @@ from IPython.display import display
 
 from workbench import figures, memory_report
 from workbench.tracking import run as tracking
-from workbench.comparison import listed, run_quantized, run_variants, timed
-from workbench.configuration import ORACLE, ExperimentConfig
-from workbench.noise_floor import noise_floor
+from workbench.quality.variants import listed, run_quantized, run_variants, timed
+from workbench.quality.configuration import ORACLE, ExperimentConfig
+from workbench.quality.noise_floor import noise_floor
 from workbench.progress import stage_bars
 
 figures.set_style()

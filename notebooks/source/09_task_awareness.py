@@ -31,8 +31,8 @@ from IPython.display import display
 
 from workbench import figures, task_report
 from workbench.tracking import run as tracking
-from workbench.comparison import listed, run_variants
-from workbench.configuration import ExperimentConfig
+from workbench.quality.variants import listed, run_variants
+from workbench.quality.configuration import ExperimentConfig
 from workbench.progress import stage_bars
 from workbench.task_report import AGNOSTIC, AWARE
 

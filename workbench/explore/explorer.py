@@ -30,12 +30,12 @@ from emoe_core.engine import RESTARTABLE
 from emoe_core.engine_plan import plan_engine
 from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
-from workbench.configuration import ORACLE, ExperimentConfig
-from workbench.experiment import all_resident, quality_metrics, score_prompts, warm_trace
 from workbench.machine.busy import OtherWork
 from workbench.machine.process_counters import status_bytes
 from workbench.measure.serving_job import process_peak_bytes, reset_peak
 from workbench.models.names import resolve_model
+from workbench.quality.configuration import ORACLE, ExperimentConfig
+from workbench.quality.experiment import all_resident, quality_metrics, score_prompts, warm_trace
 from workbench.workloads import prompt_stream, prompts_hash
 
 Progress = Callable[[str, int, int], None]

@@ -22,11 +22,11 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import EmoeError, ExperimentError
 from emoe_core.html_view import heading
 from emoe_core.planning.tasks import TASK_TYPES
-from workbench.configuration import ExperimentConfig
 from workbench.explore.explorer import Explorer, Observation
 from workbench.explore.readout import ALL_TASKS, name_of, points_table, readout
 from workbench.explore.token_view import count_steps, step_grid, step_table, steps_table
 from workbench.models.names import resolve_model
+from workbench.quality.configuration import ExperimentConfig
 
 LEAST_PERCENT, MOST_INTERVAL = 5, 16
 _STYLE = {"description_width": "80px"}

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from workbench.configuration import ORACLE
 from workbench.memory_report import expert_memory_share
+from workbench.quality.configuration import ORACLE
 from workbench.tracking.store import decode
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from emoe_core.scheduler.costs import ServingCosts
 from workbench.machine.busy import OtherWork
 from workbench.machine.environment import describe_environment
 from workbench.models.names import TINY, resolve_model
-from workbench.profiling import RECIPES, profile_path
+from workbench.quality.profile.profiling import RECIPES, profile_path
 from workbench.serving.task_loads import profile_of, task_loads
 from workbench.serving.times import measure_times
 

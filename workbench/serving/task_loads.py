@@ -16,7 +16,7 @@ from emoe_core.errors import DataError, OptionError
 from emoe_core.generation import encode
 from emoe_core.planning.tasks import LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
 from emoe_core.scheduler.costs import TaskLoad
-from workbench.profiling import stored_profile
+from workbench.quality.profile.profiling import stored_profile
 from workbench.workloads import StreamConfig, prompt_stream
 
 LENGTH_SAMPLES = 19

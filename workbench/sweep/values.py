@@ -72,7 +72,7 @@ def check_value(known: dict[str, Parameter], name: str, value: Any) -> None:
         if field == "model":
             require_named_model(value)
         if field in SINGLE:
-            from workbench.configuration import ExperimentConfig  # slow: it imports torch
+            from workbench.quality.configuration import ExperimentConfig  # slow: it imports torch
 
             for part in [entry.strip() for entry in str(value).split(",")] if name in PLURAL else [value]:
                 setting: dict[str, Any] = {field: number(part) if field in ("interval", "label_error") else part}

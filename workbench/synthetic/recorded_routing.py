@@ -31,7 +31,7 @@ def recorded_trace(source: str, progress: Progress | None = None) -> tuple[Routi
         When there is no such source.
     """
     if source in EMBEDDED:
-        from workbench.reference_outputs import reference_outputs
+        from workbench.replay.references import reference_outputs
         from workbench.workloads.fixture import load_fixture
 
         rows = load_fixture()

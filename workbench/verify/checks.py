@@ -75,7 +75,7 @@ def check_data(run: RunRecord) -> tuple[str, Difference | None]:
 
 def _stream_config(params: dict[str, Any]) -> Any:
     """Return the stream of a run whose parameters are a whole `ExperimentConfig`, else None."""
-    from workbench.configuration import config_of
+    from workbench.quality.configuration import config_of
 
     config = config_of(params)
     return None if config is None else config.stream()

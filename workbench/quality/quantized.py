@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
-from workbench.quality import compare
-from workbench.reference_outputs import Reference
+from workbench.quality.token_quality import compare
+from workbench.replay.references import Reference
 from workbench.systems.stock import greedy_answers
 from workbench.workloads import Prompt
 

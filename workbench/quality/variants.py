@@ -16,12 +16,12 @@ import pandas as pd
 
 from emoe_core.config import EngineConfig
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.baselines.quantized import BITS_PER_WEIGHT, score_quantized
-from workbench.configuration import ExperimentConfig
-from workbench.experiment import all_resident, quality_metrics, run_experiment, warm_trace
 from workbench.measure.memory import MemoryMeasurement, measure
 from workbench.models.names import resolve_model
-from workbench.quality import bootstrap_interval
+from workbench.quality.configuration import ExperimentConfig
+from workbench.quality.experiment import all_resident, quality_metrics, run_experiment, warm_trace
+from workbench.quality.quantized import BITS_PER_WEIGHT, score_quantized
+from workbench.quality.token_quality import bootstrap_interval
 from workbench.workloads import prompt_stream
 
 Progress = Callable[[str, int, int], None]
@@ -115,7 +115,7 @@ def run_quantized(config: ExperimentConfig, formats: Iterable[str], progress: Pr
         )  # fmt: skip
         metrics = quality_metrics(scored)
         if texts:
-            from workbench.similarity import similarity
+            from workbench.quality.similarity import similarity
 
             expected = [output.text for output in reference.outputs[: len(texts)]]
             found = {"task": [p.task for p in prompts[: len(texts)]], "all_resident": expected, "answer": texts}

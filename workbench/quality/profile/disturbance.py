@@ -16,7 +16,7 @@ import torch
 import emoe_core
 from emoe_core.errors import OptionError
 from emoe_core.experts.layer import router_of
-from workbench.quality import compare
+from workbench.quality.token_quality import compare
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from emoe_core.config import EngineConfig
 from emoe_core.errors import OptionError
 from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.predictor import PREDICTORS, TRAINED
-from workbench.labels import check_labels
 from workbench.workloads import StreamConfig
+from workbench.workloads.labels import check_labels
 
 ORACLE = "oracle"
 STRATEGIES = (*sorted(PREDICTORS), TRAINED, ORACLE, "lru")

@@ -16,11 +16,11 @@ import pandas as pd
 from transformers import AutoModelForCausalLM
 
 from emoe_core.errors import OptionError
-from workbench.configuration import ExperimentConfig
-from workbench.experiment import all_resident
 from workbench.models.names import resolve_model
-from workbench.quality import bootstrap_interval
-from workbench.similarity import similarity
+from workbench.quality.configuration import ExperimentConfig
+from workbench.quality.experiment import all_resident
+from workbench.quality.similarity import similarity
+from workbench.quality.token_quality import bootstrap_interval
 from workbench.systems.stock import greedy_answers
 from workbench.workloads import prompt_stream
 

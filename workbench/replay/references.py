@@ -129,7 +129,7 @@ def _compute_in_own_process(spec: ReferenceSpec, prompts: Sequence[str], progres
         job = Path(scratch) / "job.json"
         job.write_text(json.dumps({"spec": asdict(spec), "prompts": list(prompts)}))
         process = subprocess.Popen(
-            [sys.executable, "-m", "workbench.reference_outputs", str(job)],
+            [sys.executable, "-m", "workbench.replay.references", str(job)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -32,12 +32,12 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import DataError, OptionError
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.planning.tasks import DEFAULT_SIMILARITY_THRESHOLD, LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
-from workbench.coverage import extend
-from workbench.disturbance import layer_divergences, random_routing
 from workbench.models.names import resolve_model
-from workbench.quality import bootstrap_interval
-from workbench.reference_outputs import Reference, ReferenceOutput, reference_outputs
-from workbench.similarity import similarity
+from workbench.quality.profile.coverage import extend
+from workbench.quality.profile.disturbance import layer_divergences, random_routing
+from workbench.quality.similarity import similarity
+from workbench.quality.token_quality import bootstrap_interval
+from workbench.replay.references import Reference, ReferenceOutput, reference_outputs
 from workbench.workloads import StreamConfig, prompt_stream
 
 RECIPES = Path(__file__).parent / "reference_model" / "recipes"

@@ -27,15 +27,15 @@ from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.planning.tasks import Profile
 from emoe_core.predictor import TRAINED, OraclePredictor
-from workbench.configuration import ORACLE, ExperimentConfig
-from workbench.labels import told_tasks
 from workbench.measure.memory import MemoryMeasurement, as_metrics, measure
 from workbench.models.names import resolve_model
 from workbench.predictor_training import stored_predictor
-from workbench.quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio
-from workbench.reference_outputs import Reference, reference_outputs
+from workbench.quality.configuration import ORACLE, ExperimentConfig
+from workbench.quality.token_quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio
+from workbench.replay.references import Reference, reference_outputs
 from workbench.residency import ResidencyWatch, replayed_hit_rates
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
+from workbench.workloads.labels import told_tasks
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def warm_trace(
 
 
 def _stored_profile(checkpoint: str | Path) -> Profile:
-    from workbench.profiling import stored_profile
+    from workbench.quality.profile.profiling import stored_profile
 
     return stored_profile(checkpoint)
 
@@ -248,7 +248,7 @@ def _answer(
 ) -> pd.DataFrame:
     if not prompts:
         return pd.DataFrame(columns=["task", "prompt", "all_resident", "answer", "similarity"])
-    from workbench.similarity import similarity
+    from workbench.quality.similarity import similarity
 
     texts = [prompt.text for prompt in prompts]
     answers = engine.generate(texts, told[: len(prompts)], max_new_tokens=max_new_tokens)

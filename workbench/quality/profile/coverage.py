@@ -25,8 +25,8 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.planning.quality_target import unscaled_loss_nats
 from emoe_core.planning.tasks import Profile
-from workbench.quality import compare
-from workbench.reference_outputs import Reference, ReferenceOutput
+from workbench.quality.token_quality import compare
+from workbench.replay.references import Reference, ReferenceOutput
 
 Progress = Callable[[str, int, int], None]
 

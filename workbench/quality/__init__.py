@@ -1,0 +1,1 @@
+"""Quality of answers under a budget: experiments, paired variants, similarity, log-probabilities."""

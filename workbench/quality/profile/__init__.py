@@ -1,0 +1,1 @@
+"""Profiles of tasks: how sensitive each is to its routing, layer by layer."""
