@@ -38,7 +38,7 @@ from workbench.metrics.catalogue import metric_of
 from workbench.models.reference.tiny import tiny_moe
 from workbench.models.synthetic.shapes import SHAPES, overridden
 from workbench.models.synthetic.writer import write_synthetic
-from workbench.simulate_accesses import accesses_of
+from workbench.replay.accesses import accesses_of
 from workbench.systems import llama_cpp
 from workbench.systems.systems import DEFAULT_SYSTEMS, SYSTEMS, find_system, find_systems, require_runnable
 

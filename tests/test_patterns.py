@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from emoe_core.experts.trace import RoutingTrace
-from workbench import figures_patterns, patterns
-from workbench.prediction import PromptUse
-from workbench.simulate_accesses import Accesses
+from workbench import figures_patterns
+from workbench.replay import patterns
+from workbench.replay.accesses import Accesses
+from workbench.replay.prediction import PromptUse
 
 RENUMBERED = np.array([2, 0, 3, 1])
 

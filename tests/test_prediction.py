@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import emoe_core
 from emoe_core.errors import OptionError
 from emoe_core.predictor import PREDICTORS, LastPromptPredictor, OraclePredictor, make_predictor
-from workbench.counting_loader import CountingLoader
 from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
-from workbench.prediction import PromptUse, compare, next_element_scores, prompt_uses, replay
+from workbench.replay.counting_loader import CountingLoader
+from workbench.replay.prediction import PromptUse, compare, next_element_scores, prompt_uses, replay
 
 TASKS = ("qa", "code")
 

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from emoe_core.errors import OptionError, PredictorError
 from workbench.cli import app
 from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
-from workbench.predictor_training import predictor_path, stored_predictor
 from workbench.quality.configuration import ExperimentConfig
 from workbench.quality.experiment import run_experiment
-from workbench.recording import Recording, RecordingConfig, record
+from workbench.replay.predictor_training import predictor_path, stored_predictor
+from workbench.replay.recording import Recording, RecordingConfig, record
 
 RECORDED = {"source": "fixture", "max_new_tokens": 2}
 OPTIONS = ["--prompts", "60", "--source", "fixture", "--max-new-tokens", "2", "--epochs", "2", "--depth", "1"]

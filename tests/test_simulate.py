@@ -18,11 +18,11 @@ from emoe_core.loader.eviction import POLICY_NAMES as ENGINE_POLICIES
 from emoe_core.loader.eviction import DemandTable
 from workbench.cli import app
 from workbench.models.reference.tiny import tiny_moe
+from workbench.replay.accesses import Accesses, accesses_of, accesses_of_reference
+from workbench.replay.bound import fewest_misses
+from workbench.replay.cache import replay_policy, replay_table, simulate
+from workbench.replay.policies import POLICY_NAMES
 from workbench.replay.references import reference_outputs
-from workbench.simulate import replay_policy, replay_table, simulate
-from workbench.simulate_accesses import Accesses, accesses_of, accesses_of_reference
-from workbench.simulate_bound import fewest_misses
-from workbench.simulate_policies import POLICY_NAMES
 
 PROMPTS = ["A heron waits.", "Two and two", "Why is the sky blue at noon?"]
 

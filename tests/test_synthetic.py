@@ -19,7 +19,7 @@ from workbench.models.synthetic.composed_trace import compose, locality
 from workbench.models.synthetic.shapes import SHAPES, Shape, find_shape, overridden, scaled
 from workbench.models.synthetic.writer import INDEX_FILE, label_of, tensors_of, write_synthetic
 from workbench.models.synthetic.written_routing import WrittenRouting
-from workbench.synthetic.recorded_routing import recorded_trace
+from workbench.replay.recorded_routing import recorded_trace
 
 SMALL = {"layers": 2, "experts": 8, "top_k": 2, "hidden": 64, "intermediate": 32, "vocab": 320}
 

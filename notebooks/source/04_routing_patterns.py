@@ -3,7 +3,7 @@
 #
 # The observations behind eMoE (Figs 3, 7, 8, 9 of the paper) on recorded all-resident routing, and the use of them that
 # costs no quality: eviction policies, replayed between LRU and the best possible (Belady's MIN). No model runs but for the recording.
-# Expert numbers are labels, so the statistics are ones that renumbering does not change (`workbench/patterns.py`).
+# Expert numbers are labels, so the statistics are ones that renumbering does not change (`workbench/replay/patterns.py`).
 #
 # The defaults check that everything runs; the fixture's 20 prompts say little. Figures that count are at the end.
 
@@ -25,13 +25,14 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from workbench import figures, figures_patterns, patterns
+from workbench import figures, figures_patterns
+from workbench.replay import patterns
 from workbench.tracking import run as tracking
-from workbench.prediction import prompt_uses
+from workbench.replay.prediction import prompt_uses
 from workbench.progress import stage_bars
-from workbench.recording import RecordingConfig
-from workbench.simulate import simulate
-from workbench.simulate_accesses import record_accesses
+from workbench.replay.recording import RecordingConfig
+from workbench.replay.cache import simulate
+from workbench.replay.accesses import record_accesses
 from workbench.workloads import prompt_stream
 
 figures.set_style()
@@ -102,7 +103,7 @@ distance
 # ## What a cache can make of it
 #
 # Every policy on the engine's own residency table, from empty slots, exact mode. `lru`, `lfu`, `least_stale` and `static` are the
-# engine's; `pinned` holds the warm-up's most used experts; `decayed_demand` is new (`workbench/simulate_policies.py`). The *gap* is
+# engine's; `pinned` holds the warm-up's most used experts; `decayed_demand` is new (`workbench/replay/policies.py`). The *gap* is
 # from LRU's loads to MIN's; aim: close at least 30% of it.
 
 # %%

@@ -32,11 +32,11 @@ from IPython.display import display
 from emoe_core.predictor.training import TrainingOptions
 from workbench import figures
 from workbench.tracking import run as tracking
-from workbench.prediction import compare, factories, next_element_scores
+from workbench.replay.prediction import compare, factories, next_element_scores
 from workbench.predictor_report import beside_paper, interval_figure, skill_figure, winner
-from workbench.predictor_training import predictor_path, train_predictor
+from workbench.replay.predictor_training import predictor_path, train_predictor
 from workbench.progress import stage_bars
-from workbench.recording import RecordingConfig, record
+from workbench.replay.recording import RecordingConfig, record
 
 figures.set_style()
 periods = [int(period) for period in intervals.split(",")]

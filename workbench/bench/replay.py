@@ -13,7 +13,7 @@ import numpy as np
 
 from emoe_core.budget import plan_slots
 from workbench.bench.prepare import Prepared
-from workbench.simulate import replay_policy
+from workbench.replay.cache import replay_policy
 from workbench.systems.systems import System
 
 

@@ -25,8 +25,8 @@ from emoe_core.experts.trace import RoutingTrace
 from emoe_core.loader.cache_folder import cache_dir
 from workbench.bench.forced_tokens import ForcedTokens
 from workbench.models.synthetic.writer import TRACE_FILE
-from workbench.simulate_accesses import Accesses, accesses_of
-from workbench.simulate_bound import fewest_misses
+from workbench.replay.accesses import Accesses, accesses_of
+from workbench.replay.bound import fewest_misses
 from workbench.systems.engine import EngineDecoder
 
 

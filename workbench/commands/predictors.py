@@ -31,9 +31,9 @@ def train(
     """Train the transformer predictor of a model from recorded routing (records what is missing)."""
     from emoe_core.predictor.training import TrainingOptions
     from workbench.metrics.show import show_bytes
-    from workbench.predictor_training import predictor_path, train_predictor
     from workbench.progress import stage_bars
-    from workbench.recording import RecordingConfig, record
+    from workbench.replay.predictor_training import predictor_path, train_predictor
+    from workbench.replay.recording import RecordingConfig, record
 
     options = TrainingOptions(variant=variant, epochs=epochs, width=width, depth=depth, seed=seed)
     config = RecordingConfig(
@@ -71,10 +71,10 @@ def evaluate(
     from emoe_core.errors import OptionError
     from workbench.metrics.show import show_bytes
     from workbench.models.names import resolve_model
-    from workbench.prediction import compare, factories
-    from workbench.predictor_training import predictor_path
     from workbench.progress import stage_bars
-    from workbench.recording import RecordingConfig, record
+    from workbench.replay.prediction import compare, factories
+    from workbench.replay.predictor_training import predictor_path
+    from workbench.replay.recording import RecordingConfig, record
 
     experts = min(layer.num_experts for layer in open_checkpoint(resolve_model(model)).layers)
     wrong = [number for number in slots or [] if not 1 <= number <= experts]

@@ -32,10 +32,10 @@ def simulate(
     from workbench.metrics.show import show_bytes
     from workbench.models.names import resolve_model
     from workbench.progress import stage_bars
-    from workbench.recording import RecordingConfig
-    from workbench.simulate import simulate as replay_all
-    from workbench.simulate_accesses import record_accesses
-    from workbench.simulate_policies import POLICY_NAMES, require_policy
+    from workbench.replay.accesses import record_accesses
+    from workbench.replay.cache import simulate as replay_all
+    from workbench.replay.policies import POLICY_NAMES, require_policy
+    from workbench.replay.recording import RecordingConfig
 
     # What can be refused is refused before minutes of recording.
     for name in policy or ():

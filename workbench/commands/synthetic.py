@@ -42,7 +42,7 @@ def synth(
     from workbench.metrics.show import show_bytes
     from workbench.models.synthetic.shapes import find_shape, overridden, scaled
     from workbench.models.synthetic.writer import label_of, write_synthetic
-    from workbench.synthetic.recorded_routing import OWN, recorded_trace
+    from workbench.replay.recorded_routing import OWN, recorded_trace
 
     sizes = {"layers": layers, "experts": experts, "top_k": top_k, "hidden": hidden}
     sizes |= {"intermediate": intermediate, "vocab": vocab}

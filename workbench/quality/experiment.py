@@ -29,11 +29,11 @@ from emoe_core.planning.tasks import Profile
 from emoe_core.predictor import TRAINED, OraclePredictor
 from workbench.measure.memory import MemoryMeasurement, as_metrics, measure
 from workbench.models.names import resolve_model
-from workbench.predictor_training import stored_predictor
 from workbench.quality.configuration import ORACLE, ExperimentConfig
 from workbench.quality.token_quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio
+from workbench.replay.predictor_training import stored_predictor
 from workbench.replay.references import Reference, reference_outputs
-from workbench.residency import ResidencyWatch, replayed_hit_rates
+from workbench.replay.residency import ResidencyWatch, replayed_hit_rates
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 from workbench.workloads.labels import told_tasks
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from workbench.metrics.show import show_number
+from workbench.replay.residency import REPLAYED
 from workbench.report.files import as_tables
 from workbench.report.fronts import hits_front, quality_front, time_front
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.points import BOUNDS, judge, points_of
 from workbench.report.run_page import RunPage
-from workbench.residency import REPLAYED
 
 if TYPE_CHECKING:
     from workbench.tracking.record import RunRecord

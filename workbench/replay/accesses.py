@@ -25,7 +25,7 @@ from emoe_core.config import resolve_device
 from emoe_core.errors import DataError, OptionError
 from emoe_core.experts.trace import RoutingTrace
 from workbench.models.names import resolve_model
-from workbench.recording import Progress, RecordingConfig
+from workbench.replay.recording import Progress, RecordingConfig
 from workbench.replay.references import Reference, reference_outputs
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 

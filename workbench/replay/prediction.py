@@ -37,7 +37,7 @@ from emoe_core.planning.control import ControlLoop
 from emoe_core.planning.interval import make_interval
 from emoe_core.predictor import PREDICTORS, TRAINED, OraclePredictor, Predictor
 from emoe_core.predictor.transformer import TransformerPredictor
-from workbench.counting_loader import CountingLoader
+from workbench.replay.counting_loader import CountingLoader
 
 
 @dataclass(frozen=True)

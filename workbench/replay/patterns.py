@@ -25,8 +25,8 @@ import numpy as np
 import pandas as pd
 
 from emoe_core.experts.trace import RoutingTrace
-from workbench.prediction import PromptUse
-from workbench.simulate_accesses import Accesses
+from workbench.replay.accesses import Accesses
+from workbench.replay.prediction import PromptUse
 
 
 def task_shares(uses: Sequence[PromptUse]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from emoe_core.config import resolve_device
 from emoe_core.errors import OptionError
 from emoe_core.planning.tasks import TASK_TYPES
 from workbench.models.names import resolve_model
-from workbench.prediction import PromptUse, prompt_uses
+from workbench.replay.prediction import PromptUse, prompt_uses
 from workbench.replay.references import reference_outputs
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 

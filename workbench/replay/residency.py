@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from workbench.simulate import replay_policy
-from workbench.simulate_accesses import accesses_of_reference
-from workbench.simulate_policies import BOUND
+from workbench.replay.accesses import accesses_of_reference
+from workbench.replay.cache import replay_policy
+from workbench.replay.policies import BOUND
 
 if TYPE_CHECKING:
     from emoe_core import Engine

@@ -30,9 +30,9 @@ import pandas as pd
 from emoe_core.errors import OptionError
 from emoe_core.loader.lease import Lease
 from emoe_core.loader.slots import Entry, SlotTable
-from workbench.simulate_accesses import Accesses
-from workbench.simulate_bound import fewest_misses
-from workbench.simulate_policies import BOUND, PINNED, POLICY_NAMES, TABLES, require_policy
+from workbench.replay.accesses import Accesses
+from workbench.replay.bound import fewest_misses
+from workbench.replay.policies import BOUND, PINNED, POLICY_NAMES, TABLES, require_policy
 
 if TYPE_CHECKING:
     from emoe_core.loader.loader import ExpertLoader

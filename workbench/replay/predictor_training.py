@@ -10,7 +10,7 @@ from emoe_core.errors import PredictorError
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.predictor.training import Progress, TrainingOptions, train
 from emoe_core.predictor.transformer import TransformerPredictor
-from workbench.recording import Recording
+from workbench.replay.recording import Recording
 
 # The paper's largest predictor takes 1.3% of its model's memory; ours must not take more.
 LARGEST_SHARE = 0.013
