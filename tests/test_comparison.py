@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 
 from emoe_core.errors import ExperimentError, OptionError
-from workbench import interval_report, memory_report, task_report
 from workbench.models.reference.tiny import tiny_moe
+from workbench.paper import interval as interval_report
+from workbench.paper import memory as memory_report
+from workbench.paper import tasks as task_report
 from workbench.quality.configuration import ORACLE, ExperimentConfig
 from workbench.quality.variants import Comparison, listed, paired_difference, period, run_quantized, run_variants, timed
 

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from emoe_core.errors import ExperimentError
-from workbench import figures
 from workbench.metrics.catalogue import metric_of
 from workbench.models.reference.tiny import tiny_moe
+from workbench.paper import figures
 from workbench.quality import similarity
 from workbench.quality.configuration import ORACLE, ExperimentConfig
 from workbench.quality.experiment import Result, run_experiment

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 
 from emoe_core.errors import ExperimentError, LimitError, OptionError
-from workbench.longest_report import beside_paper, limits_figure
 from workbench.machine.control_groups import Controller, find_controller
 from workbench.measure.hard_limit import LimitedRun
 from workbench.measure.limit_trials import (
@@ -26,6 +25,7 @@ from workbench.measure.limit_trials import (
 )
 from workbench.measure.longest import MEGABYTE, SearchConfig, configurations, resolve_limit, search
 from workbench.models.names import TINY, resolve_model
+from workbench.paper.longest import beside_paper, limits_figure
 
 CLEAN = LimitedRun(10**9, 10**8, 0, False, False, 0, "", "", 1.0)
 

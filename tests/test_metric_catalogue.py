@@ -17,16 +17,16 @@ from serving_bench import make_costs
 
 from workbench.compare.change import paired_change
 from workbench.explore.explorer import Explorer
-from workbench.longest_report import as_metrics
 from workbench.measure.longest import with_ratios
 from workbench.metrics.catalogue import CATALOGUE, GROUPS, HIGHER, LOWER, NEITHER, metric_of
 from workbench.metrics.groups import better_direction, group_of, is_measured_memory
 from workbench.metrics.show import column_texts, show, unit_of, words_of
 from workbench.models.reference.tiny import tiny_moe
+from workbench.paper.longest import as_metrics
+from workbench.paper.validation import COMPARED
 from workbench.quality.configuration import ExperimentConfig
 from workbench.serving.comparison import bounds
 from workbench.serving.experiment import ServingConfig, simulate_serving
-from workbench.serving.validation_report import COMPARED
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "notebooks" / "source").glob("*.py")), ROOT / "workbench" / "commands" / "bench.py"]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from emoe_core.experts.trace import RoutingTrace
-from workbench import figures_patterns
+from workbench.paper import routing as figures_patterns
 from workbench.replay import patterns
 from workbench.replay.accesses import Accesses
 from workbench.replay.prediction import PromptUse

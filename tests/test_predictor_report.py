@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from workbench.predictor_report import beside_paper, interval_figure, skill_figure, winner
+from workbench.paper.predictors import beside_paper, interval_figure, skill_figure, winner
 
 
 def found() -> pd.DataFrame:

@@ -9,9 +9,9 @@ import pytest
 
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.planning.tasks import TASK_TYPES, Profile, TaskProfile
-from workbench import profile_report
 from workbench.models.reference.tiny import LAYERS, tiny_moe
-from workbench.profile_report import OUR_RULE, PAPER_RULE
+from workbench.paper import profile as profile_report
+from workbench.paper.profile import OUR_RULE, PAPER_RULE
 from workbench.quality.configuration import ExperimentConfig
 
 QA = TaskProfile(

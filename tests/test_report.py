@@ -15,10 +15,10 @@ from site_pages import Page, add_run
 from sweep_bench import Bench
 
 from emoe_core.errors import ExperimentError
-from workbench import figures
 from workbench.metrics.catalogue import meaning_of
 from workbench.metrics.groups import group_of, main_metrics
 from workbench.metrics.words import GROUP_MEANINGS, place_of
+from workbench.paper import figures
 from workbench.report import write_report
 from workbench.report.section import Section
 from workbench.report.sweep_page import read_sweep_page

@@ -27,7 +27,7 @@ import numpy as np
 from IPython.display import Markdown, display
 
 import emoe_core
-from workbench import figures
+from workbench.paper import figures
 from workbench.tracking import run as tracking
 from workbench.quality.configuration import ExperimentConfig, as_params
 from workbench.quality.experiment import run_experiment

@@ -32,7 +32,7 @@ seed: int = 0
 import pandas as pd
 from IPython.display import display
 
-from workbench import figures
+from workbench.paper import figures
 from workbench.tracking import run as tracking
 from workbench.quality.configuration import ExperimentConfig, as_params
 from workbench.quality.experiment import run_experiment

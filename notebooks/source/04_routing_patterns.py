@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from workbench import figures, figures_patterns
+from workbench.paper import figures, routing as figures_patterns
 from workbench.replay import patterns
 from workbench.tracking import run as tracking
 from workbench.replay.prediction import prompt_uses

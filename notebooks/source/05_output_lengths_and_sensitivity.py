@@ -34,7 +34,7 @@ import pandas as pd
 from IPython.display import display
 
 from emoe_core.planning.tasks import TASK_TYPES, Profile
-from workbench import figures, profile_report
+from workbench.paper import figures, profile as profile_report
 from workbench.tracking import run as tracking
 from workbench.quality.configuration import ExperimentConfig
 from workbench.models.names import resolve_model

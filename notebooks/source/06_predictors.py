@@ -30,10 +30,10 @@ import pandas as pd
 from IPython.display import display
 
 from emoe_core.predictor.training import TrainingOptions
-from workbench import figures
+from workbench.paper import figures
 from workbench.tracking import run as tracking
 from workbench.replay.prediction import compare, factories, next_element_scores
-from workbench.predictor_report import beside_paper, interval_figure, skill_figure, winner
+from workbench.paper.predictors import beside_paper, interval_figure, skill_figure, winner
 from workbench.replay.predictor_training import predictor_path, train_predictor
 from workbench.progress import stage_bars
 from workbench.replay.recording import RecordingConfig, record

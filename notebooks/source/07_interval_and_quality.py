@@ -27,7 +27,7 @@ seed: int = 0
 # %matplotlib inline
 from IPython.display import display
 
-from workbench import figures, interval_report
+from workbench.paper import figures, interval as interval_report
 from workbench.tracking import run as tracking
 from workbench.quality.variants import listed, period, run_variants
 from workbench.quality.configuration import ExperimentConfig

@@ -37,7 +37,7 @@ from dataclasses import replace
 import pandas as pd
 from IPython.display import display
 
-from workbench import figures, memory_report
+from workbench.paper import figures, memory as memory_report
 from workbench.tracking import run as tracking
 from workbench.quality.variants import listed, run_quantized, run_variants, timed
 from workbench.quality.configuration import ORACLE, ExperimentConfig

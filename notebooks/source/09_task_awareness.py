@@ -29,12 +29,12 @@ from dataclasses import replace
 
 from IPython.display import display
 
-from workbench import figures, task_report
+from workbench.paper import figures, tasks as task_report
 from workbench.tracking import run as tracking
 from workbench.quality.variants import listed, run_variants
 from workbench.quality.configuration import ExperimentConfig
 from workbench.progress import stage_bars
-from workbench.task_report import AGNOSTIC, AWARE
+from workbench.paper.tasks import AGNOSTIC, AWARE
 
 figures.set_style()
 variants = {}

@@ -33,10 +33,10 @@ from IPython.display import Markdown, display
 from emoe_core.errors import LimitError
 from workbench.tracking import run as tracking
 from workbench.machine.control_groups import find_controller
-from workbench.figures import set_style
+from workbench.paper.figures import set_style
 from workbench.measure.limit_trials import Trials
 from workbench.measure.longest import MEGABYTE, SearchConfig, configurations, require_host, resolve_limit, search
-from workbench.longest_report import as_metrics, beside_paper, limits_figure
+from workbench.paper.longest import as_metrics, beside_paper, limits_figure
 from workbench.models.names import resolve_model
 from workbench.progress import stage_bars
 

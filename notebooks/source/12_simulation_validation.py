@@ -25,13 +25,13 @@ seed: int = 0
 # %matplotlib inline
 from IPython.display import display
 
-from workbench import figures
+from workbench.paper import figures
 from workbench.tracking import run as tracking
 from workbench.machine.busy import busy_warning
 from workbench.quality.variants import listed
 from workbench.models.names import resolve_model
 from workbench.progress import stage_bars
-from workbench.serving import validation_report as report
+from workbench.paper import validation as report
 from workbench.serving.experiment import ServingConfig
 from workbench.serving.measure import costs_of
 from workbench.serving.scale import scale_up

@@ -26,11 +26,11 @@ seed: int = 0
 # %matplotlib inline
 from IPython.display import display
 
-from workbench import figures
+from workbench.paper import figures
 from workbench.tracking import run as tracking
 from workbench.quality.variants import listed
 from workbench.progress import stage_bars
-from workbench.serving import report
+from workbench.paper import scheduling as report
 from workbench.serving.comparison import compare_routers
 from workbench.serving.experiment import ServingConfig, as_params, known_trace_folder
 from workbench.serving.measure import costs_of

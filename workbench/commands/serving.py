@@ -132,7 +132,7 @@ def simulate_serving(
     if as_json:
         typer.echo(json.dumps(json.loads(found.to_json(orient="records")), indent=1))
         return
-    from workbench.serving.report import caveat
+    from workbench.paper.scheduling import caveat
 
     place = f"{replicas} replicas, {router}" if replicas > 1 else "one engine"
     console = Console()

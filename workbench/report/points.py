@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from workbench.memory_report import expert_memory_share
+from workbench.paper.memory import expert_memory_share
 from workbench.quality.configuration import ORACLE
 from workbench.tracking.store import decode
 

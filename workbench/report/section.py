@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workbench.figures import REPORT_FIGURES
 from workbench.metrics.catalogue import meaning_of
 from workbench.metrics.groups import group_of, in_order, main_metrics
 from workbench.metrics.show import column_texts, words_of
+from workbench.paper.figures import REPORT_FIGURES
 from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.run_page import RunPage

@@ -29,6 +29,7 @@ from emoe_core.serving.loop import ServingLoop
 from emoe_core.serving.records import Answer, Pass
 from workbench.machine.busy import OtherWork
 from workbench.models.names import resolve_model
+from workbench.paper.validation import compare, parts_of
 from workbench.serving import conditions
 from workbench.serving.arrivals import Arrival, at_rate, draw_arrivals
 from workbench.serving.cluster import Cluster
@@ -37,7 +38,6 @@ from workbench.serving.service_metrics import request_table
 from workbench.serving.simulated_engine import Served
 from workbench.serving.task_loads import cut, task_tokens
 from workbench.serving.times import Times, fitted, measure_times
-from workbench.serving.validation_report import compare, parts_of
 
 Progress = Callable[[str, int, int], None]
 

@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from workbench.figures import MEGABYTE
+from workbench.paper.figures import MEGABYTE
 
 # What bounds the others is drawn apart from them.
 BOUNDS = ("oracle", "random")

@@ -10,7 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from workbench.figures import MEGABYTE
+from workbench.paper.figures import MEGABYTE
 
 MARKERS = "os^D"
 

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from workbench.figures import MEGABYTE
+from workbench.paper.figures import MEGABYTE
 from workbench.quality.token_quality import LEAST_PROMPTS
 from workbench.quality.variants import paired_difference
 

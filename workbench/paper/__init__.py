@@ -1,0 +1,1 @@
+"""Figures and closing tables beside the paper's, one module a notebook."""
