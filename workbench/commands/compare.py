@@ -52,7 +52,7 @@ def compare(
     from workbench.compare.sweeps import compare_sweeps
     from workbench.compare.texts import HEADINGS
     from workbench.compare.view import view_runs, view_sweeps
-    from workbench.page import write_page
+    from workbench.report.page import write_page
     from workbench.tracking.run_lookup import find_runs
     from workbench.tracking.store import open_store
 

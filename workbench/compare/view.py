@@ -8,7 +8,7 @@ from workbench.compare.differences import Difference
 from workbench.compare.runs import RunComparison
 from workbench.compare.sweeps import SweepComparison
 from workbench.compare.texts import HEADINGS, ChangeRow, change_rows
-from workbench.page import render_page
+from workbench.report.page import render_page
 
 HOW_TO_READ = (
     "Intervals are 95% bootstrap intervals over pairs; of twenty metrics one differs by chance.",

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from workbench.figures_residency import residency_map
 from workbench.metrics.groups import group_of
 from workbench.report.files import ID_LETTERS, RUNS, Download, copy_artifacts
 from workbench.report.metric_tables import MetricTable, metric_tables
 from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.provenance import provenance
+from workbench.report.residency_map import residency_map
 from workbench.sweep.resume import ERROR_TAG, PAGE_CACHE_TAG
 from workbench.tracking.record import RunRecord
 from workbench.tracking.store import slug

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
-from workbench.page import render_page, write_page
 from workbench.paper.figures import set_style
 from workbench.report.files import as_tables, write_table
 from workbench.report.front_part import HEADINGS
+from workbench.report.page import render_page, write_page
 from workbench.report.sweep_page import SweepPage, read_by_hand, read_sweep_page
 from workbench.sweep.resume import SWEEP_TAG, find_parent, parents
 from workbench.tracking.store import open_store, store_name
