@@ -17,15 +17,8 @@ import yaml
 from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError
-from workbench.models.reference.tiny import tiny_moe
-from workbench.quality.configuration import ExperimentConfig, as_params, config_of
-from workbench.sweep.resume import search
-from workbench.tracking import run as tracking
-from workbench.tracking.record import RunRecord
-from workbench.tracking.run_lookup import find_run
-from workbench.tracking.store import HOME_VARIABLE, open_store
-from workbench.verify.checks import check_data, check_model
-from workbench.verify.judge import (
+from workbench.compare.verify.checks import check_data, check_model
+from workbench.compare.verify.judge import (
     DIFFERS,
     EQUAL,
     MISSING,
@@ -36,8 +29,15 @@ from workbench.verify.judge import (
     judge_metrics,
     judge_table,
 )
-from workbench.verify.plan import plan_rerun
-from workbench.verify.rerun import VERIFIES_TAG
+from workbench.compare.verify.plan import plan_rerun
+from workbench.compare.verify.rerun import VERIFIES_TAG
+from workbench.models.reference.tiny import tiny_moe
+from workbench.quality.configuration import ExperimentConfig, as_params, config_of
+from workbench.sweep.resume import search
+from workbench.tracking import run as tracking
+from workbench.tracking.record import RunRecord
+from workbench.tracking.run_lookup import find_run
+from workbench.tracking.store import HOME_VARIABLE, open_store
 from workbench.workloads import prompt_stream, prompts_hash
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from workbench.verify.judge import Judgement
-    from workbench.verify.verification import Verification
+    from workbench.compare.verify.judge import Judgement
+    from workbench.compare.verify.verification import Verification
 
 STYLES = {"differs": "red", "missing": "red", "bit-equal": "green", "within tolerance": "green"}
 SHOWN_FAILURES = 10
@@ -43,12 +43,12 @@ def verify(
     reproduced, 2 when the run cannot be executed.
     """
     from emoe_core.errors import OptionError
+    from workbench.compare.verify.judge import Tolerances
+    from workbench.compare.verify.plan import plan_rerun
+    from workbench.compare.verify.verification import verify_run
     from workbench.metrics.show import show_seconds
     from workbench.tracking.run_lookup import find_run
     from workbench.tracking.store import open_store
-    from workbench.verify.judge import Tolerances
-    from workbench.verify.plan import plan_rerun
-    from workbench.verify.verification import verify_run
 
     for name, value in (("relative", relative), ("absolute", absolute), ("memory", memory), ("times", times)):
         if value is not None and not (math.isfinite(value) and value >= 0):

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
 from workbench.compare.differences import Difference, environment_differences
+from workbench.compare.verify.checks import check_data, check_model, machine_differences
+from workbench.compare.verify.judge import FAILING, PROSE_TABLES, Judgement, Tolerances, judge_metrics, judge_table
+from workbench.compare.verify.plan import Plan
+from workbench.compare.verify.rerun import rerun
 from workbench.sweep.resume import ERROR_TAG
 from workbench.tracking.record import RunRecord
 from workbench.tracking.store import finite
-from workbench.verify.checks import check_data, check_model, machine_differences
-from workbench.verify.judge import FAILING, PROSE_TABLES, Judgement, Tolerances, judge_metrics, judge_table
-from workbench.verify.plan import Plan
-from workbench.verify.rerun import rerun
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -11,9 +11,9 @@ from typing import Any
 
 from emoe_core.errors import EmoeError, ExperimentError
 from workbench.compare.differences import Difference, environment_differences
+from workbench.compare.verify.plan import Plan
 from workbench.machine.environment import IDENTITY, describe_environment
 from workbench.tracking.record import RunRecord
-from workbench.verify.plan import Plan
 
 # Known only inside the notebook's process.
 WITHIN = (*IDENTITY, "determinism", "executable")
