@@ -27,7 +27,7 @@ from emoe_core.predictor.network import NetworkShape, ShareNetwork
 from emoe_core.predictor.transformer import FORMAT, KEY, PredictorHeader, TransformerPredictor
 from emoe_core.scheduler.costs import ServingCosts, TaskLoad
 from workbench.replay.references import read_output
-from workbench.serving.request_traces import read_trace
+from workbench.serving.simulation.request_traces import read_trace
 from workbench.sweep.file import read_sweep
 from workbench.tracking.notebook import notebook_parameters
 

@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import emoe_core
 from emoe_core.scheduler import BatchLimits, make_scheduler
-from workbench.server.limits import ServerLimits
-from workbench.server.listen import EmoeServer
+from workbench.serving.server.limits import ServerLimits
+from workbench.serving.server.listen import EmoeServer
 
 PATIENCE_S = 120.0
 LONG = 400

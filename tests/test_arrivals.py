@@ -9,9 +9,9 @@ import pytest
 from serving_bench import make_costs, two_tasks
 
 from emoe_core.errors import DataError, OptionError
-from workbench.serving.arrivals import Arrival, at_rate, draw_arrivals
-from workbench.serving.experiment import ServingConfig, make_arrivals, simulate_serving
-from workbench.serving.request_traces import RequestTrace, merge, read_trace, trace_path
+from workbench.serving.simulation.arrivals import Arrival, at_rate, draw_arrivals
+from workbench.serving.simulation.experiment import ServingConfig, make_arrivals, simulate_serving
+from workbench.serving.simulation.request_traces import RequestTrace, merge, read_trace, trace_path
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44

@@ -25,8 +25,8 @@ from workbench.models.reference.tiny import tiny_moe
 from workbench.paper.longest import as_metrics
 from workbench.paper.validation import COMPARED
 from workbench.quality.configuration import ExperimentConfig
-from workbench.serving.comparison import bounds
-from workbench.serving.experiment import ServingConfig, simulate_serving
+from workbench.serving.simulation.comparison import bounds
+from workbench.serving.simulation.experiment import ServingConfig, simulate_serving
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "notebooks" / "source").glob("*.py")), ROOT / "workbench" / "commands" / "bench.py"]

@@ -29,7 +29,7 @@ from emoe_core.config import EngineConfig
 from emoe_core.errors import ExperimentError, OptionError
 from workbench.cli import app
 from workbench.models.reference.tiny import tiny_moe
-from workbench.replicas.residency import Residency, look, missing_for
+from workbench.serving.replicas.residency import Residency, look, missing_for
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
 pytest.importorskip("grpc", reason="Ray Serve is not installed (extra `ray`)")
@@ -255,7 +255,7 @@ def test_sigterm_lets_running_requests_finish_and_ends_the_replicas(service: Clu
 
 
 def test_a_cluster_without_room_is_refused() -> None:
-    from workbench.replicas.service import Placement, require_room
+    from workbench.serving.replicas.service import Placement, require_room
 
     nodes = [{"Alive": True, "Resources": {"CPU": 3.0}}, {"Alive": False, "Resources": {"CPU": 9.0}}]
     require_room(nodes, Placement(replicas=3))
@@ -283,8 +283,8 @@ def test_what_cannot_work_is_refused_before_a_replica_starts(model: Path, option
 
 
 def test_other_code_on_a_node_is_refused(model: Path) -> None:
-    from workbench.replicas.replica import EngineReplica, ReplicaConfig
-    from workbench.server.limits import ServerLimits
+    from workbench.serving.replicas.replica import EngineReplica, ReplicaConfig
+    from workbench.serving.server.limits import ServerLimits
 
     config = ReplicaConfig(str(model), "tiny", {}, "fcfs", None, ServerLimits(), 100, "another")
     with pytest.raises(ExperimentError, match="another version of this code"):
@@ -304,8 +304,8 @@ def test_what_a_task_lacks_is_told_by_who_has_served_it_most(engine: emoe_core.E
 
 
 def test_metrics_of_replicas_stand_side_by_side() -> None:
-    from workbench.replicas.front import together
-    from workbench.replicas.replica import ReplicaMetrics
+    from workbench.serving.replicas.front import together
+    from workbench.serving.replicas.replica import ReplicaMetrics
 
     reports = []
     for name in ("a", "b"):

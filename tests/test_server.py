@@ -24,8 +24,8 @@ from server_bench import LONG, PATIENCE_S, Service, serving
 from emoe_core.errors import OptionError
 from workbench.commands.serve import KEY_VARIABLE, read_key
 from workbench.models.reference.tiny import tiny_moe
-from workbench.server.limits import ServerLimits, require_safe_host
-from workbench.server.stop_strings import StopStrings, _Stop
+from workbench.serving.server.limits import ServerLimits, require_safe_host
+from workbench.serving.server.stop_strings import StopStrings, _Stop
 
 
 @pytest.fixture(scope="module")

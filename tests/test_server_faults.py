@@ -16,7 +16,7 @@ import torch
 from server_bench import LONG, PATIENCE_S, Service, serving
 
 from workbench.models.reference.tiny import tiny_moe
-from workbench.server.limits import ServerLimits
+from workbench.serving.server.limits import ServerLimits
 
 OTHER = "A heron waits at the water, and nobody knows why it does"
 

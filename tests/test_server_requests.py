@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 import emoe_core
 from emoe_core.errors import OptionError
 from workbench.models.reference.tiny import CHAT_TEMPLATE, tiny_moe
-from workbench.server.fields import UNUSED_HEADER
-from workbench.server.limits import ServerLimits
+from workbench.serving.server.fields import UNUSED_HEADER
+from workbench.serving.server.limits import ServerLimits
 
 
 @pytest.fixture(scope="module")

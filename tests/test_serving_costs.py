@@ -18,11 +18,11 @@ from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.scheduler.costs import CostsError, ServingCosts, TaskLoad
 from workbench import cli
 from workbench.models.reference.tiny import LAYERS, tiny_moe
-from workbench.server.listen import EmoeServer
-from workbench.serving import conditions
-from workbench.serving.experiment import ServingConfig, simulate_serving
-from workbench.serving.measure import CostsConfig, costs_path, measure_costs, stored_costs
-from workbench.serving.times import fit_line
+from workbench.serving.costs import conditions
+from workbench.serving.costs.measure import CostsConfig, costs_path, measure_costs, stored_costs
+from workbench.serving.costs.times import fit_line
+from workbench.serving.server.listen import EmoeServer
+from workbench.serving.simulation.experiment import ServingConfig, simulate_serving
 
 SMALL = {"prompt_tokens": (4, 16), "batches": (1, 2), "repeats": 2, "prompts": 1, "answer_tokens": 2}
 

@@ -17,8 +17,8 @@ from emoe_core.scheduler.costs import CostsError, TaskLoad
 from emoe_core.serving.loop import ServingLoop, limits_within
 from emoe_core.serving.records import Answer
 from workbench.models.reference.tiny import tiny_moe
-from workbench.serving.arrivals import Arrival
-from workbench.serving.experiment import ServingConfig, simulate_serving
+from workbench.serving.simulation.arrivals import Arrival
+from workbench.serving.simulation.experiment import ServingConfig, simulate_serving
 
 PROMPTS = ["A heron waits.", "Two and two make four, they say", "Why?", "Is the sky blue at noon", "The end", "Once"]
 TASKS = ["qa", "code", "qa", "summarization", "code", "qa"]

@@ -13,7 +13,7 @@ from emoe_core.planning.tasks import TASK_TYPES, Profile
 from emoe_core.scheduler.costs import ServingCosts
 from workbench.paper import scheduling as report
 from workbench.quality.profile.profiling import RECIPES
-from workbench.serving.comparison import (
+from workbench.serving.simulation.comparison import (
     VARIANTS,
     bounds,
     compare_routers,
@@ -23,7 +23,7 @@ from workbench.serving.comparison import (
     reachable_loads,
     variant,
 )
-from workbench.serving.experiment import ServingConfig, simulate_serving
+from workbench.serving.simulation.experiment import ServingConfig, simulate_serving
 
 BASE = ServingConfig(n_requests=60)
 COSTS = make_costs(steps={1: 1.0, 8: 2.0}, expert_load_s=0.1)

@@ -13,11 +13,11 @@ from emoe_core.scheduler.costs import CostsError, ServingCosts
 from emoe_core.serving.records import Pass
 from workbench.models.reference.tiny import tiny_moe
 from workbench.paper.validation import DRIVERS, agreement_figure, beside_paper
-from workbench.serving.experiment import ServingConfig
-from workbench.serving.measure import CostsConfig, measure_costs
-from workbench.serving.scale import scale_up
-from workbench.serving.times import fitted
-from workbench.serving.validation import Validation, ValidationConfig, validate
+from workbench.serving.checks.validation import Validation, ValidationConfig, validate
+from workbench.serving.costs.measure import CostsConfig, measure_costs
+from workbench.serving.costs.times import fitted
+from workbench.serving.simulation.experiment import ServingConfig
+from workbench.serving.simulation.scale import scale_up
 from workbench.tracking.store import HOME_VARIABLE
 
 

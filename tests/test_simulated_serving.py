@@ -15,13 +15,13 @@ from emoe_core.errors import OptionError
 from emoe_core.planning.planner import RunningRequest, expected_tokens, make_plan
 from emoe_core.scheduler import SCHEDULERS, BatchLimits, Objective, RequestTooLargeError, make_scheduler
 from emoe_core.scheduler.costs import ServingCosts
-from workbench.serving.arrivals import Arrival
-from workbench.serving.cluster import Cluster
-from workbench.serving.experiment import ServingConfig, capacity_per_s, objectives, simulate_serving
-from workbench.serving.residents import Residents
-from workbench.serving.router import ROUTERS, Router
-from workbench.serving.service_metrics import request_table, service_metrics
-from workbench.serving.simulated_engine import Served, SimulatedEngine
+from workbench.serving.simulation.arrivals import Arrival
+from workbench.serving.simulation.cluster import Cluster
+from workbench.serving.simulation.experiment import ServingConfig, capacity_per_s, objectives, simulate_serving
+from workbench.serving.simulation.residents import Residents
+from workbench.serving.simulation.router import ROUTERS, Router
+from workbench.serving.simulation.service_metrics import request_table, service_metrics
+from workbench.serving.simulation.simulated_engine import Served, SimulatedEngine
 
 WIDE = BatchLimits(4, 10**6)
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from workbench.cli import app
 from workbench.models.reference.tiny import tiny_moe
-from workbench.serving.soak import Reply, Soaked, memory_slope
-from workbench.serving.soak_check import Offline
+from workbench.serving.checks.soak import Reply, Soaked, memory_slope
+from workbench.serving.checks.soak_check import Offline
 
 
 @pytest.mark.long

@@ -7,7 +7,14 @@ import pytest
 
 from emoe_core.errors import OptionError
 from workbench.models.reference.tiny import tiny_moe
-from workbench.serving.throughput import ON_DEMAND, RESIDENT, SYSTEMS, ThroughputConfig, measure_throughput, summary
+from workbench.serving.checks.throughput import (
+    ON_DEMAND,
+    RESIDENT,
+    SYSTEMS,
+    ThroughputConfig,
+    measure_throughput,
+    summary,
+)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ load of a task
     each expert. Who is resident decides what a request costs, so these belong to the costs.
 
 Costs hold for one model, one machine and one configuration of the engine; the file says which. Measuring is
-`workbench.serving.measure`'s matter.
+`workbench.serving.costs.measure`'s matter.
 """
 
 from __future__ import annotations

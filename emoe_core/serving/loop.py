@@ -2,7 +2,7 @@
 
 One turn: ask the scheduler whom to admit; admit them, which predicts before every p-th and swaps experts; run their
 prompts one by one, each giving a first token; take one decode step with everybody. A simulation of the same turn is
-`workbench.serving.simulated_engine`. Experts are swapped between forward passes only, and each row keeps its own task,
+`workbench.serving.simulation.simulated_engine`. Experts are swapped between forward passes only, and each row keeps its own task,
 hence its own tolerance, in a mixed batch.
 
 Why not transformers' ``generate_batch`` (5.23), which batches continuously too (from reading its code; not tried)

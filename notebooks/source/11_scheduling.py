@@ -37,10 +37,10 @@ from workbench.quality.variants import listed
 from workbench.models.names import resolve_model
 from workbench.progress import stage_bars
 from workbench.paper import scheduling as report
-from workbench.serving.comparison import bounds, compare_schedulers, gains, load_at_attainment, reachable_loads, variant
-from workbench.serving.experiment import ServingConfig, as_params, known_trace_folder
-from workbench.serving.measure import costs_of
-from workbench.serving.throughput import ThroughputConfig, measure_throughput, summary
+from workbench.serving.simulation.comparison import bounds, compare_schedulers, gains, load_at_attainment, reachable_loads, variant
+from workbench.serving.simulation.experiment import ServingConfig, as_params, known_trace_folder
+from workbench.serving.costs.measure import costs_of
+from workbench.serving.checks.throughput import ThroughputConfig, measure_throughput, summary
 
 figures.set_style()
 names = listed(variants)

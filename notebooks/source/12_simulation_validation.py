@@ -32,10 +32,10 @@ from workbench.quality.variants import listed
 from workbench.models.names import resolve_model
 from workbench.progress import stage_bars
 from workbench.paper import validation as report
-from workbench.serving.experiment import ServingConfig
-from workbench.serving.measure import costs_of
-from workbench.serving.scale import scale_up
-from workbench.serving.validation import ValidationConfig, validate
+from workbench.serving.simulation.experiment import ServingConfig
+from workbench.serving.costs.measure import costs_of
+from workbench.serving.simulation.scale import scale_up
+from workbench.serving.checks.validation import ValidationConfig, validate
 
 figures.set_style()
 config = ValidationConfig(

@@ -31,9 +31,9 @@ from workbench.tracking import run as tracking
 from workbench.quality.variants import listed
 from workbench.progress import stage_bars
 from workbench.paper import scheduling as report
-from workbench.serving.comparison import compare_routers
-from workbench.serving.experiment import ServingConfig, as_params, known_trace_folder
-from workbench.serving.measure import costs_of
+from workbench.serving.simulation.comparison import compare_routers
+from workbench.serving.simulation.experiment import ServingConfig, as_params, known_trace_folder
+from workbench.serving.costs.measure import costs_of
 
 figures.set_style()
 base = ServingConfig(

@@ -68,7 +68,7 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI clients: /v1/completions and /v1/chat/completions, metrics at /metrics."""
     require_extra("serve", "serving", "fastapi", "uvicorn", "prometheus_client")
-    from workbench.server.limits import ServerLimits, require_free_port, require_safe_host
+    from workbench.serving.server.limits import ServerLimits, require_free_port, require_safe_host
 
     limits = ServerLimits(
         max_body_bytes, max_prompt_tokens, max_output_tokens, default_output_tokens, max_batch, max_waiting
@@ -79,9 +79,9 @@ def serve(
 
     from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler, require_scheduler
     from workbench.models.names import resolve_model
-    from workbench.server.listen import EmoeServer
-    from workbench.serving import conditions
-    from workbench.serving.measure import stored_costs
+    from workbench.serving.costs import conditions
+    from workbench.serving.costs.measure import stored_costs
+    from workbench.serving.server.listen import EmoeServer
 
     require_scheduler(scheduler)
     checkpoint = resolve_model(model)

@@ -80,7 +80,7 @@ def serve_cluster(
     """
     require_extra("serve", "serving", "fastapi", "uvicorn", "prometheus_client")
     require_extra("ray", "serving on a cluster", "ray", "grpc")
-    from workbench.server.limits import ServerLimits, require_free_port, require_safe_host
+    from workbench.serving.server.limits import ServerLimits, require_free_port, require_safe_host
 
     limits = ServerLimits(
         max_body_bytes, max_prompt_tokens, max_output_tokens, default_output_tokens, max_batch, max_waiting
@@ -94,12 +94,12 @@ def serve_cluster(
     from emoe_core.scheduler import COSTLESS, BatchLimits, make_scheduler, require_scheduler
     from workbench.machine.ray_connection import code_hash
     from workbench.models.names import resolve_model
-    from workbench.replicas.replica import ReplicaConfig
-    from workbench.replicas.service import Placement, running_replicas
-    from workbench.server.app import make_app
-    from workbench.server.listen import DrainingServer
-    from workbench.serving import conditions
-    from workbench.serving.measure import stored_costs
+    from workbench.serving.costs import conditions
+    from workbench.serving.costs.measure import stored_costs
+    from workbench.serving.replicas.replica import ReplicaConfig
+    from workbench.serving.replicas.service import Placement, running_replicas
+    from workbench.serving.server.app import make_app
+    from workbench.serving.server.listen import DrainingServer
 
     placement = Placement(replicas, router, slack, cpus, gpus)
     if device.startswith("cuda") and not gpus:

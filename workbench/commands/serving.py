@@ -44,7 +44,7 @@ def costs(
     from workbench.machine.busy import busy_warning
     from workbench.metrics.show import show_seconds
     from workbench.progress import stage_bars
-    from workbench.serving.measure import CostsConfig, costs_path, measure_costs
+    from workbench.serving.costs.measure import CostsConfig, costs_path, measure_costs
 
     config = CostsConfig(
         model,
@@ -103,9 +103,9 @@ def simulate_serving(
     from emoe_core.scheduler.costs import ServingCosts
     from workbench.models.names import resolve_model
     from workbench.progress import stage_bars
-    from workbench.serving.comparison import compare_schedulers, variant
-    from workbench.serving.experiment import ServingConfig
-    from workbench.serving.measure import stored_costs
+    from workbench.serving.costs.measure import stored_costs
+    from workbench.serving.simulation.comparison import compare_schedulers, variant
+    from workbench.serving.simulation.experiment import ServingConfig
 
     names = scheduler or ["fcfs", "edf", "emoe", "emoe_oracle"]
     base = ServingConfig(

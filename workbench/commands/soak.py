@@ -33,9 +33,9 @@ def soak(
     import emoe_core
     from workbench.models.names import resolve_model
     from workbench.progress import stage_bars
-    from workbench.serving.soak import SoakConfig, memory_slope, questions
-    from workbench.serving.soak import soak as run_soak
-    from workbench.serving.soak_check import judge
+    from workbench.serving.checks.soak import SoakConfig, memory_slope, questions
+    from workbench.serving.checks.soak import soak as run_soak
+    from workbench.serving.checks.soak_check import judge
 
     config = SoakConfig(
         str(resolve_model(model)),

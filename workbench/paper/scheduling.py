@@ -16,8 +16,8 @@ from matplotlib.ticker import PercentFormatter
 
 from emoe_core.scheduler.costs import ServingCosts
 from workbench.machine.busy import busy_warning
-from workbench.serving import conditions
-from workbench.serving.throughput import ON_DEMAND
+from workbench.serving.checks.throughput import ON_DEMAND
+from workbench.serving.costs import conditions
 
 MARKERS = "os^DvPX*"
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from emoe_core.scheduler.costs import ServingCosts
 from emoe_core.serving.records import Pass
-from workbench.serving.service_metrics import service_metrics
+from workbench.serving.simulation.service_metrics import service_metrics
 
 AIM = 0.15
 DRIVERS = ("real", "simulated", "refitted")

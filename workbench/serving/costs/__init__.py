@@ -1,0 +1,1 @@
+"""What serving costs on this machine: measured once, used by simulations and schedulers."""

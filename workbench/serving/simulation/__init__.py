@@ -1,0 +1,1 @@
+"""Simulated serving: arrivals, engines and clusters on a simulated clock."""
