@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from emoe_core.errors import CheckpointError, OptionError
-from workbench.cache import sha256_file
+from workbench.fetch import sha256_file
 from workbench.models import reference as reference_model
 from workbench.models.names import resolve_model
 from workbench.models.reference.carved import build as builder

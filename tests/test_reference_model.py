@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from emoe_core.errors import CheckpointError, DataError, OptionError
-from workbench.cache import sha256_file
+from workbench.fetch import sha256_file
 from workbench.models import reference as reference_model
 from workbench.models.reference import dense
 from workbench.models.reference.recipe import ADAPTERS, MANIFEST

