@@ -40,22 +40,22 @@ class EngineConfig:
         With "adaptive": predict when, over the last requests, the plan's experts cover less than this share of what
         the best sets of the same size would have covered.
     replan : str
-        "admission" or "interval" (see `control.py`).
+        "admission" or "interval" (see `planning/control.py`).
     lookahead : int
         While a MoE layer computes, fetch what the one this many layers further on is guessed to want (see
-        `lookahead.py`); 0 is off.
+        `loader/prefetch.py`); 0 is off.
     policy : str
-        Eviction on demand: "lru", "lfu", "least_stale", "static", "decayed_demand" (see `demand_table.py`).
+        Eviction on demand: "lru", "lfu", "least_stale", "static", "decayed_demand" (see `loader/eviction.py`).
     profile : Profile or None
         Task profile; given, insensitive (task, layer) pairs take whatever is resident.
     max_quality_loss : float or None
         Allowed rise of perplexity (0.01 for 1%) in place of a tolerance: the profile then says how many slots each
-        layer gets where no budget is given, and which (task, layer) pairs reroute (see `quality_target.py`).
+        layer gets where no budget is given, and which (task, layer) pairs reroute (see `planning/quality_target.py`).
     device, dtype : str
         "auto" takes CUDA where there is one, and the checkpoint's dtype.
     expert_dtype : str
-        "auto" keeps experts in the model's dtype; "int8" rounds them to 8 bits (see `int8.py`): half the memory and
-        half the reads, exact only with respect to the rounded experts.
+        "auto" keeps experts in the model's dtype; "int8" rounds them to 8 bits (see `checkpoint/quantization.py`): half
+        the memory and half the reads, exact only with respect to the rounded experts.
     tier : str
         Where experts rest: "disk" (the pack) or "host" (host memory, pinned for CUDA).
     direct : bool

@@ -15,9 +15,9 @@ miss
 prefetch
     An expert brought in by the planner, at warm start or by lookahead, outside any request.
 lookahead load
-    A prefetch inside a forward pass, of an expert that a later layer was guessed to want (`lookahead.py`). It is *used*
-    when it first serves a request, in that pass or later, and *wasted* (see below) when it never does; one that is
-    still in its slot and has not served yet is neither.
+    A prefetch inside a forward pass, of an expert that a later layer was guessed to want (`loader/prefetch.py`). It is
+    *used* when it first serves a request, in that pass or later, and *wasted* (see below) when it never does; one that
+    is still in its slot and has not served yet is neither.
 guessed, wanted, right
     Over the (pass, layer) pairs that had a guess: distinct experts guessed, distinct experts wanted by real tokens, and
     the experts that are both. Recall is right / wanted, precision right / guessed.

@@ -11,8 +11,8 @@ from serving_bench import make_costs
 from emoe_core.errors import OptionError
 from emoe_core.planning.tasks import TASK_TYPES, Profile
 from emoe_core.scheduler.costs import ServingCosts
+from workbench.models.reference import RECIPES
 from workbench.paper import scheduling as report
-from workbench.quality.profile.profiling import RECIPES
 from workbench.serving.simulation.comparison import (
     VARIANTS,
     bounds,

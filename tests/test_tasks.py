@@ -137,6 +137,7 @@ def test_an_inconsistent_profile_cannot_be_made(make):
 
 
 def test_task_types_do_not_pull_in_the_bench():
-    code = "import sys, emoe_core.planning.tasks; print([m for m in ('workbench', 'mlflow', 'matplotlib') if m in sys.modules])"
+    bench = ("workbench", "mlflow", "matplotlib")
+    code = f"import sys, emoe_core.planning.tasks; print([name for name in {bench} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

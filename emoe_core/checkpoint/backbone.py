@@ -48,7 +48,7 @@ def build_dense_model(
     attn_implementation: str | None,
     experts_implementation: str | None,
 ) -> PreTrainedModel:
-    """Return the model with all weights but ``expert_params``; see `emoe_core.checkpoint.index.CheckpointIndex.build_model`.
+    """Return the model with all weights but ``expert_params``; see `index.CheckpointIndex.build_model`.
 
     ``config`` becomes the model's own: pass a copy.
     """

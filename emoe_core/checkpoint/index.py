@@ -83,7 +83,7 @@ class CheckpointIndex:
     expert_bytes_total, dense_bytes_total : int
         Bytes of all records with their padding; bytes of all other weights in the model's dtype.
     expert_dtype : str
-        How records hold experts: "auto" (as the module has them) or "int8" (see `int8.py`).
+        How records hold experts: "auto" (as the module has them) or "int8" (see `quantization.py`).
     """
 
     path: Path

@@ -2,7 +2,7 @@
 
 transformers dispatches every decorated experts module through ``ALL_EXPERTS_FUNCTIONS``. We register one function
 under the name "emoe". It finds the layer's `LayerHandle` on the module itself (state hangs on modules, never on
-globals) and computes in a form that was proven equal to the family's eager code bit for bit (`expert_compute.py`), or,
+globals) and computes in a form that was proven equal to the family's eager code bit for bit (`compute.py`), or,
 where none is, runs that eager code itself over an object that answers ``gate_up_proj[expert]`` and its siblings with
 slot tensors. Same products, same shapes, same order of accumulation: bit-identical to stock
 ``experts_implementation="eager"`` as long as nobody is rerouted.

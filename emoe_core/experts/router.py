@@ -3,7 +3,8 @@
 Families call their routers in many ways (with a bias from outside, on two or three dimensions, with the previous
 layer's state), so none is called here: the stock model runs once, its experts answer with zeros, and hooks keep what
 the modules beside each experts module returned. One of them is the router: it gave a value for every expert, and a
-rule (`emoe_core.experts.routing_rules`) explains from these values which experts were then asked for, and with what weights.
+rule (`emoe_core.experts.routing_rules`) explains from these values which experts were then asked for, and with what
+weights.
 
 A layer that the pass did not reach (experts for images) is reported as not called. The pass also shows what kind of
 cache the model keeps, and why it failed where it did: some families do not run on bare token ids.

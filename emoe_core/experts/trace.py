@@ -29,7 +29,7 @@ COLUMNS = {
     "served": "uint16",
     "weight": "float16",
 }
-# How a choice was served, in the terms of `metrics.py`: the values of `RoutingTrace.outcome`.
+# How a choice was served, in the terms of `emoe_core/metrics.py`: the values of `RoutingTrace.outcome`.
 HIT, LOAD, REROUTE = range(3)
 MAX_EXPERTS = 1 << 16
 # Recorded routing packs 2 to 20 times smaller.

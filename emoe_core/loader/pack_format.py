@@ -5,7 +5,8 @@ a multiple of 4 KiB, then the records: layer by layer, expert by expert, each a 
 is ``layer.offset_bytes + expert * layer.record_bytes``. Checksums are XXH3 (64 bits) over the whole record, padding
 included. They notice damage, not malice.
 
-This module opens and checks packs; `emoe_core.loader.pack` writes them and `emoe_core.loader.storage` reads records fast.
+This module opens and checks packs; `emoe_core.loader.pack` writes them and `emoe_core.loader.storage` reads records
+fast.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The keyword lists of the task classifier (section 3.2 of the eMoE paper), one list per task type.
 
 Stems stand for their inflections ("summar" matches "summarise" and "summary"); a trailing "$" asks for the whole word.
-The lists were tuned on the train split of the prepared workloads only. `emoe_core.planning.classifier.classify` applies them.
+The lists were tuned on the train split of the prepared workloads only. `emoe_core.planning.classifier.classify` applies
+them.
 """
 
 from __future__ import annotations

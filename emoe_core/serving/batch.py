@@ -4,7 +4,7 @@ Prompts are read alone and join as a row; a step gives every row a token. Whose 
 engine before each one. Who is admitted, when, and when a request is done is `serving_loop`'s.
 
 A row alone is fed as transformers' ``generate`` feeds a sequence, by the model's own ``prepare_inputs_for_generation``:
-some families start their cache anew at a certain length. Rows together are padded on the left (`batch_cache.py`).
+some families start their cache anew at a certain length. Rows together are padded on the left (`kv_cache.py`).
 
 A row becomes one when its token has been chosen and its cache has joined, and a step counts for a row when that row's
 token has been chosen. Whoever gets no token, because the whole pass failed or its own choice did, is taken again alone,

@@ -2,12 +2,12 @@
 
 One turn: ask the scheduler whom to admit; admit them, which predicts before every p-th and swaps experts; run their
 prompts one by one, each giving a first token; take one decode step with everybody. A simulation of the same turn is
-`workbench.serving.simulation.simulated_engine`. Experts are swapped between forward passes only, and each row keeps its own task,
-hence its own tolerance, in a mixed batch.
+`workbench.serving.simulation.simulated_engine`. Experts are swapped between forward passes only, and each row keeps its
+own task, hence its own tolerance, in a mixed batch.
 
 Why not transformers' ``generate_batch`` (5.23), which batches continuously too (from reading its code; not tried)
 * It packs all rows into one sequence of a batch of one, prompts in pieces beside single tokens, on a thread of its own.
-  Whose task, tolerance and padding a token has is not told to the model, and our layers need it (`context.py`).
+  Whose task, tolerance and padding a token has is not told to the model, and our layers need it (`experts/step.py`).
 * Its schedulers are made from (cache, safety margin, batch limit) and asked for tokens of one pass: there is no place
   for a clock, costs or loading latency, and no moment at which a prompt is admitted and experts may be swapped, since
   admission, chunking and offloading of starved requests happen inside one call.
@@ -17,12 +17,12 @@ within rounding.
 
 A request that cannot be admitted, whose pass fails (an expert that cannot be read, memory that runs out) or whose token
 cannot be chosen ends alone where ``on_failure`` is given: a failed step is taken again row by row, and who fails alone
-is out (`running_batch.py`). Experts that a pass wanted before it failed are in the history twice.
+is out (`batch.py`). Experts that a pass wanted before it failed are in the history twice.
 
 Sequences of many families cannot share a batch (`Engine.one_at_a_time`): theirs run one at a time, whatever the limits.
 
 KV memory: the batch limits count each request's prompt and output limit as reserved from its admission; `limits_within`
-turns bytes into such tokens. Padding to the longest row comes on top (`batch_cache.py`).
+turns bytes into such tokens. Padding to the longest row comes on top (`kv_cache.py`).
 """
 
 from __future__ import annotations

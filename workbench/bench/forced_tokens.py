@@ -1,8 +1,9 @@
 """The token ids that every system of a bench reads and decodes: the same for all, given beforehand.
 
-Two sequences: one to warm up, one to time. Where the checkpoint carries recorded routing (`workbench.models.synthetic`), they
-are consecutive tokens of that recording, prompts and answers as they came. A random model without one gets random ids.
-A model that knows language reads the project's own fixture prompts, one after the other.
+Two sequences: one to warm up, one to time. Where the checkpoint carries recorded routing
+(`workbench.models.synthetic`), they are consecutive tokens of that recording, prompts and answers as they came. A
+random model without one gets random ids. A model that knows language reads the project's own fixture prompts, one after
+the other.
 """
 
 from __future__ import annotations

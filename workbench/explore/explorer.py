@@ -4,7 +4,8 @@
 from what is there, and restarts the engine otherwise, so that a configuration tried twice gives the same figures but
 for times. Then
 
-1. the prompts of the configuration's stream are scored against the all-resident model (quality, as in `experiment.py`),
+1. the prompts of the configuration's stream are scored against the all-resident model (quality, as in
+`quality/experiment.py`),
 2. the first of them is answered freely, token by token: this is timed, and its routing is kept.
 
 Memory is measured within this process: the peak while it serves, minus what it held before the model was loaded.

@@ -1,6 +1,6 @@
 """What stands between this machine and good measurements, and what to do about it, in one sentence a row.
 
-`examine` judges facts (`machine.py`) and measures nothing, so that each advice can be tested with facts made up for it.
+`examine` judges facts (`facts.py`) and measures nothing, so that each advice can be tested with facts made up for it.
 A warning never says that something cannot run, only that it will be slow, or that a claim cannot be checked here.
 """
 

@@ -29,7 +29,7 @@ from workbench.machine.environment import (
 )
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
-CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 @dataclass(frozen=True)

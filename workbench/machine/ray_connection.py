@@ -12,7 +12,7 @@ from typing import Any
 from emoe_core.errors import ExperimentError, OptionError
 
 KNOCK_PATIENCE_S = 10.0
-PACKAGES = (Path(__file__).parent, Path(__file__).parents[1] / "emoe_core")
+PACKAGES = (Path(__file__).parents[1], Path(__file__).parents[2] / "emoe_core")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 

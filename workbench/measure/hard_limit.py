@@ -1,8 +1,8 @@
 """Run a command in a fresh process that the kernel ends when it needs more memory than it was given.
 
-The limit is a control group's (`control_groups.py`), made for each command and removed afterwards. The command's
-process waits until it is a member, and only then becomes the command, so all that the command allocates is counted.
-Where the limit or the membership does not hold, `LimitError` is raised and the command never runs.
+The limit is a control group's (`machine/control_groups.py`), made for each command and removed afterwards. The
+command's process waits until it is a member, and only then becomes the command, so all that the command allocates is
+counted. Where the limit or the membership does not hold, `LimitError` is raised and the command never runs.
 
 What counts in the group: anonymous memory, kernel memory, and the page cache of files that the group was the first to
 read. The kernel drops clean page cache before it kills, so cached files do not fail a command, they slow it down near

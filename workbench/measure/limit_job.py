@@ -1,8 +1,8 @@
 """One trial: a configuration reads prompts of a length and a batch size and decodes a few tokens, in its own process.
 
-Started by `limit_trials.py`, under a hard memory limit, as ``python -m workbench.measure.limit_job SPEC RESULT``. Prompts
-are random token ids, so that any length can be made; end-of-text is not heeded, so that every trial decodes the same
-number of tokens. Stock transformers and emoe run the same code here: a pass over the prompts that keeps the last
+Started by `limit_trials.py`, under a hard memory limit, as ``python -m workbench.measure.limit_job SPEC RESULT``.
+Prompts are random token ids, so that any length can be made; end-of-text is not heeded, so that every trial decodes the
+same number of tokens. Stock transformers and emoe run the same code here: a pass over the prompts that keeps the last
 position's logits only, then one pass a token, greedily, with a KV cache. Exit codes: `measured_job`.
 """
 

@@ -1,6 +1,6 @@
 """Trials under a hard memory limit: does a configuration survive prompts of a length and a batch size?
 
-A *trial* is a fresh process (`longest_trial.py`) under the limit (`hard_limit.py`, which says what counts). It
+A *trial* is a fresh process (`limit_job.py`) under the limit (`hard_limit.py`, which says what counts). It
 *survives* when it ends by itself with exit code 0. It does not when the limit's killer ended it, when it could not get
 memory, or when it was still running after ``timeout_s`` with its limit reached (near the limit the kernel may read a
 program's files again and again instead of killing it). Any other failure is an error, and counts as nothing. Before a

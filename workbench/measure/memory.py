@@ -7,7 +7,7 @@ so that what remains is the model's. On CUDA the allocator's peak stands beside 
 
 Times come from the same process: prompts one after the other, one warm-up prompt first. Whether reads went past the
 page cache is stated; with direct reads the file's cached pages do not matter. Where other processes took more than
-a part of the machine meanwhile, times are not to be trusted (`busy.py`).
+a part of the machine meanwhile, times are not to be trusted (`machine/busy.py`).
 """
 
 from __future__ import annotations

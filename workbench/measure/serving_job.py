@@ -1,7 +1,7 @@
 """One measured process: runs a configuration given as JSON, and writes what it needed as JSON.
 
-Started by `memory.py` as ``python -m workbench.measure.serving_job SPEC RESULT``; nothing else runs in the process, so its
-peak memory is the configuration's. It measures; it does not subtract, compare or record.
+Started by `memory.py` as ``python -m workbench.measure.serving_job SPEC RESULT``; nothing else runs in the process, so
+its peak memory is the configuration's. It measures; it does not subtract, compare or record.
 """
 
 from __future__ import annotations

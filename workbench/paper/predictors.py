@@ -1,4 +1,4 @@
-"""Figures and the closing table of a comparison of predictors. Nothing here measures; `prediction.py` does."""
+"""Figures and the closing table of a comparison of predictors. Nothing here measures; `replay/prediction.py` does."""
 
 from __future__ import annotations
 

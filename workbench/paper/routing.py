@@ -1,4 +1,4 @@
-"""Figures of routing patterns (`patterns.py`) and of the cache simulation (`simulate.py`). Nothing here measures."""
+"""Figures of routing patterns (`replay/patterns.py`) and of the simulated cache (`replay/cache.py`)."""
 
 from __future__ import annotations
 

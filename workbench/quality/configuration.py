@@ -31,7 +31,7 @@ class ExperimentConfig:
     ``max_quality_loss`` is a target that the model's task profile turns into tolerances, and slots where ``budget`` is
     None; ``tolerance`` must then be 0.
     ``stepwise`` scores token by token, so that experts are asked for as while generating; else one pass a prompt.
-    ``labels`` and ``label_error`` say what the engine is told of each prompt's task type (`labels.py`).
+    ``labels`` and ``label_error`` say what the engine is told of each prompt's task type (`workloads/labels.py`).
     """
 
     model: str = "reference"

@@ -1,12 +1,12 @@
 """One run of the bench: a frozen configuration in, tables and metrics out.
 
 The run plays a prompt stream through an engine under a budget and holds the result against the all-resident model
-(`reference_outputs.py`):
+(`replay/references.py`):
 
 1. Every prompt, with the all-resident model's own continuation, is scored by teacher forcing (one admission each), so
    quality is measured on the same tokens for every configuration.
 2. The first ``answers`` prompts are also answered freely, for text similarity and for people to read.
-3. On request, memory and times are measured in fresh processes (`memory.py`).
+3. On request, memory and times are measured in fresh processes (`measure/memory.py`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Result:
     identity : dict
         Model hash, data hash, dtype, seed.
     residency : DataFrame
-        Which experts were resident and wanted, layer by layer (`residency.py`).
+        Which experts were resident and wanted, layer by layer (`replay/residency.py`).
     memory, stock : MemoryMeasurement or None
         This configuration, and stock transformers with everything resident, in fresh processes.
     """

@@ -13,7 +13,7 @@ gap closed
     (LRU's loads - the policy's) / (LRU's loads - MIN's): 0 is LRU, 1 is hindsight.
 
 Very long passes are the exception: where results would wait in more than 16 MiB, the engine takes experts in ascending
-order (`expert_compute.py`), and the last ones of the pass to be kept may be others.
+order (`emoe_core/experts/compute.py`), and the last ones of the pass to be kept may be others.
 
 Time is not simulated: a policy that streams more through the one spare slot may load less and yet wait longer.
 """

@@ -5,8 +5,8 @@ The engine's policies (`emoe_core.loader.eviction.POLICY_NAMES`) run on the engi
 random
     Evicts anyone: the sanity bound.
 
-`pinned` (a fixed set, known beforehand) and `min` (the bound) evict nothing on demand; they are in `simulate.py` and
-`simulate_bound.py`.
+`pinned` (a fixed set, known beforehand) and `min` (the bound) evict nothing on demand; they are in `cache.py` and
+`bound.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Terms: an expert is *resident* when it is in a slot, or on its way into one, aft
 share of its layer's (token, choice) pairs that the all-resident model's router gave it over the run's prompts.
 
 `replayed_hit_rates` are bounds on caching the same routing on demand (tolerance 0, token by token) in the run's slots.
-They are counts of a replay (`simulate.py`), not of the run: a plan that replaces experts is judged by its quality.
+They are counts of a replay (`cache.py`), not of the run: a plan that replaces experts is judged by its quality.
 """
 
 from __future__ import annotations

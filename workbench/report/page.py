@@ -14,7 +14,7 @@ def render_page(template: str, **values: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("workbench"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("workbench.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template(template).render(written=f"{datetime.now(UTC):%Y-%m-%d %H:%M UTC}", **values)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from emoe_core.errors import ExperimentError
 from workbench.models.names import EMBEDDED
+from workbench.models.reference import RECIPES
 from workbench.sweep.file import SweepSource
 from workbench.sweep.schema import Needs, Range, Scalar, Search, Stage, Values
 from workbench.sweep.values import check_value
@@ -28,7 +29,6 @@ from workbench.tracking.notebook import Parameter, check_parameter, find_noteboo
 
 MODEL_PARAMETER = "model"
 MAX_POINTS = 10_000
-RECIPES = Path(__file__).parent / "reference_model" / "recipes"
 DRAWS_WITHOUT_NEWS = 1000  # that many repeated draws mean that a random search has seen its whole space
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from emoe_core.errors import OptionError
 
 KINDS = ("upcycled", "carved")
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def train(out: Path | str, seed: int = 0, kind: str = "upcycled", **options: Any) -> Path:

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from emoe_core.errors import CheckpointError
 from workbench.fetch import sha256_file
 from workbench.models.names import EMBEDDED
+from workbench.models.reference import RECIPES
 
-RECIPES = Path(__file__).parent / "recipes"
 ADAPTERS = "adapters.safetensors"
 DESCRIPTION = "recipe.json"
 MANIFEST = "manifest.json"

@@ -33,6 +33,7 @@ from emoe_core.errors import DataError, OptionError
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.planning.tasks import DEFAULT_SIMILARITY_THRESHOLD, LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
 from workbench.models.names import resolve_model
+from workbench.models.reference import RECIPES
 from workbench.quality.profile.coverage import extend
 from workbench.quality.profile.disturbance import layer_divergences, random_routing
 from workbench.quality.similarity import similarity
@@ -40,7 +41,6 @@ from workbench.quality.token_quality import bootstrap_interval
 from workbench.replay.references import Reference, ReferenceOutput, reference_outputs
 from workbench.workloads import StreamConfig, prompt_stream
 
-RECIPES = Path(__file__).parent / "reference_model" / "recipes"
 CELL_FORMAT = 1
 BATCH = 10
 Progress = Callable[[str, int, int], None]

@@ -1,4 +1,6 @@
-"""Measure serving costs on the real engine: prompts, decode steps by batch size, swaps (terms: `emoe_core.scheduler.costs`).
+"""Measure serving costs on the real engine: prompts, decode steps by batch size, swaps.
+
+Terms are those of `emoe_core.scheduler.costs`.
 
 The engine is loaded under a budget at tolerance 1, as it serves when experts move only between steps; a first pass over
 everything warms it, and then its times are taken (`times.py`).
@@ -24,7 +26,8 @@ from emoe_core.scheduler.costs import ServingCosts
 from workbench.machine.busy import OtherWork
 from workbench.machine.environment import describe_environment
 from workbench.models.names import TINY, resolve_model
-from workbench.quality.profile.profiling import RECIPES, profile_path
+from workbench.models.reference import RECIPES
+from workbench.quality.profile.profiling import profile_path
 from workbench.serving.costs.task_loads import profile_of, task_loads
 from workbench.serving.costs.times import measure_times
 

@@ -1,7 +1,8 @@
 """Times of a loaded engine as it serves: prompts, decode steps by batch size, swaps, predictions.
 
-Prompts and steps are the serving loop's own (`running_batch.py`), of real text and mixed tasks: with random text or one
-task only, nobody would miss an expert, and a tiny model's prompts came out at half of their time. Medians of repeats:
+Prompts and steps are the serving loop's own (`emoe_core/serving/batch.py`), of real text and mixed tasks: with random
+text or one task only, nobody would miss an expert, and a tiny model's prompts came out at half of their time. Medians
+of repeats:
 
 * prompts of several lengths, one at a time: a line through (tokens, seconds);
 * decode steps of several batch sizes over the middle one of these lengths; their times are no straight line, since

@@ -1,4 +1,4 @@
-"""Which replica gets a request: the router of the simulation (`workbench.serving.simulation.router`), asked by Ray Serve.
+"""Which replica gets a request: the simulation's router (`simulation/router.py`), asked by Ray Serve.
 
 Serve's own seam is used (`ray.serve.request_router.RequestRouter`, an alpha interface that the pinned version has)
 rather than a choice in the front: so Serve's bookkeeping stays whole (replicas that come, go or die, requests that are

@@ -1,4 +1,4 @@
-"""What answers the requests behind the routes: one engine here, or replicas elsewhere (`workbench.serving.replicas`)."""
+"""What answers the requests behind the routes: one engine here, or replicas elsewhere (`serving/replicas`)."""
 
 from __future__ import annotations
 

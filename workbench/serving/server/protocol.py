@@ -2,8 +2,8 @@
 
 Greedy where ``temperature`` is missing, unlike OpenAI's; with one, tokens are drawn by it, ``top_p`` and ``seed``
 (itself drawn where it is missing) and nothing else: how a checkpoint's generation_config would draw is not asked. What
-else that demands of answers (`emoe_core.serving.generation_rules`) holds for all; ``repetition_penalty`` and ``min_tokens``
-replace it for one request.
+else that demands of answers (`emoe_core.serving.generation_rules`) holds for all; ``repetition_penalty`` and
+``min_tokens`` replace it for one request.
 
 ``task`` (a task type; found from the words if missing), ``tolerance`` (the request's own miss tolerance) and ``slo``
 (``{"ttft": seconds, "tpot": seconds}``). ``ignore_eos``, which load generators send, goes on to the token limit. What

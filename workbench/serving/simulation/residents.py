@@ -1,8 +1,8 @@
 """Which experts a simulated engine holds: the plan of Eq. 2 for whoever runs, and what each swap loads.
 
-The rules are the engine's own (`emoe_core.planning.control`, `emoe_core.planning.planner`), over whole arrays because a simulation plans
-thousands of times; a test holds the two together. Predicted frequencies are each task's mean shares and do not change:
-what is simulated is who gets the slots, not how well they were predicted.
+The rules are the engine's own (`emoe_core.planning.control`, `emoe_core.planning.planner`), over whole arrays because a
+simulation plans thousands of times; a test holds the two together. Predicted frequencies are each task's mean shares
+and do not change: what is simulated is who gets the slots, not how well they were predicted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who gets a request: the routers of a simulated cluster (`cluster.py`) and of a real one (`workbench.serving.replicas`).
+"""Who gets a request: the routers of a simulated cluster (`cluster.py`) and of a real one (`serving/replicas`).
 
 Routers see what a real one can: how many requests each replica has, and which experts it holds.
 

@@ -1,8 +1,8 @@
 """Keeps only some experts of every layer resident, to read what that costs a carved model.
 
 A token whose chosen experts are not all kept takes its best kept ones instead, all of them when fewer than top-k are
-kept, and their weights are scaled to the total of the weights it had chosen: the rule of `emoe_core.experts.rerouting` at
-tolerance 1. This is a reading aid on stock transformers; memory is not saved here.
+kept, and their weights are scaled to the total of the weights it had chosen: the rule of `emoe_core.experts.rerouting`
+at tolerance 1. This is a reading aid on stock transformers; memory is not saved here.
 """
 
 from __future__ import annotations
