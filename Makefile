@@ -47,7 +47,7 @@ test-long: $(READY)
 load: $(READY)
 	test -x .load/bin/guidellm || { $(PYTHON) -m venv .load && \
 	  .load/bin/pip install --quiet guidellm==0.8.1 $$(grep ^torch== constraints.txt); }
-	PATH="$$PWD/.load/bin:$$PATH" $(BIN)/python -m pytest -p no:xdist tests/test_load_generator.py
+	PATH="$$PWD/.load/bin:$$PATH" $(BIN)/python -m pytest -p no:xdist tests/bench/serving/test_load_generator.py
 
 docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict

@@ -153,8 +153,8 @@ def as_markdown(rows: tuple[FamilyRow, ...]) -> str:
         "",
         f"Of {len(rows)} model types with routed experts in transformers, {len(served)} are served bit-identically at "
         f"tolerance 0, {len(rerouted)} of them can be rerouted, and {len(rows) - len(served)} are refused. Each row is "
-        "proven by `tests/test_families.py` on a tiny random checkpoint that transformers itself wrote: prefill and a "
-        "decode step with a KV cache in float32, slots for 30% of the experts, the routing rule compared with the "
+        "proven by `tests/core/checkpoint/test_families.py` on a tiny random checkpoint that transformers itself "
+        "wrote: prefill and a decode step with a KV cache in float32, slots for 30% of the experts, the routing rule compared with the "
         "family's own router, and four simultaneous requests with the answers of `generate`. "
         "`emoe models --check TYPE` repeats the proof; this file is `emoe models --markdown`.",
         "",
@@ -166,7 +166,8 @@ def as_markdown(rows: tuple[FamilyRow, ...]) -> str:
         "",
         f"Padded batches agree within rounding with the prompt alone, but for {len(PADDING_CHANGES)} model types: "
         f"{', '.join(PADDING_CHANGES)}. Their attention picks or compresses earlier tokens and takes padding for "
-        "tokens, so a padded prompt may be answered otherwise, in stock transformers too (`tests/test_padding.py`).",
+        "tokens, so a padded prompt may be answered otherwise, in stock transformers too "
+        "(`tests/core/serving/test_padding.py`).",
         "",
         "| model type | class in transformers | experts on disk | tolerance 0 | rerouting | requests |",
         "|---|---|---|---|---|---|",

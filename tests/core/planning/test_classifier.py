@@ -10,7 +10,7 @@ from emoe_core.planning.task_keywords import KEYWORDS
 from emoe_core.planning.tasks import TASK_TYPES
 from workbench.workloads import load_fixture
 
-FREEFORM = Path(__file__).parent / "fixtures" / "prompts_freeform.jsonl"
+FREEFORM = Path(__file__).parents[2] / "fixtures" / "prompts_freeform.jsonl"
 
 
 def test_every_fixture_prompt_gets_its_own_task_type():

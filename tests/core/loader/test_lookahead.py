@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact_passes import FAMILIES, prefill_and_decode, prompt_ids, stock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine_exact import FAMILIES, prefill_and_decode, prompt_ids, stock
 from test_loader import borrow, check_all, make, pack  # noqa: F401
 
 import emoe_core

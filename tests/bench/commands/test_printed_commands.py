@@ -18,7 +18,7 @@ from workbench.serving.costs.measure import stored_costs
 from workbench.tracking.store import HOME_VARIABLE, store_uri, ui_command
 
 NAMES = ("two words", "it's", "a;b & $HOME `x` (y) [bold]")
-MAKEFILE = Path(__file__).parents[1] / "Makefile"
+MAKEFILE = Path(__file__).parents[3] / "Makefile"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -166,7 +166,7 @@ def test_systems_take_turns_and_each_round_starts_with_another() -> None:
 
 
 def test_tokens_are_consecutive_rows_of_the_recording_and_start_with_an_answer(tmp_path: Path) -> None:
-    from test_synthetic import trace_of
+    from made_traces import trace_of
 
     shape = overridden(SHAPES["bench"], layers=2, experts=8, top_k=2, hidden=64, intermediate=32, vocab=320)
     path = write_synthetic(tmp_path / "m", shape, "x", trace=trace_of(300, 2, 8, 2), trace_source="a test")

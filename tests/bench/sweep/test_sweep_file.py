@@ -242,7 +242,7 @@ def test_the_identity_of_a_run_is_source_parameters_and_model(project: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml")), ids=lambda file: file.stem
+    "file", sorted((Path(__file__).parents[3] / "sweeps").glob("*.yaml")), ids=lambda file: file.stem
 )
 def test_the_projects_own_sweeps_fit_their_notebooks(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HOME_VARIABLE, str(file.parents[1]))
@@ -253,7 +253,7 @@ def test_the_projects_own_sweeps_fit_their_notebooks(file: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
+    "path", sorted((Path(__file__).parents[3] / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_a_committed_sweep_names_its_model_itself(path: Path) -> None:
     for stage in yaml.safe_load(path.read_text())["stages"]:

@@ -16,7 +16,7 @@ from workbench.models.families import EXACT_ONLY, as_markdown, prove, recorded, 
 from workbench.models.reference.tiny_families import tiny_config
 
 ROWS = {row.model_type: row for row in recorded()}
-DOCUMENT = Path(__file__).parent.parent / "docs" / "families.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "families.md"
 SERVED = [family.model_type for family in families() if family.model_type not in REFUSED]
 
 

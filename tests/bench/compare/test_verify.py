@@ -40,7 +40,7 @@ from workbench.tracking.run_lookup import find_run
 from workbench.tracking.store import HOME_VARIABLE, open_store
 from workbench.workloads import prompt_stream, prompts_hash
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_traces import trace_of
 from transformers import AutoModelForCausalLM
 
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import DataError, OptionError
-from emoe_core.experts.trace import RoutingTrace
 from workbench.models.synthetic import writer
 from workbench.models.synthetic.composed_trace import compose, locality
 from workbench.models.synthetic.shapes import SHAPES, Shape, find_shape, overridden, scaled
@@ -26,21 +26,6 @@ SMALL = {"layers": 2, "experts": 8, "top_k": 2, "hidden": 64, "intermediate": 32
 
 def small(name: str = "bench") -> Shape:
     return overridden(SHAPES[name], **SMALL)
-
-
-def trace_of(rows: int, layers: int, experts: int, top_k: int, seed: int = 0, stay: float = 0.0) -> RoutingTrace:
-    """Return a trace of two requests, each half prompt; a token keeps the last one's experts with chance ``stay``."""
-    generator = np.random.default_rng(seed)
-    chosen = np.stack([[generator.permutation(experts)[:top_k] for _ in range(layers)] for _ in range(rows)]).astype(
-        np.uint16
-    )
-    for row in range(1, rows):
-        if generator.random() < stay:
-            chosen[row] = chosen[row - 1]
-    weight = np.sort(generator.dirichlet(np.ones(top_k), (rows, layers)), axis=2)[:, :, ::-1].astype(np.float16)
-    request = np.repeat(np.arange(2, dtype=np.int32), [rows // 2, rows - rows // 2])
-    position = np.concatenate([np.arange(rows // 2), np.arange(rows - rows // 2)]).astype(np.int32)
-    return RoutingTrace(request, position, position < rows // 4, chosen, chosen, weight, {0: "qa", 1: "qa"}, experts)
 
 
 @pytest.mark.parametrize("name", ["bench", "mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen3-30b-a3b", "gpt-oss-20b"])

@@ -28,7 +28,7 @@ from workbench.quality.configuration import ExperimentConfig
 from workbench.serving.simulation.comparison import bounds
 from workbench.serving.simulation.experiment import ServingConfig, simulate_serving
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 SOURCES = [*sorted((ROOT / "notebooks" / "source").glob("*.py")), ROOT / "workbench" / "commands" / "bench.py"]
 # What notebooks log as a function gave it: each is called for real below, a run's in `test_experiment.py`.
 REAL = {"result.metrics", "seen.metrics", "as_metrics(found)", "as_metrics(table, notes)"}

@@ -6,37 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from exact_passes import FAMILIES, prefill_and_decode, prompt_ids, stock
 
 import emoe_core
 from emoe_core.loader.eviction import POLICY_NAMES
 from workbench.models.reference.tiny import tiny_moe
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 DTYPES = (torch.float32, torch.bfloat16)
 BUDGETS = ("1 slots", "30%", "60%", "100%")
-
-
-def stock(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager")
-    return model.eval()
-
-
-def prompt_ids(vocabulary: int, tokens: int = 17, batch: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randint(5, vocabulary, (batch, tokens), generator=generator)
-
-
-def prefill_and_decode(model: PreTrainedModel, ids: torch.Tensor, steps: int = 4) -> list[torch.Tensor]:
-    logits = []
-    with torch.no_grad():
-        output = model(input_ids=ids, use_cache=True)
-        logits.append(output.logits)
-        for _ in range(steps):
-            chosen = output.logits[:, -1:].argmax(dim=-1)
-            output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
-            logits.append(output.logits)
-    return logits
 
 
 @pytest.fixture(scope="module", params=[(family, dtype) for family in FAMILIES for dtype in DTYPES], ids=str)
