@@ -154,7 +154,8 @@ def as_markdown(rows: tuple[FamilyRow, ...]) -> str:
         f"Of {len(rows)} model types with routed experts in transformers, {len(served)} are served bit-identically at "
         f"tolerance 0, {len(rerouted)} of them can be rerouted, and {len(rows) - len(served)} are refused. Each row is "
         "proven by `tests/core/checkpoint/test_families.py` on a tiny random checkpoint that transformers itself "
-        "wrote: prefill and a decode step with a KV cache in float32, slots for 30% of the experts, the routing rule compared with the "
+        "wrote: prefill and a decode step with a KV cache in float32, slots for 30% of the experts, the routing rule "
+        "compared with the "
         "family's own router, and four simultaneous requests with the answers of `generate`. "
         "`emoe models --check TYPE` repeats the proof; this file is `emoe models --markdown`.",
         "",
