@@ -45,6 +45,7 @@ from emoe_core.metrics import RunStats
 from emoe_core.planning.control import ControlLoop
 from emoe_core.planning.interval import make_interval
 from emoe_core.predictor import Predictor, make_predictor
+from emoe_core.serving.kv_cache import obstacle
 from emoe_core.session import ForwardPasses
 from emoe_core.timeline import Timeline
 from emoe_core.tokenizer import load_tokenizer
@@ -119,7 +120,7 @@ class Engine:
     @property
     def one_at_a_time(self) -> str | None:
         """Why requests of this model cannot share a batch, or None where they can."""
-        return self._attached.one_at_a_time
+        return obstacle(self._attached.cache, self.model.config)
 
     @property
     def reroutable(self) -> bool:

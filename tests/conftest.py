@@ -13,7 +13,8 @@ import hypothesis
 import pytest
 from sweep_bench import Bench
 
-from workbench.tracking.store import HOME_VARIABLE, open_store
+from workbench.tracking.place import HOME_VARIABLE
+from workbench.tracking.store import open_store
 
 # How long an example takes says what else the machine does.
 hypothesis.settings.register_profile(

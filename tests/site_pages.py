@@ -9,8 +9,9 @@ import pandas as pd
 from sweep_bench import Bench
 
 from workbench.machine.environment import describe_environment
-from workbench.sweep.resume import find_parent, start_parent
+from workbench.sweep.resume import start_parent
 from workbench.tracking import run as tracking
+from workbench.tracking.runs import find_parent
 from workbench.tracking.store import encode, open_store
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from workbench.sweep.resume import children, current_runs, find_parent
-from workbench.tracking.store import HOME_VARIABLE, open_store
+from workbench.tracking.place import HOME_VARIABLE
+from workbench.tracking.runs import children, current_runs, find_parent
+from workbench.tracking.store import open_store
 
 NOTEBOOK = Path(__file__).parent / "fixtures" / "dummy.ipynb"
 COMMAND = [sys.executable, "-c", "from workbench.cli import main; main()"]

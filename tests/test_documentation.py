@@ -22,7 +22,7 @@ from workbench.cli import app, main
 from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
 from workbench.quality.profile.profiling import profile_path
 from workbench.sweep.file import read_sweep
-from workbench.tracking.store import HOME_VARIABLE
+from workbench.tracking.place import HOME_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

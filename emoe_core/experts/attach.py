@@ -23,7 +23,6 @@ from emoe_core.experts.compute import Proof, prove
 from emoe_core.experts.router import watch_routers
 from emoe_core.loader.loader import ExpertLoader
 from emoe_core.loader.prefetch import Lookahead
-from emoe_core.serving.kv_cache import obstacle
 
 # The norm between attention and the MoE block, as the families of transformers call it.
 NORM = "post_attention_layernorm"
@@ -41,14 +40,14 @@ class Attached:
         Why some layer is computed by the family's eager code and not in a form proven equal to it; None if none is.
     exact_only : str or None
         Why tokens cannot be rerouted: the router of some layer follows no known rule.
-    one_at_a_time : str or None
-        Why sequences cannot share a batch.
+    cache : Any
+        What a pass over a few tokens returned as its cache; None where it returned none.
     """
 
     handles: list[experts.LayerHandle]
     eager_because: str | None
     exact_only: str | None
-    one_at_a_time: str | None
+    cache: Any
 
 
 def attach_layers(
@@ -85,7 +84,7 @@ def attach_layers(
         handles,
         next((proof.failure for proof in proofs.values() if proof.form is None), None),
         exact_only,
-        obstacle(watched.cache, model.config),
+        watched.cache,
     )
 
 

@@ -65,7 +65,7 @@ def bench(
     from workbench.machine.environment import available_cores
     from workbench.models.names import require_model
     from workbench.systems.systems import find_systems
-    from workbench.tracking.store import project_root
+    from workbench.tracking.place import project_root
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     plan = BenchPlan(

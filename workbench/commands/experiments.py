@@ -44,7 +44,8 @@ def sweep(
         return
     from workbench.sweep.executors.choice import executor_maker
     from workbench.sweep.run import run_sweep
-    from workbench.tracking.store import open_store, ui_command
+    from workbench.tracking.place import ui_command
+    from workbench.tracking.store import open_store
 
     place = executor_maker(executor, ray_address)
     result = run_sweep(file, fresh=fresh, jobs=jobs, take_over=take_over, console=console, executor=place)
@@ -67,7 +68,7 @@ def report(
     beside ours, who was resident in which layer, where every run comes from, and all data as files.
     """
     from workbench.report import write_report
-    from workbench.tracking.store import project_root, ui_command
+    from workbench.tracking.place import project_root, ui_command
 
     with Console(stderr=True).status("Reading the store ...") as status:
         tell = lambda line: status.update(escape(line))  # noqa: E731
@@ -83,7 +84,7 @@ def report(
 
 def _sweeps(names: list[str] | None) -> list[tuple[str, str]]:
     """Return (name, id of the experiment) of these sweeps, or of all, newest first."""
-    from workbench.sweep.resume import SWEEP_TAG, parents
+    from workbench.tracking.runs import SWEEP_TAG, parents
     from workbench.tracking.store import open_store
 
     found = [(item.data.tags[SWEEP_TAG], item.info.experiment_id) for item in parents(open_store())]
@@ -92,7 +93,7 @@ def _sweeps(names: list[str] | None) -> list[tuple[str, str]]:
 
 def _view(experiment: str) -> str:
     """Return the address in the MLflow interface where a sweep's runs are arranged for comparison."""
-    from workbench.tracking.store import server_uri
+    from workbench.tracking.place import server_uri
     from workbench.tracking.view import view_address
 
     server = server_uri()

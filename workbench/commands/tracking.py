@@ -17,7 +17,8 @@ def ui(port: Annotated[int, typer.Option(help="Port to listen on, at loopback.")
     A store that MLflow cannot use is refused in a line, and one that was moved is set right before.
     """
     from emoe_core.errors import OptionError
-    from workbench.tracking.store import open_store, server_uri, store_uri
+    from workbench.tracking.place import server_uri, store_uri
+    from workbench.tracking.store import open_store
 
     if server := server_uri():
         raise OptionError(f"the runs are on a server, which shows them itself: open {server}")
@@ -57,8 +58,8 @@ def tracking_server(
     Sweeps and notebooks use it with MLFLOW_TRACKING_URI set to its address. It has no accounts.
     """
     from workbench.sweep.run import terminated_like_interrupted
+    from workbench.tracking.place import SERVER_VARIABLE, store_dir
     from workbench.tracking.server import ServerConfig, serving
-    from workbench.tracking.store import SERVER_VARIABLE, store_dir
 
     config = ServerConfig(folder or store_dir() / "server", host, port, database, allowed_hosts, workers)
     console = Console(stderr=True, soft_wrap=True)

@@ -17,9 +17,9 @@ from workbench.compare.change import Change
 from workbench.machine.busy import busy_warning
 from workbench.metrics.catalogue import GROUPS, OTHER
 from workbench.metrics.groups import group_of
-from workbench.sweep.resume import PAGE_CACHE_TAG
 from workbench.tracking.notebook import notebook_hash
 from workbench.tracking.record import RunRecord
+from workbench.tracking.runs import PAGE_CACHE_TAG
 
 EVERYTHING = GROUPS
 TIME = ("time",)

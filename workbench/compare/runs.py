@@ -22,8 +22,8 @@ from workbench.compare.prompts import prompt_changes
 from workbench.metrics.groups import group_of, rank_of
 from workbench.metrics.names import named_metrics
 from workbench.metrics.show import show, title_of
-from workbench.sweep.resume import ERROR_TAG
 from workbench.tracking.record import RunRecord
+from workbench.tracking.runs import ERROR_TAG
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from workbench.compare.change import Change, paired_change
 from workbench.compare.differences import Difference, doubted, is_doubtful
 from workbench.compare.runs import RunComparison, compare_runs, in_order
 from workbench.metrics.names import named_metrics
-from workbench.sweep.resume import METRICS_TAG
 from workbench.tracking.record import RunRecord
 from workbench.tracking.run_lookup import Found
+from workbench.tracking.runs import METRICS_TAG
 
 
 @dataclass(frozen=True)

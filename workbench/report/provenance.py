@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from workbench.metrics.show import show_bytes
-from workbench.sweep.resume import PAGE_CACHE_TAG
+from workbench.tracking.runs import PAGE_CACHE_TAG
 
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 

@@ -15,8 +15,8 @@ from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.provenance import provenance
 from workbench.report.residency_map import residency_map
-from workbench.sweep.resume import ERROR_TAG, PAGE_CACHE_TAG
 from workbench.tracking.record import RunRecord
+from workbench.tracking.runs import ERROR_TAG, PAGE_CACHE_TAG
 from workbench.tracking.store import slug
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from workbench.paper.figures import REPORT_FIGURES
 from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.run_page import RunPage
-from workbench.sweep.resume import AXES_TAG, METRICS_TAG, listed_in
 from workbench.tracking.results import frame_of
+from workbench.tracking.runs import AXES_TAG, METRICS_TAG, listed_in
 from workbench.tracking.store import decode, recorded_metrics
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from workbench.report.files import as_tables, write_table
 from workbench.report.front_part import HEADINGS
 from workbench.report.page import render_page, write_page
 from workbench.report.sweep_page import SweepPage, read_by_hand, read_sweep_page
-from workbench.sweep.resume import SWEEP_TAG, find_parent, parents
-from workbench.tracking.store import open_store, store_name
+from workbench.tracking.place import store_name
+from workbench.tracking.runs import SWEEP_TAG, find_parent, parents
+from workbench.tracking.store import open_store
 from workbench.tracking.store_errors import store_errors
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from workbench.report.paper import paper_rows
 from workbench.report.provenance import page_cache_statement, provenance
 from workbench.report.run_page import RunPage, read_run_page
 from workbench.report.section import Section, read_section
-from workbench.sweep.resume import NOTEBOOK_TAG, SWEEP_TAG, current_runs, search
 from workbench.tracking.record import RunRecord
 from workbench.tracking.results import frame_of
 from workbench.tracking.run import EXPERIMENT_TAG, PARENT_TAG
+from workbench.tracking.runs import NOTEBOOK_TAG, SWEEP_TAG, current_runs, search
 from workbench.tracking.store import slug
 
 if TYPE_CHECKING:

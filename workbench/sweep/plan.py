@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from workbench.sweep.file import read_sweep
 from workbench.sweep.points import Point, StagePlan, plan_stages
-from workbench.sweep.resume import DIGEST_TAG, NOTEBOOK_TAG, children, find_parent, search
 from workbench.sweep.schema import SweepFile
 from workbench.sweep.search import known_points
+from workbench.tracking.runs import DIGEST_TAG, NOTEBOOK_TAG, children, find_parent, search
 from workbench.tracking.store import encode, open_store
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from workbench.models.names import EMBEDDED
 from workbench.models.reference import RECIPES
 from workbench.sweep.file import SweepSource
 from workbench.sweep.schema import Needs, Range, Scalar, Search, Stage, Values
-from workbench.sweep.values import check_value
-from workbench.tracking.notebook import Parameter, check_parameter, find_notebook, notebook_parameters, source_hash
+from workbench.sweep.values import check_parameter, check_value
+from workbench.tracking.notebook import Parameter, find_notebook, notebook_parameters, source_hash
 
 MODEL_PARAMETER = "model"
 MAX_POINTS = 10_000

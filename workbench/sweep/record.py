@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 from workbench.machine.environment import git_revision
 from workbench.sweep.executors.protocol import Ending, Job
 from workbench.sweep.points import Point, StagePlan
-from workbench.sweep.resume import (
+from workbench.sweep.resume import ERROR_LETTERS, owner_tag, reconcile, refuse_running_elsewhere, start_parent
+from workbench.sweep.schema import SweepFile
+from workbench.sweep.search import known_points
+from workbench.tracking.run import NOTEBOOK_FOLDER, new_run
+from workbench.tracking.runs import (
     AXES_TAG,
     DIGEST_TAG,
-    ERROR_LETTERS,
     ERROR_TAG,
     INDEX_TAG,
     KIND_TAG,
@@ -29,14 +32,7 @@ from workbench.sweep.resume import (
     SWEEP_TAG,
     children,
     find_parent,
-    owner_tag,
-    reconcile,
-    refuse_running_elsewhere,
-    start_parent,
 )
-from workbench.sweep.schema import SweepFile
-from workbench.sweep.search import known_points
-from workbench.tracking.run import NOTEBOOK_FOLDER, new_run
 from workbench.tracking.store import encode, experiment_id, recorded_metrics
 from workbench.tracking.store_errors import DeletedError, StoreError
 from workbench.tracking.view import arrange_view

@@ -33,7 +33,8 @@ from workbench.sweep.record import SweepRecord
 from workbench.sweep.screen import SweepScreen
 from workbench.sweep.search import OptunaSearch
 from workbench.sweep.sources import ListedPoints, PointSource
-from workbench.tracking.store import locked, open_store, server_uri, store_dir
+from workbench.tracking.place import server_uri, store_dir
+from workbench.tracking.store import locked, open_store
 from workbench.tracking.store_errors import DeletedError, disk_reason
 
 MAX_WRITERS = 4  # more sqlite writers than this want an MLflow server

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from emoe_core.errors import OptionError
 from workbench.metrics.show import show, words_of
 from workbench.sweep.points import Point, StagePlan, draw
-from workbench.sweep.resume import DIGEST_TAG, STUDY_TAG
 from workbench.sweep.schema import Range, Scalar, Values
+from workbench.tracking.runs import DIGEST_TAG, STUDY_TAG
 from workbench.tracking.store import decode, recorded_metrics
 
 if TYPE_CHECKING:

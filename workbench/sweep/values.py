@@ -12,6 +12,7 @@ from typing import Any
 
 from emoe_core.errors import EmoeError, ExperimentError
 from workbench.models.names import require_model
+from workbench.sweep.yaml_file import unquoted
 from workbench.tracking.notebook import Parameter
 
 SINGLE = (
@@ -89,3 +90,33 @@ def number(value: Any) -> Any:
         except ValueError:
             continue
     return value
+
+
+def check_parameter(notebook: Path, known: dict[str, Parameter], name: str, value: Any) -> None:
+    """Refuse a parameter that the notebook does not have, or a value of another type than annotated or defaulted."""
+    if name not in known:
+        listing = ", ".join(sorted(known))
+        raise ExperimentError(f"{notebook.name} has no parameter {name!r}. Known parameters: {listing}.")
+    allowed = known[name].type_names()
+    if not allowed:
+        return
+    if _takes(allowed, value):
+        return
+    hint = ""
+    if isinstance(value, str) and _takes(allowed, unquoted(value)):
+        hint = "; write it without quotes"
+    elif "str" in allowed and isinstance(value, bool | int | float):
+        hint = "; to give it as a text, write it in quotes"
+    raise ExperimentError(
+        f"{notebook.name}: parameter {name!r} is {value!r} ({_type_name(value)}), but takes "
+        f"{' or '.join(sorted(allowed))} (default {known[name].default}){hint}."
+    )
+
+
+def _takes(allowed: set[str], value: Any) -> bool:
+    given = _type_name(value)
+    return given in allowed or (given == "int" and "float" in allowed)
+
+
+def _type_name(value: Any) -> str:
+    return "None" if value is None else type(value).__name__

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep.resume import NOTEBOOK_TAG
 from workbench.tracking.notebook import parse_notebook
 from workbench.tracking.results import artifact_frame
 from workbench.tracking.run import DATA_FOLDER, ENVIRONMENT_FILE, NOTEBOOK_FOLDER
+from workbench.tracking.runs import NOTEBOOK_TAG
 from workbench.tracking.store import decode, recorded_metrics
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep.resume import current_runs, find_parent
+from workbench.tracking.place import store_name
 from workbench.tracking.run import DATA_FOLDER
-from workbench.tracking.store import decode, open_store, recorded_metrics, store_name
+from workbench.tracking.runs import current_runs, find_parent
+from workbench.tracking.store import decode, open_store, recorded_metrics
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep.resume import ROLE_TAG, SUPERSEDED_TAG, SWEEP_TAG, current_runs, find_parent, parents, search
+from workbench.tracking.place import store_name
 from workbench.tracking.record import RunRecord
-from workbench.tracking.store import store_name
+from workbench.tracking.runs import ROLE_TAG, SUPERSEDED_TAG, SWEEP_TAG, current_runs, find_parent, parents, search
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

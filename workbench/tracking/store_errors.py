@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from emoe_core.errors import ExperimentError
+from workbench.tracking.place import store_name
 
 GO_ON = "and run the same command again; finished runs are kept."
 BETWEEN_VERSIONS = (
@@ -74,8 +75,6 @@ def store_errors() -> Iterator[None]:
 
 def told_in_one_line(error: Exception) -> ExperimentError | None:
     """Return what an error says about the store, None when that is nothing known."""
-    from workbench.tracking.store import store_name
-
     # What follows is the statement that failed, with values that may say anything.
     line = " ".join(str(error).partition("[SQL:")[0].split())
     if gone := DELETED.search(line):

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from workbench.tracking.store import SERVER_VARIABLE, store_uri
+from workbench.tracking.place import SERVER_VARIABLE, store_uri
 from workbench.tracking.store_errors import store_errors
 from workbench.tracking.traces import Span
 

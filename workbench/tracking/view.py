@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.metrics.catalogue import GROUPS, OTHER, QUALITY
 from workbench.metrics.groups import group_of, in_order, main_metrics
-from workbench.sweep.resume import AXES_TAG, METRICS_TAG, NOTEBOOK_TAG, SUPERSEDED_TAG, current_runs, listed_in
 from workbench.tracking.run import PARENT_TAG
+from workbench.tracking.runs import AXES_TAG, METRICS_TAG, NOTEBOOK_TAG, SUPERSEDED_TAG, current_runs, listed_in
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun

@@ -15,7 +15,7 @@ from workbench.models.reference.tiny import tiny_moe
 from workbench.quality.profile.profiling import stored_profile
 from workbench.replay.predictor_training import stored_predictor
 from workbench.serving.costs.measure import stored_costs
-from workbench.tracking.store import HOME_VARIABLE, store_uri, ui_command
+from workbench.tracking.place import HOME_VARIABLE, store_uri, ui_command
 
 NAMES = ("two words", "it's", "a;b & $HOME `x` (y) [bold]")
 MAKEFILE = Path(__file__).parents[3] / "Makefile"

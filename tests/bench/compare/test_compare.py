@@ -24,10 +24,11 @@ from workbench.compare.short import short_tables
 from workbench.compare.sweeps import compare_sweeps
 from workbench.compare.view import view_runs, view_sweeps
 from workbench.machine import environment
-from workbench.sweep.resume import METRICS_TAG, NOTEBOOK_TAG, PAGE_CACHE_TAG, start_parent
+from workbench.sweep.resume import start_parent
 from workbench.tracking import run as tracking
 from workbench.tracking.run import PARENT_TAG
 from workbench.tracking.run_lookup import find_run, find_runs
+from workbench.tracking.runs import METRICS_TAG, NOTEBOOK_TAG, PAGE_CACHE_TAG
 from workbench.tracking.store import open_store
 
 PROMPTS = 12

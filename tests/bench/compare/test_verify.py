@@ -33,11 +33,12 @@ from workbench.compare.verify.plan import plan_rerun
 from workbench.compare.verify.rerun import VERIFIES_TAG
 from workbench.models.reference.tiny import tiny_moe
 from workbench.quality.configuration import ExperimentConfig, as_params, config_of
-from workbench.sweep.resume import search
 from workbench.tracking import run as tracking
+from workbench.tracking.place import HOME_VARIABLE
 from workbench.tracking.record import RunRecord
 from workbench.tracking.run_lookup import find_run
-from workbench.tracking.store import HOME_VARIABLE, open_store
+from workbench.tracking.runs import search
+from workbench.tracking.store import open_store
 from workbench.workloads import prompt_stream, prompts_hash
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

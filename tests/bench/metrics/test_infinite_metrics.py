@@ -12,9 +12,10 @@ from mlflow.entities import Metric
 
 from workbench.compare.runs import compare_runs
 from workbench.metrics.show import column_texts, show
+from workbench.tracking.place import HOME_VARIABLE
 from workbench.tracking.record import RunRecord
 from workbench.tracking.results import frame_of
-from workbench.tracking.store import HOME_VARIABLE, open_store, recorded_metrics
+from workbench.tracking.store import open_store, recorded_metrics
 
 LOGGED = {"kl_nats": math.inf, "perplexity_ratio": -math.inf, "hit_rate": math.nan, "peak_bytes": 1e300}
 

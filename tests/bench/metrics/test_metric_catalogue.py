@@ -23,8 +23,8 @@ from workbench.metrics.groups import better_direction, group_of, is_measured_mem
 from workbench.metrics.show import column_texts, show, unit_of, words_of
 from workbench.models.reference.tiny import tiny_moe
 from workbench.paper.longest import as_metrics
-from workbench.paper.validation import COMPARED
 from workbench.quality.configuration import ExperimentConfig
+from workbench.serving.checks.agreement import COMPARED
 from workbench.serving.simulation.comparison import bounds
 from workbench.serving.simulation.experiment import ServingConfig, simulate_serving
 

@@ -22,9 +22,10 @@ from workbench.paper import figures
 from workbench.report import write_report
 from workbench.report.section import Section
 from workbench.report.sweep_page import read_sweep_page
-from workbench.sweep.resume import METRICS_TAG, find_parent
 from workbench.tracking import run as tracking
-from workbench.tracking.store import HOME_VARIABLE, open_store
+from workbench.tracking.place import HOME_VARIABLE
+from workbench.tracking.runs import METRICS_TAG, find_parent
+from workbench.tracking.store import open_store
 
 
 def section(bench: Bench, name: str | None = None) -> Section:

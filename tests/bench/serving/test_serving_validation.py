@@ -12,13 +12,14 @@ from emoe_core.errors import OptionError
 from emoe_core.scheduler.costs import CostsError, ServingCosts
 from emoe_core.serving.records import Pass
 from workbench.models.reference.tiny import tiny_moe
-from workbench.paper.validation import DRIVERS, agreement_figure, beside_paper
+from workbench.paper.validation import agreement_figure, beside_paper
+from workbench.serving.checks.agreement import DRIVERS
 from workbench.serving.checks.validation import Validation, ValidationConfig, validate
 from workbench.serving.costs.measure import CostsConfig, measure_costs
 from workbench.serving.costs.times import fitted
 from workbench.serving.simulation.experiment import ServingConfig
 from workbench.serving.simulation.scale import scale_up
-from workbench.tracking.store import HOME_VARIABLE
+from workbench.tracking.place import HOME_VARIABLE
 
 
 @pytest.fixture(scope="module")

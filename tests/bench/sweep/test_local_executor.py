@@ -12,7 +12,7 @@ from workbench.sweep.executors.choice import executor_maker
 from workbench.sweep.executors.local import LocalExecutor, Machine, visible_gpus
 from workbench.sweep.executors.protocol import Ending, Job
 from workbench.sweep.schema import Needs
-from workbench.tracking.store import HOME_VARIABLE
+from workbench.tracking.place import HOME_VARIABLE
 
 MACHINE = Machine(cores=4, memory_bytes=10_000_000_000)
 CHILD = "import os, json\nopen(where, 'w').write(json.dumps({n: os.environ.get(n) for n in names}))"

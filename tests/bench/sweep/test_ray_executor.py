@@ -14,9 +14,10 @@ from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError
 from workbench.sweep.executors.choice import executor_maker
-from workbench.sweep.resume import DIGEST_TAG, ERROR_TAG, SUPERSEDED_TAG, find_parent
 from workbench.sweep.run import run_sweep
-from workbench.tracking.store import SERVER_VARIABLE, open_store
+from workbench.tracking.place import SERVER_VARIABLE
+from workbench.tracking.runs import DIGEST_TAG, ERROR_TAG, SUPERSEDED_TAG, find_parent
+from workbench.tracking.store import open_store
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000, "memory": 8_000_000_000}

@@ -15,11 +15,13 @@ import pytest
 from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.sweep.resume import ERROR_TAG, OWNER_TAG, find_parent, is_alive, owner_tag
+from workbench.sweep.resume import is_alive, owner_tag
 from workbench.sweep.run import run_sweep
 from workbench.tracking import results
+from workbench.tracking.place import HOME_VARIABLE
 from workbench.tracking.run import new_run
-from workbench.tracking.store import HOME_VARIABLE, locked, open_store
+from workbench.tracking.runs import ERROR_TAG, OWNER_TAG, find_parent
+from workbench.tracking.store import locked, open_store
 from workbench.tracking.view import VIEW_TAG, view_address
 
 # One worker runs all of these: they share one sweep that takes a while, and the machine.

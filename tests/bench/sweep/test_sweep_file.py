@@ -12,7 +12,7 @@ from emoe_core.errors import ExperimentError
 from workbench.sweep.file import SweepSource, read_sweep
 from workbench.sweep.points import Point, plan_stages
 from workbench.tracking.notebook import find_notebook, source_hash
-from workbench.tracking.store import HOME_VARIABLE
+from workbench.tracking.place import HOME_VARIABLE
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from emoe_core.errors import ExperimentError
 from workbench.sweep.file import read_sweep
 from workbench.sweep.points import Point, plan_stages
 from workbench.sweep.yaml_file import read_yaml
-from workbench.tracking.store import HOME_VARIABLE
+from workbench.tracking.place import HOME_VARIABLE
 
 PARAMETERS = "rate: float = 0.1\ncount: int = 1\nname: str = 'a'\nswitch: bool = False\nboth: int | str = 'x'\n"
 

@@ -11,9 +11,9 @@ from sweep_bench import NOTEBOOK, Bench
 
 from emoe_core.errors import ExperimentError
 from workbench.sweep.plan import describe_plan
-from workbench.sweep.resume import NOTEBOOK_TAG
 from workbench.sweep.values import check_value
 from workbench.tracking.run import new_run
+from workbench.tracking.runs import NOTEBOOK_TAG
 from workbench.tracking.store import encode, open_store
 
 

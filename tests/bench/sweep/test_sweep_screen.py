@@ -8,7 +8,7 @@ from test_sweep_file import points
 
 from workbench.sweep.points import Point
 from workbench.sweep.screen import SweepScreen
-from workbench.tracking.store import HOME_VARIABLE
+from workbench.tracking.place import HOME_VARIABLE
 
 
 @pytest.fixture

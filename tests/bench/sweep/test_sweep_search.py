@@ -13,10 +13,11 @@ from emoe_core.errors import ExperimentError
 from workbench.sweep.file import read_sweep
 from workbench.sweep.plan import describe_plan
 from workbench.sweep.points import Point, StagePlan, plan_stages
-from workbench.sweep.resume import DIGEST_TAG, STUDY_TAG
 from workbench.sweep.run import run_sweep
 from workbench.sweep.search import OptunaSearch, known_points
-from workbench.tracking.store import HOME_VARIABLE, encode
+from workbench.tracking.place import HOME_VARIABLE
+from workbench.tracking.runs import DIGEST_TAG, STUDY_TAG
+from workbench.tracking.store import encode
 
 pytest.importorskip("optuna", reason="Optuna is not installed (extra `optuna`)")
 SPACE = {"tolerance": {"low": 0.0, "high": 1.0}, "budget": {"low": 20, "high": 100, "step": 5, "suffix": "%"}}

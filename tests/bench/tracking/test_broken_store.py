@@ -15,11 +15,13 @@ from site_pages import add_run
 from sqlalchemy import event
 from sweep_bench import Bench
 
+from emoe_core.errors import ExperimentError
 from workbench.cli import main
 from workbench.report import write_report
 from workbench.tracking import run as tracking
 from workbench.tracking import store_file
-from workbench.tracking.store import SERVER_VARIABLE, database_file, open_store
+from workbench.tracking.place import SERVER_VARIABLE, database_file
+from workbench.tracking.store import open_store
 from workbench.tracking.store_errors import StoreError
 from workbench.tracking.traces import Span
 
@@ -189,7 +191,7 @@ def test_a_store_of_another_kind_is_refused_and_not_passed_over(
     bench: Bench, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(SERVER_VARIABLE, address)
-    with pytest.raises(StoreError, match=r"MLFLOW_TRACKING_URI=.* is no MLflow server.*Unset it"):
+    with pytest.raises(ExperimentError, match=r"MLFLOW_TRACKING_URI=.* is no MLflow server.*Unset it"):
         open_store()
 
 

@@ -12,10 +12,10 @@ from sweep_bench import Bench, wait_for
 
 from emoe_core.errors import ExperimentError
 from workbench.report import write_report
-from workbench.sweep.resume import ERROR_TAG, INDEX_TAG, SWEEP_TAG, current_runs, find_parent, parents
 from workbench.sweep.run import SweepResult, run_sweep
 from workbench.tracking import run as tracking
 from workbench.tracking.run import PARENT_TAG
+from workbench.tracking.runs import ERROR_TAG, INDEX_TAG, SWEEP_TAG, current_runs, find_parent, parents
 from workbench.tracking.store import open_store
 from workbench.tracking.store_errors import DeletedError
 

@@ -12,7 +12,7 @@ from mlflow.entities import Metric, Run, RunData, RunInfo, RunTag
 from site_pages import add_run
 from sweep_bench import Bench
 
-from workbench.sweep.resume import current_runs, find_parent
+from workbench.tracking.runs import current_runs, find_parent
 from workbench.tracking.store import open_store
 from workbench.tracking.view import MOST_LETTERS, VIEW_TAG, arrange_view, encoded_view
 

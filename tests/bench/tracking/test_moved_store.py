@@ -19,8 +19,9 @@ from workbench.report import write_report
 from workbench.sweep.run import run_sweep
 from workbench.tracking import results
 from workbench.tracking import run as tracking
+from workbench.tracking.place import HOME_VARIABLE, store_uri
 from workbench.tracking.run_lookup import find_run
-from workbench.tracking.store import HOME_VARIABLE, open_store, store_uri
+from workbench.tracking.store import open_store
 from workbench.tracking.store_errors import StoreError
 
 Enter = Callable[[Path], Path]

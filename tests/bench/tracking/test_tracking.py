@@ -16,17 +16,8 @@ from sweep_bench import Bench
 from emoe_core.errors import ExperimentError
 from workbench.tracking import results
 from workbench.tracking import run as tracking
-from workbench.tracking.store import (
-    HOME_VARIABLE,
-    decode,
-    encode,
-    experiment_id,
-    open_store,
-    project_root,
-    store_dir,
-    store_uri,
-    ui_command,
-)
+from workbench.tracking.place import HOME_VARIABLE, project_root, store_dir, store_uri, ui_command
+from workbench.tracking.store import decode, encode, experiment_id, open_store
 from workbench.tracking.store_errors import disk_reason
 
 

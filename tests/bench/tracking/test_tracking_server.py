@@ -14,9 +14,10 @@ import pytest
 from emoe_core.errors import ExperimentError, OptionError
 from workbench.tracking import results
 from workbench.tracking import run as tracking
+from workbench.tracking.place import HOME_VARIABLE, SERVER_VARIABLE, store_uri
 from workbench.tracking.postgres import Postgres, find_programs
 from workbench.tracking.server import ServerConfig, serving
-from workbench.tracking.store import HOME_VARIABLE, SERVER_VARIABLE, open_store, store_uri
+from workbench.tracking.store import open_store
 
 
 @pytest.fixture

@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
-from workbench.sweep.resume import SOURCE_TAG
-from workbench.tracking.notebook import (
-    check_parameter,
-    find_notebook,
-    notebook_hash,
-    notebook_parameters,
-    read_notebook,
-)
+from workbench.sweep.values import check_parameter
+from workbench.tracking.notebook import find_notebook, notebook_hash, notebook_parameters, read_notebook
+from workbench.tracking.place import project_root
 from workbench.tracking.record import RunRecord
-from workbench.tracking.store import project_root
+from workbench.tracking.runs import SOURCE_TAG
 
 RECORDED, CURRENT = "recorded", "current"
 SOURCES = (RECORDED, CURRENT)

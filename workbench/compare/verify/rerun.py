@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 from workbench.compare.verify.plan import Plan
 from workbench.sweep.executors.notebook_process import execute_text
 from workbench.sweep.executors.protocol import Ending
-from workbench.sweep.resume import ERROR_LETTERS, ERROR_TAG, KIND_TAG, NOTEBOOK_TAG, OWNER_TAG, SOURCE_TAG, owner_tag
+from workbench.sweep.resume import ERROR_LETTERS, owner_tag
 from workbench.sweep.run import terminated_like_interrupted
+from workbench.tracking.place import HOME_VARIABLE, project_root
 from workbench.tracking.record import RunRecord
 from workbench.tracking.run import NOTEBOOK_FOLDER, new_run
-from workbench.tracking.store import HOME_VARIABLE, machine_held, project_root
+from workbench.tracking.runs import ERROR_TAG, KIND_TAG, NOTEBOOK_TAG, OWNER_TAG, SOURCE_TAG
+from workbench.tracking.store import machine_held
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -14,8 +14,8 @@ from workbench.compare.verify.checks import check_data, check_model, machine_dif
 from workbench.compare.verify.judge import FAILING, PROSE_TABLES, Judgement, Tolerances, judge_metrics, judge_table
 from workbench.compare.verify.plan import Plan
 from workbench.compare.verify.rerun import rerun
-from workbench.sweep.resume import ERROR_TAG
 from workbench.tracking.record import RunRecord
+from workbench.tracking.runs import ERROR_TAG
 from workbench.tracking.store import finite
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from emoe_core.serving.loop import ServingLoop
 from emoe_core.serving.records import Answer, Pass
 from workbench.machine.busy import OtherWork
 from workbench.models.names import resolve_model
-from workbench.paper.validation import compare, parts_of
+from workbench.serving.checks.agreement import compare, parts_of
 from workbench.serving.costs import conditions
 from workbench.serving.costs.task_loads import cut, task_tokens
 from workbench.serving.costs.times import Times, fitted, measure_times
@@ -118,7 +118,7 @@ class Validation:
     costs : ServingCosts
         What the simulation went by.
     requests : DataFrame
-        One row a request, scheduler and driver (`validation_report.DRIVERS`): `service_metrics.request_table`.
+        One row a request, scheduler and driver (`agreement.DRIVERS`): `service_metrics.request_table`.
     table : DataFrame
         One row a scheduler and metric: ``scheduler, metric``, every driver's, and those of the simulations over real
         (``ratio, refitted_ratio``).

@@ -22,7 +22,8 @@ from workbench.machine.environment import available_cores, driver_gpus
 from workbench.sweep.executors.notebook_process import NotebookProcess
 from workbench.sweep.executors.protocol import Ending, Job, Kind
 from workbench.sweep.schema import Needs
-from workbench.tracking.store import HOME_VARIABLE, machine_held, project_root
+from workbench.tracking.place import HOME_VARIABLE, project_root
+from workbench.tracking.store import machine_held
 
 POLL_S = 0.1
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"

@@ -23,7 +23,7 @@ from workbench.machine.ray_connection import code_hash, connect
 from workbench.sweep.executors.protocol import Ending, Job, Kind
 from workbench.sweep.executors.ray_task import Parcel, carry_out
 from workbench.sweep.schema import Needs
-from workbench.tracking.store import HOME_VARIABLE, SERVER_VARIABLE, project_root, server_uri
+from workbench.tracking.place import HOME_VARIABLE, SERVER_VARIABLE, project_root, server_uri
 
 POLL_S = 0.2
 NODE_PATIENCE_S = 120.0  # for nodes to come (back) before a sweep gives up
