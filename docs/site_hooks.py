@@ -14,7 +14,11 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from typer.cli import get_docs_for_click
 
+from workbench.models.reference import RECIPES
+
 CLI_PAGE = "reference/cli.md"
+# A picture that the reference model's evaluation draws beside its recipe.
+ROUTING = "upcycled/routing.png"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -25,8 +29,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the command line's reference, as Typer writes it."""
+    """Add the command line's reference, as Typer writes it, and the picture of the reference model's routing."""
     files.append(File.generated(config, CLI_PAGE, content=command_reference()))
+    files.append(File.generated(config, "routing.png", abs_src_path=str(RECIPES / ROUTING)))
     return files
 
 

@@ -202,8 +202,8 @@ def test_a_failing_write_leaves_nothing_behind(index: CheckpointIndex, tmp_path:
     # A limit on file size makes the kernel refuse a write in the middle, as a full disk does.
     program = (
         "import resource, sys\n"
-        "from emoe_core.checkpoint import open_checkpoint\n"
-        "from emoe_core.pack import write_pack\n"
+        "from emoe_core.checkpoint.index import open_checkpoint\n"
+        "from emoe_core.loader.pack import write_pack\n"
         "from emoe_core.errors import PackError\n"
         "index = open_checkpoint(sys.argv[1])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n"
