@@ -18,7 +18,8 @@ import psutil
 
 from emoe_core.budget import Budget
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.measure.limit_trials import STOCK, TOO_SLOW, Configuration, Trial, Trials
+from workbench.measure.launch import TOO_SLOW
+from workbench.measure.limit_trials import STOCK, Configuration, Trial, Trials
 from workbench.measure.threshold import largest_that_holds, most_questions, smallest_that_holds
 
 MEGABYTE = 10**6
@@ -156,7 +157,7 @@ def search(
         One row a configuration: ``longest_tokens`` and ``largest_batch`` (0: none survived), whether each is the cap
         (``tokens_capped``, ``batch_capped``), ``slow_trials`` (how many counted as lost for being too slow at the
         limit), their ratios to stock's, and of the trial with the largest batch, run anew, ``decode_tokens_per_s``, its
-        ratio to stock's, ``ttft_s``, ``peak_bytes`` and ``decode_read_bytes``.
+        ratio to stock's, ``ttft_s``, ``group_peak_bytes`` and ``decode_read_bytes``.
     """
     return with_ratios(pd.DataFrame([_row(trials, config, one, limit_bytes, progress) for one in tried]))
 
@@ -207,7 +208,7 @@ def _row(
         "slow_trials": sum(trial.outcome == TOO_SLOW for trial in mine),
         "decode_tokens_per_s": None if best is None else best.decode_tokens_per_s,
         "ttft_s": None if best is None else best.ttft_s,
-        "peak_bytes": None if best is None else best.peak_bytes,
+        "group_peak_bytes": None if best is None else best.group_peak_bytes,
         "decode_read_bytes": None if best is None else best.decode_read_bytes,
     }
 

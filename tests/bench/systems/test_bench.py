@@ -33,7 +33,8 @@ from workbench.commands.bench import _systems, bench_systems
 from workbench.machine import control_groups
 from workbench.machine.control_groups import Controller, find_controller
 from workbench.measure.decode_job import decode_until, measure
-from workbench.measure.launch import FAILED, KILLED, MEASURED, Launched, launch
+from workbench.measure.decoding import measure_decoding
+from workbench.measure.launch import FAILED, KILLED, MEASURED, Launched
 from workbench.metrics.catalogue import metric_of
 from workbench.models.reference.tiny import tiny_moe
 from workbench.models.synthetic.shapes import SHAPES, overridden
@@ -242,12 +243,12 @@ def test_decoding_stops_when_its_time_is_over() -> None:
 
 
 def test_a_process_that_the_limit_ends_is_a_result(controller: Controller, checkpoint: Path) -> None:
-    run = launch(spec_of(checkpoint, budget="50%"), [], limit_bytes=64 * MIB, controller=controller)
+    run = measure_decoding(spec_of(checkpoint, budget="50%"), limit_bytes=64 * MIB, controller=controller)
     assert (run.outcome, run.found) == (KILLED, {}) and run.limit_bytes == 64 * MIB and run.limit_hits > 0
 
 
 def test_a_process_that_refuses_says_why(checkpoint: Path) -> None:
-    run = launch(spec_of(checkpoint, budget="1KB"), [])
+    run = measure_decoding(spec_of(checkpoint, budget="1KB"))
     assert run.outcome == FAILED and "bytes short" in run.error and run.limit_bytes is None
 
 
@@ -322,7 +323,7 @@ def test_an_interrupted_bench_goes_on_and_does_not_try_the_killed_again(
             return Launched(FAILED, {}, error="a reason")
         return Launched(KILLED, {}) if name == "stock" else Launched(MEASURED, {"token_s": [1.0]})
 
-    monkeypatch.setattr(runner, "launch", answer)
+    monkeypatch.setattr(runner, "measure_decoding", answer)
     given = prepared_for(checkpoint, routed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(plan, given, tmp_path, None, lambda *_: None)
