@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from emoe_core.errors import EmoeError
+from emoe_core.errors import EmoeError, is_out_of_memory
 from workbench.machine.process_counters import status_bytes
 
 NO_MEMORY, REFUSED = 3, 2
@@ -28,15 +28,13 @@ def answer_job(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     spec, target = (Path(name) for name in sys.argv[1:])
     try:
         answer = work(json.loads(spec.read_text()))
-    except MemoryError:
-        return NO_MEMORY
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        return NO_MEMORY
     except EmoeError as error:
         print(error, file=sys.stderr)
         return REFUSED
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return NO_MEMORY
     peak_bytes = status_bytes("VmHWM")
     if peak_bytes is not None:
         answer["peak_bytes"] = max(peak_bytes, answer.get("load_peak_bytes", 0))

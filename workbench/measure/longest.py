@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import psutil
 
-from emoe_core.budget import Budget
+from emoe_core.budget import amount_bytes
 from emoe_core.errors import ExperimentError, OptionError
 from workbench.measure.launch import TOO_SLOW
 from workbench.measure.limit_trials import STOCK, Configuration, Trial, Trials
@@ -24,6 +24,7 @@ from workbench.measure.threshold import largest_that_holds, most_questions, smal
 
 MEGABYTE = 10**6
 Progress = Callable[[str, int, int], None]
+LIMIT_FORMS = '"stock", "stock + 200MB" or "900MB"'
 _STOCK_LIMIT = re.compile(r"stock(?:\s*\+\s*(.+))?")
 
 
@@ -70,17 +71,9 @@ class SearchConfig:
         """Bytes given beyond what the rule comes to; None when the limit itself is given in bytes."""
         match = _STOCK_LIMIT.fullmatch(self.limit.strip())
         if match is None:
-            amount_bytes(self.limit)
+            amount_bytes(self.limit, LIMIT_FORMS)
             return None
-        return 0 if match[1] is None else amount_bytes(match[1])
-
-
-def amount_bytes(text: str) -> int:
-    """Return an amount of memory such as "900MB" in bytes."""
-    budget = Budget.parse(text)
-    if budget.kind != "bytes":
-        raise OptionError(f'cannot understand the limit {text!r}: write "stock", "stock + 200MB" or "900MB"')
-    return int(budget.value)
+        return 0 if match[1] is None else amount_bytes(match[1], LIMIT_FORMS)
 
 
 def configurations(budget: str, names: Sequence[str] = ("stock", "all", "exact", "rerouting")) -> list[Configuration]:

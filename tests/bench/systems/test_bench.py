@@ -107,7 +107,7 @@ def test_bad_system_names_are_refused(names: list[str], message: str) -> None:
         ({"repeats": 0}, "repeats is 0"),
         ({"tokens": 0}, "tokens is 0"),
         ({"max_seconds": 0}, "max_seconds"),
-        ({"limit": "40%"}, "give bytes"),
+        ({"limit": "40%"}, 'write "900MB"'),
     ],
 )
 def test_bad_plans_are_refused(settings: dict[str, Any], message: str) -> None:
