@@ -47,7 +47,6 @@ def test_a_tiny_model_needs_little_more_than_its_control(tmp_path: Path, cache: 
     assert abs(measured.serving_bytes) < 40 * 2**20
     assert measured.ttft_s > 0 and measured.tpot_s > 0
     assert as_metrics(measured)["serving_bytes"] == measured.serving_bytes
-    assert 0 <= measured.others_cpu_share <= 1
     # The control is kept: it depends on libraries, code, tokenizer and options only.
     assert len(list((cache / "controls").iterdir())) == 1
 

@@ -21,7 +21,7 @@ from workbench.bench import runner
 from workbench.bench.bandwidth import Bandwidths, memory_rate
 from workbench.bench.figure import bench_figure
 from workbench.bench.forced_tokens import ForcedTokens, forced_tokens
-from workbench.bench.limit_budget import RESERVE_SHARE, limit_budget
+from workbench.bench.limit_budget import limit_budget
 from workbench.bench.plan import BenchPlan, open_folder
 from workbench.bench.prepare import Prepared
 from workbench.bench.replay import replayed_loads
@@ -260,7 +260,6 @@ def test_the_budget_is_what_the_limit_leaves(checkpoint: Path) -> None:
     assert limit_budget(index, 900_000_000, 380_000_000, 32).expert_bytes == index.expert_bytes_total
     with pytest.raises(BudgetError, match=r"leaves 0 for experts.*at least 0\.\d+GB"):
         limit_budget(index, 390_000_000, 380_000_000, 32)
-    assert 0 < RESERVE_SHARE < 0.1
 
 
 def test_a_limit_that_no_process_could_keep_is_refused_before_anything_is_prepared(
