@@ -2,8 +2,8 @@
 
 A point comes from a run's metrics, or from one row of the table ``summary`` of a notebook that compares several
 configurations. The *bounds* are points too: everything resident, experts on demand by LRU, a random subset, and
-the oracle, which knows every prompt to come. A point is *on the front* when no other point that a system could choose is
-at least as good in memory, quality and time and better in one; unknown times are left out of the judgement.
+the oracle, which knows every prompt to come. A point is *on the front* when no other point that a system could choose
+is at least as good in memory, quality and time and better in one; unknown times are left out of the judgement.
 """
 
 from __future__ import annotations
