@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from emoe_core.errors import CheckpointError
 from emoe_core.json_file import parse
 
+METADATA = "__metadata__"
 LENGTH = struct.Struct("<Q")
 """How a file begins: the bytes of its header."""
 SAMPLES_PER_SHARD = 64
@@ -162,7 +163,7 @@ def read_shard(file: Path, name: str | None = None) -> Shard:
         ) from error
     data_offset = LENGTH.size + len(header)
     entries = parse(header)
-    entries.pop("__metadata__", None)
+    entries.pop(METADATA, None)
     tensors = tuple(_tensor(name, file, data_offset, entry) for name, entry in entries.items())
     return Shard(name or file.name, file, stat.st_size, stat.st_mtime_ns, data_offset, header, tensors)
 
