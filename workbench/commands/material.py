@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from emoe_core.errors import OptionError
-from workbench.models.names import EMBEDDED, REFERENCE
+from workbench.models.reference import EMBEDDED, REFERENCE
 
 Embedded = Annotated[str, typer.Argument(help="'reference' or 'carved'.")]
 Built = Annotated[Path | None, typer.Option("--path", help="Folder of the built model; the cache's when not given.")]

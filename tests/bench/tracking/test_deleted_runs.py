@@ -20,7 +20,6 @@ from workbench.tracking.store import open_store
 from workbench.tracking.store_errors import DeletedError
 
 # One worker runs all sweeps of tests: they share the machine.
-pytestmark = pytest.mark.xdist_group("sweep")
 
 
 def sweep_while(bench: Bench, meddle: Callable[[Any, Any], object]) -> SweepResult:

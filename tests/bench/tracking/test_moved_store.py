@@ -111,7 +111,6 @@ def test_a_run_under_way_writes_beside_its_store_wherever_another_process_mounts
 
 
 @pytest.mark.long
-@pytest.mark.xdist_group("sweep")
 def test_a_sweep_goes_on_after_its_project_was_moved(old: Path, enter: Enter) -> None:
     first = run_sweep(Bench(old).write(grid={"tolerance": [0.0]}))
     new = enter(old.rename(old.with_name("new place")))
