@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from emoe_core.errors import CheckpointError
-from emoe_core.json_file import parse
+from emoe_core.files import parse
 
 METADATA = "__metadata__"
 LENGTH = struct.Struct("<Q")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import xxhash
 from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.checkpoint.safetensors_files import byte_view
 from emoe_core.errors import PackError
-from emoe_core.json_file import parse, read_text
+from emoe_core.files import parse, read_text, whole_file
 from emoe_core.loader.pack_format import FIX, Pack, PackedLayer, Progress, dtype_name, file_head, truncated
 
 __all__ = ["Pack", "PackedLayer", "Progress", "compare_with_checkpoint", "ensure_pack", "truncated", "write_pack"]
@@ -52,14 +51,11 @@ def write_pack(
     target = Path(dest)
     file_bytes = len(_blank_head(index)) + index.expert_bytes_total
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(target, file_bytes)
-        with tempfile.TemporaryDirectory(prefix=".emoe-pack-", dir=target.parent) as scratch:
-            partial = Path(scratch) / target.name
+        with whole_file(target) as partial:
+            _check_space(target, file_bytes)
             pack = _write(index, partial, progress)
             if verify:
                 pack.verify()
-            partial.replace(target)
     except OSError as error:
         raise PackError(
             f"cannot write the pack {target} ({error.strerror or error}); it needs {file_bytes:,} bytes. Nothing was "

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from emoe_core.checkpoint.index import RECORD_ALIGN_BYTES, CheckpointIndex, MoeLayer, ParamSpec
 from emoe_core.checkpoint.safetensors_files import LENGTH, METADATA, byte_view, read_header
 from emoe_core.errors import PackError
-from emoe_core.json_file import parse, typed
+from emoe_core.files import parse, typed
 
 VERSION = 2
 _VERSION, _SAID, _CHECKSUM = "pack_version", "pack", "pack_checksum"

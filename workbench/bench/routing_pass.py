@@ -22,6 +22,7 @@ import psutil
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.files import whole_file
 from emoe_core.loader.cache_folder import cache_dir
 from workbench.bench.forced_tokens import ForcedTokens
 from workbench.models.synthetic.writer import TRACE_FILE
@@ -117,10 +118,8 @@ def _main(job: Path) -> None:
         decoder.prefill(prompt)
         for token in decoded:
             decoder.decode(token)
-    target = Path(spec["target"])
-    partial = target.with_suffix(f".{os.getpid()}.part")
-    decoder.engine.trace().save(partial)
-    partial.replace(target)
+    with whole_file(spec["target"]) as scratch:
+        decoder.engine.trace().save(scratch)
     decoder.close()
 
 

@@ -28,6 +28,7 @@ import pandas as pd
 import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
+from emoe_core.files import write_whole
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.pack import ensure_pack
 from workbench.machine.control_groups import Controller
@@ -131,10 +132,7 @@ class Trials:
             trial = self._fresh(configuration.name, spec, limit_bytes)
             # Whether it was too slow also depends on what else the machine did: that is asked again.
             if trial.outcome != TOO_SLOW:
-                stored.parent.mkdir(parents=True, exist_ok=True)
-                partial = stored.with_suffix(f".{os.getpid()}.part")
-                partial.write_text(json.dumps(asdict(trial)))
-                partial.replace(stored)
+                write_whole(stored, json.dumps(asdict(trial)))
         if trial not in self.done:
             self.done.append(trial)
         return trial

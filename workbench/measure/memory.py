@@ -28,6 +28,7 @@ import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.files import write_whole
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.pack import ensure_pack
 from workbench.measure import serving_job as measured_process
@@ -172,10 +173,7 @@ def _control(spec: dict[str, Any]) -> dict[str, int]:
         tiny = {**spec, "checkpoint": str(cached_tiny_moe()), "options": options, "tokenizer": tokenizer}
         _ensure_pack(tiny)
         result = _child(tiny)
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        partial = stored.with_suffix(f".{os.getpid()}.part")
-        partial.write_text(json.dumps({name: result[name] for name in ("peak_bytes", "serving_peak_bytes")}))
-        partial.replace(stored)
+        write_whole(stored, json.dumps({name: result[name] for name in ("peak_bytes", "serving_peak_bytes")}))
     return dict(json.loads(stored.read_text()))
 
 

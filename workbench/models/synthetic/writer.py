@@ -28,6 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from emoe_core.checkpoint.safetensors_files import byte_view
 from emoe_core.errors import DataError, OptionError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.files import SCRATCH, whole_file, write_whole
 from workbench.models.reference.tiny import tiny_tokenizer
 from workbench.models.synthetic.shapes import Shape
 from workbench.models.synthetic.written_routing import RESIDUAL_SHARE, WrittenRouting
@@ -132,9 +133,8 @@ def write_synthetic(
         path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if path.exists():
             continue
-        partial = path.with_suffix(".part")
         try:
-            with partial.open("wb") as stream:
+            with whole_file(path) as scratch, scratch.open("wb") as stream:
                 stream.write(_header(shard, dtype))
                 for tensor in shard:
                     for piece in _pieces(tensor, written, shape.layers, seed):
@@ -146,12 +146,10 @@ def write_synthetic(
                 os.fsync(stream.fileno())
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise DataError(
                 f"cannot write {path} ({error.strerror or error}). Free space and give the same command again: "
                 f"finished shards are kept."
             ) from error
-        partial.replace(path)
     _finish(folder, shape, shards, dtype, total, record)
     return folder
 
@@ -197,8 +195,8 @@ def _prepare(folder: Path, record: dict[str, Any]) -> bool:
             raise OptionError(f"{folder} holds another synthetic checkpoint: give another --out, or remove the folder")
         if (folder / INDEX_FILE).exists():
             return True
-        for partial in folder.glob("*.part"):
-            partial.unlink()
+        for left in folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(left)
         return False
     if folder.exists() and any(folder.iterdir()):
         raise OptionError(f"{folder} is not empty and holds no synthetic checkpoint: give another --out")
@@ -295,9 +293,8 @@ def _finish(
         for number, shard in enumerate(shards, start=1)
         for tensor in shard
     }
-    partial = folder / f"{INDEX_FILE}.part"
-    partial.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
-    partial.replace(folder / INDEX_FILE)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_whole(folder / INDEX_FILE, json.dumps(index, indent=1))
 
 
 def _card(shape: Shape, dtype: str, total: int, record: dict[str, Any]) -> str:

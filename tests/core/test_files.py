@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emoe_core.json_file import MAX_BYTES, parse, read_text, write_whole
+from emoe_core.files import MAX_BYTES, parse, read_text, write_whole
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.planning.tasks import Profile, ProfileError
 
