@@ -18,7 +18,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, require_known
 from emoe_core.loader.cache_folder import cache_dir
 
 HIDDEN = 64
@@ -185,8 +185,7 @@ def tiny_moe(
     OptionError
         When the family or the dtype is unknown.
     """
-    if family not in _CONFIGS:
-        raise OptionError(f"unknown tiny family {family!r}: choose one of {', '.join(FAMILIES)}")
+    require_known(family, FAMILIES, "tiny family")
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen not in (torch.float32, torch.bfloat16):
         raise OptionError(f"a tiny model is float32 or bfloat16, not {dtype}")

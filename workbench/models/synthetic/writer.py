@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from emoe_core.checkpoint.safetensors_files import byte_view
-from emoe_core.errors import DataError, OptionError
+from emoe_core.errors import DataError, OptionError, require_known
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.files import SCRATCH, whole_file, write_whole
 from workbench.models.reference.tiny import tiny_tokenizer
@@ -108,8 +108,7 @@ def write_synthetic(
     DataError
         When the disk has too little space; nothing is written then.
     """
-    if dtype not in _DTYPES:
-        raise OptionError(f"unknown dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
+    require_known(dtype, _DTYPES, "dtype")
     folder, tensors = Path(out), tensors_of(shape)
     written = None if trace is None else _written(trace, tensors, shape, seed)
     record = {
