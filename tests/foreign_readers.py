@@ -21,7 +21,7 @@ from safetensors.torch import save
 from emoe_core.checkpoint.model_config import read_config
 from emoe_core.checkpoint.weight_files import find_shards
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.loader.pack_format import Pack, padded_head
+from emoe_core.loader.pack_format import Pack, described
 from emoe_core.planning.tasks import Profile, TaskProfile
 from emoe_core.predictor.network import NetworkShape, ShareNetwork
 from emoe_core.predictor.transformer import FORMAT, KEY, PredictorHeader, TransformerPredictor
@@ -101,8 +101,7 @@ def pack_header() -> bytes:
 
 
 def pack_of(header: bytes) -> bytes:
-    tensor = {"dtype": "U8", "shape": [2, len(RECORD)], "data_offsets": [0, 2 * len(RECORD)]}
-    return padded_head(header.decode(errors="replace"), {LAYER: tensor}) + 2 * RECORD
+    return described(header.decode(errors="replace"), {LAYER: (2, len(RECORD))}) + 2 * RECORD
 
 
 def read_pack(path: Path) -> None:

@@ -9,9 +9,10 @@ towards the process's resident memory, which this project measures. Which files 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -128,6 +129,29 @@ class Shard:
     data_offset_bytes: int
     header: bytes
     tensors: tuple[TensorRef, ...]
+
+
+def file_head(
+    tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str], align_bytes: int = 8
+) -> bytes:
+    """Return how a safetensors file begins, up to its first tensor, for files too large to be made in memory.
+
+    Parameters
+    ----------
+    tensors : mapping
+        By name, in the order in which their bytes will follow: the format's name of the dtype, shape and bytes.
+    metadata : mapping
+    align_bytes : int
+        Of what the head's length is a multiple; it is padded with spaces.
+    """
+    entries: dict[str, Any] = {METADATA: metadata}
+    end = 0
+    for name, (dtype, shape, nbytes) in tensors.items():
+        start, end = end, end + nbytes
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    length = len(header) + -(LENGTH.size + len(header)) % align_bytes
+    return LENGTH.pack(length) + header.ljust(length)
 
 
 def read_header(file: Path) -> bytes:

@@ -21,7 +21,7 @@ from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.checkpoint.safetensors_files import byte_view
 from emoe_core.errors import PackError
 from emoe_core.files import parse, read_text, whole_file
-from emoe_core.loader.pack_format import FIX, Pack, PackedLayer, Progress, dtype_name, file_head, truncated
+from emoe_core.loader.pack_format import FIX, Pack, PackedLayer, Progress, dtype_name, pack_head, truncated
 
 __all__ = ["Pack", "PackedLayer", "Progress", "compare_with_checkpoint", "ensure_pack", "truncated", "write_pack"]
 
@@ -119,7 +119,7 @@ def _write(index: CheckpointIndex, partial: Path, progress: Progress | None) -> 
                 if progress is not None:
                     progress(done, total)
         stream.seek(0)
-        stream.write(file_head(index, checksums))
+        stream.write(pack_head(index, checksums))
         stream.flush()
         os.fsync(stream.fileno())
         if hasattr(os, "posix_fadvise"):
@@ -130,7 +130,7 @@ def _write(index: CheckpointIndex, partial: Path, progress: Progress | None) -> 
 
 def _blank_head(index: CheckpointIndex) -> bytes:
     """Return the head of a pack whose checksums are not known yet; it is as long as the head with them."""
-    return file_head(index, [[0] * layer.num_experts for layer in index.layers])
+    return pack_head(index, [[0] * layer.num_experts for layer in index.layers])
 
 
 def _check_space(target: Path, file_bytes: int) -> None:

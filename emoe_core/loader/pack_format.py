@@ -23,12 +23,12 @@ import xxhash
 from safetensors import SafetensorError
 
 from emoe_core.checkpoint.index import RECORD_ALIGN_BYTES, CheckpointIndex, MoeLayer, ParamSpec
-from emoe_core.checkpoint.safetensors_files import LENGTH, METADATA, byte_view, read_header
+from emoe_core.checkpoint.safetensors_files import LENGTH, METADATA, byte_view, file_head, read_header
 from emoe_core.errors import PackError
 from emoe_core.files import parse, typed
 
 VERSION = 2
-_VERSION, _SAID, _CHECKSUM = "pack_version", "pack", "pack_checksum"
+_VERSION, _DESCRIPTION, _CHECKSUM = "pack_version", "pack", "pack_checksum"
 FIX = "Write it again: emoe pack CHECKPOINT --force"
 Progress = Callable[[int, int], None]
 """Called with (records done, records in all)."""
@@ -124,7 +124,7 @@ def truncated(path: Path, layer: MoeLayer, expert: int) -> PackError:
 
 
 @dataclass(frozen=True)
-class _ParamHeader:
+class _ParamDescription:
     """A parameter of a record, as the header says it; the dtype by its name in torch."""
 
     name: str
@@ -135,15 +135,15 @@ class _ParamHeader:
 
 
 @dataclass(frozen=True)
-class _LayerHeader:
+class _LayerDescription:
     """A layer, as the header says it; checksums as 16 hexadecimal digits."""
 
-    params: tuple[_ParamHeader, ...]
+    params: tuple[_ParamDescription, ...]
     checksums: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class _Header:
+class _Description:
     """What the metadata says of the records; layers by name, in their order."""
 
     model_type: str
@@ -151,10 +151,10 @@ class _Header:
     expert_format: str
     source_hash: str
     source_mtimes: dict[str, int]
-    layers: dict[str, _LayerHeader]
+    layers: dict[str, _LayerDescription]
 
 
-def file_head(index: CheckpointIndex, checksums: Sequence[Sequence[int]]) -> bytes:
+def pack_head(index: CheckpointIndex, checksums: Sequence[Sequence[int]]) -> bytes:
     """Return how a pack begins, up to its first record; the length does not depend on the checksums' values.
 
     Parameters
@@ -163,16 +163,18 @@ def file_head(index: CheckpointIndex, checksums: Sequence[Sequence[int]]) -> byt
     checksums : sequence of sequence of int
         Of each layer's records.
     """
-    said = _Header(
+    description = _Description(
         model_type=index.model_type,
         dtype=dtype_name(index.dtype),
         expert_format=index.expert_dtype,
         source_hash=index.source_hash,
         source_mtimes=index.source_mtimes(),
         layers={
-            layer.name: _LayerHeader(
+            layer.name: _LayerDescription(
                 params=tuple(
-                    _ParamHeader(param.name, param.shape, dtype_name(param.dtype), param.offset_bytes, param.nbytes)
+                    _ParamDescription(
+                        param.name, param.shape, dtype_name(param.dtype), param.offset_bytes, param.nbytes
+                    )
                     for param in layer.params
                 ),
                 checksums=tuple(f"{checksum:016x}" for checksum in summed),
@@ -180,21 +182,16 @@ def file_head(index: CheckpointIndex, checksums: Sequence[Sequence[int]]) -> byt
             for layer, summed in zip(index.layers, checksums, strict=True)
         },
     )
-    tensors: dict[str, Any] = {}
-    end = 0
-    for layer in index.layers:
-        start, end = end, end + layer.num_experts * layer.record_bytes
-        shape = [layer.num_experts, layer.record_bytes]
-        tensors[layer.name] = {"dtype": "U8", "shape": shape, "data_offsets": [start, end]}
-    return padded_head(json.dumps(asdict(said), separators=(",", ":")), tensors)
+    shapes = {layer.name: (layer.num_experts, layer.record_bytes) for layer in index.layers}
+    return described(json.dumps(asdict(description), separators=(",", ":")), shapes)
 
 
-def padded_head(said: str, tensors: Mapping[str, Any]) -> bytes:
-    """Return the head of a safetensors file with these tensors and with what a pack says of them as metadata."""
-    metadata = {_VERSION: str(VERSION), _SAID: said, _CHECKSUM: xxhash.xxh3_64_hexdigest(said.encode())}
-    header = json.dumps({METADATA: metadata, **tensors}, separators=(",", ":")).encode()
-    length = -(-(LENGTH.size + len(header)) // RECORD_ALIGN_BYTES) * RECORD_ALIGN_BYTES - LENGTH.size
-    return LENGTH.pack(length) + header.ljust(length)
+def described(description: str, shapes: Mapping[str, tuple[int, int]]) -> bytes:
+    """Return the head of a pack from what its metadata says, and by layer (experts, record_bytes)."""
+    checksum = xxhash.xxh3_64_hexdigest(description.encode())
+    metadata = {_VERSION: str(VERSION), _DESCRIPTION: description, _CHECKSUM: checksum}
+    tensors = {name: ("U8", shape, math.prod(shape)) for name, shape in shapes.items()}
+    return file_head(tensors, metadata, RECORD_ALIGN_BYTES)
 
 
 def _read(file: Path) -> Pack:
@@ -212,47 +209,51 @@ def _read(file: Path) -> Pack:
         raise PackError(f"{file} is not an expert pack. {FIX}")
     if metadata[_VERSION] != str(VERSION):
         raise PackError(f"{file} has pack version {metadata[_VERSION]!r:.20}, this emoe reads version {VERSION}. {FIX}")
-    said = metadata.get(_SAID, "")
-    if xxhash.xxh3_64_hexdigest(said.encode()) != metadata.get(_CHECKSUM):
+    description = metadata.get(_DESCRIPTION, "")
+    if xxhash.xxh3_64_hexdigest(description.encode()) != metadata.get(_CHECKSUM):
         raise PackError(f"{file} has a damaged header: its checksum differs. {FIX}")
     try:
-        return _parse(file, typed(_Header, parse(said)), tensors, LENGTH.size + len(header), file_bytes)
+        return _parse(file, typed(_Description, parse(description)), tensors, LENGTH.size + len(header), file_bytes)
     except ValueError as error:
         raise PackError(f"{file} has a header that describes no pack ({error}). {FIX}") from error
 
 
-def _parse(file: Path, said: _Header, tensors: Mapping[str, Any], data_offset: int, file_bytes: int) -> Pack:
-    """Return the pack; ValueError when what is said of the records contradicts itself or the file's tensors."""
-    _require(len(said.layers) > 0, "it names no layer")
-    _require(said.layers.keys() == tensors.keys(), "it names other layers than it has tensors")
+def _parse(
+    file: Path, description: _Description, tensors: Mapping[str, Any], data_offset: int, file_bytes: int
+) -> Pack:
+    """Return the pack; ValueError when the description contradicts itself or the file's tensors."""
+    _require(len(description.layers) > 0, "it names no layer")
+    _require(description.layers.keys() == tensors.keys(), "it names other layers than it has tensors")
     return Pack(
         path=file,
-        model_type=said.model_type,
-        dtype=_dtype(said.dtype),
-        expert_format=said.expert_format,
-        source_hash=said.source_hash,
-        source_mtimes=said.source_mtimes,
+        model_type=description.model_type,
+        dtype=_dtype(description.dtype),
+        expert_format=description.expert_format,
+        source_hash=description.source_hash,
+        source_mtimes=description.source_mtimes,
         layers=tuple(
             _layer(number, name, layer, tensors[name], data_offset)
-            for number, (name, layer) in enumerate(said.layers.items())
+            for number, (name, layer) in enumerate(description.layers.items())
         ),
         file_bytes=file_bytes,
     )
 
 
-def _layer(number: int, name: str, said: _LayerHeader, tensor: Mapping[str, Any], data_offset: int) -> PackedLayer:
+def _layer(
+    number: int, name: str, description: _LayerDescription, tensor: Mapping[str, Any], data_offset: int
+) -> PackedLayer:
     _require(tensor["dtype"] == "U8" and len(tensor["shape"]) == 2, f"layer {number} is no table of bytes")
     num_experts, record_bytes = tensor["shape"]
     offset_bytes = data_offset + tensor["data_offsets"][0]
     whole_blocks = record_bytes % RECORD_ALIGN_BYTES == 0 and offset_bytes % RECORD_ALIGN_BYTES == 0
     _require(num_experts > 0 and record_bytes > 0 and whole_blocks, f"layer {number} has no whole records")
-    _require(len(said.checksums) == num_experts, f"layer {number} has another number of checksums than experts")
-    params = tuple(_param(param, record_bytes) for param in said.params)
+    _require(len(description.checksums) == num_experts, f"layer {number} has another number of checksums than experts")
+    params = tuple(_param(param, record_bytes) for param in description.params)
     spec = MoeLayer(name, number, num_experts, params, record_bytes)
-    return PackedLayer(spec, offset_bytes, tuple(int(checksum, 16) for checksum in said.checksums))
+    return PackedLayer(spec, offset_bytes, tuple(int(checksum, 16) for checksum in description.checksums))
 
 
-def _param(param: _ParamHeader, record_bytes: int) -> ParamSpec:
+def _param(param: _ParamDescription, record_bytes: int) -> ParamSpec:
     dtype = _dtype(param.dtype)
     _require(all(size > 0 for size in param.shape), f"parameter {param.name!r} has an empty shape")
     _require(param.nbytes == math.prod(param.shape) * dtype.itemsize, f"parameter {param.name!r} has another size")

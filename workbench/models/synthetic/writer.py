@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from emoe_core.checkpoint.safetensors_files import byte_view
+from emoe_core.checkpoint.safetensors_files import byte_view, file_head
 from emoe_core.errors import DataError, OptionError, require_known
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.files import SCRATCH, whole_file, write_whole
@@ -134,7 +133,7 @@ def write_synthetic(
             continue
         try:
             with whole_file(path) as scratch, scratch.open("wb") as stream:
-                stream.write(_header(shard, dtype))
+                stream.write(_head(shard, dtype))
                 for tensor in shard:
                     for piece in _pieces(tensor, written, shape.layers, seed):
                         _write_piece(stream, piece, dtype)
@@ -233,16 +232,10 @@ def _finished_bytes(folder: Path, shards: list[list[Tensor]], dtype: str) -> int
     return sum(size for name, size in zip(names, sizes, strict=True) if (folder / name).exists())
 
 
-def _header(shard: list[Tensor], dtype: str) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset, (name, kind) = 0, _DTYPES[dtype]
-    for tensor in shard:
-        end = offset + tensor.values * kind.itemsize
-        entries[tensor.name] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+def _head(shard: list[Tensor], dtype: str) -> bytes:
+    name, kind = _DTYPES[dtype]
+    tensors = {tensor.name: (name, tensor.shape, tensor.values * kind.itemsize) for tensor in shard}
+    return file_head(tensors, {"format": "pt"})
 
 
 def _pieces(tensor: Tensor, written: WrittenRouting | None, layers: int, seed: int) -> Iterator[torch.Tensor]:
