@@ -1,8 +1,9 @@
 """Files of our own, written whole or not at all, and reading JSON that others may have written.
 
-A file is written in a folder beside its place and renamed when it is complete. One of our own JSON files is one object
-with a ``format`` number, and becomes a frozen dataclass: `typed` checks every field against its annotation. Whatever a
-file holds, reading it raises an error that a user can mend, and no more than `MAX_BYTES` of it are taken into memory.
+A file or folder is made in a folder beside its place and renamed when it is complete. One of our own JSON files is one
+object with a ``format`` number, and becomes a frozen dataclass: `typed` checks every field against its annotation.
+Whatever a file holds, reading it raises an error that a user can mend, and no more than `MAX_BYTES` of it are taken
+into memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from emoe_core.errors import EmoeError
 MAX_BYTES = 64 << 20
 """More than any configuration, index of shards or profile comes to."""
 SCRATCH = ".unfinished-"
-"""How the folders begin that files are written in before they are whole; only a killed process leaves one."""
+"""How the folders begin in which things lie that are not whole yet; only a killed process leaves one."""
 Kind = TypeVar("Kind")
 
 
@@ -38,6 +39,20 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         scratch = Path(folder) / target.name
         yield scratch
         scratch.replace(target)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, as `whole_file` does a path; what stands at ``path`` goes when it is complete."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=SCRATCH, ignore_cleanup_errors=True) as folder:
+        scratch = Path(folder) / target.name
+        scratch.mkdir()
+        yield scratch
+        if target.exists():
+            target.rename(Path(folder) / "replaced")
+        scratch.rename(target)
 
 
 def write_whole(path: str | Path, text: str) -> Path:
