@@ -90,7 +90,7 @@ def tiny(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def profile_of(model_hash: str) -> Profile:
-    """Return a task profile such as `emoe profile` measures."""
+    """Return a task profile such as `emoe model profile` measures."""
     covered = (tuple(slots / EXPERTS for slots in range(EXPERTS + 1)),) * LAYERS
     task = TaskProfile("qa", (True,) * LAYERS, 8.0, layer_kl_nats=(0.01,) * LAYERS, coverage=covered, loss_scale=1.0)
     return Profile(model_hash, "none", LAYERS, {"qa": task})

@@ -30,7 +30,7 @@ from emoe_core.json_file import parse, typed
 MAGIC = b"EMOEPACK"
 VERSION = 1
 PREAMBLE = struct.Struct("<8sIIQQQ24x")
-FIX = "Write it again: emoe pack CHECKPOINT --force"
+FIX = "Write it again: emoe model pack CHECKPOINT --force"
 Progress = Callable[[int, int], None]
 """Called with (records done, records in all)."""
 
@@ -262,7 +262,7 @@ def _check_belongs(pack: Pack, index: CheckpointIndex) -> None:
     if pack.source_hash != index.source_hash:
         raise PackError(
             f"{pack.path} was made from another checkpoint than {index.path}. Write one for it: "
-            f"emoe pack CHECKPOINT --force"
+            f"emoe model pack CHECKPOINT --force"
         )
     if tuple(layer.spec for layer in pack.layers) != index.layers:
         raise PackError(

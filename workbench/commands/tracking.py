@@ -1,32 +1,12 @@
-"""``emoe ui`` and ``emoe tracking-server``: MLflow's pages on this store, and a server for several machines."""
+"""``emoe tracking-server``: an MLflow server for several machines."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-
-
-def ui(port: Annotated[int, typer.Option(help="Port to listen on, at loopback.")] = 5000) -> None:
-    """Show the runs in MLflow's pages until interrupted.
-
-    A store that MLflow cannot use is refused in a line, and one that was moved is set right before.
-    """
-    from emoe_core.errors import OptionError
-    from workbench.tracking.place import server_uri, store_uri
-    from workbench.tracking.store import open_store
-
-    if server := server_uri():
-        raise OptionError(f"the runs are on a server, which shows them itself: open {server}")
-    open_store()
-    # Job execution starts a dozen idle worker processes that a local store has no use for.
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store_uri(), "--port", str(port)]
-    os.execve(sys.executable, command, environment)
 
 
 def tracking_server(

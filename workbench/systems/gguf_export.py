@@ -102,7 +102,7 @@ def export_gguf(index: CheckpointIndex, dest: str | Path, progress: Progress | N
     if free_bytes < total + 10**8:
         raise DataError(
             f"the GGUF file needs {total:,} bytes, {target.parent} has {free_bytes:,} free. Free space, or leave "
-            f"llama.cpp out of --systems."
+            f"llama.cpp out of --system."
         )
     unfinished = target.with_suffix(f".{os.getpid()}.part")
     writer = gguf.GGUFWriter(unfinished, architecture)
@@ -143,7 +143,7 @@ def _require_supported(index: CheckpointIndex) -> str:
     if index.model_type not in ARCHITECTURES:
         raise UnsupportedFamilyError(
             f"model type {index.model_type!r} has no GGUF export here (there is one for {', '.join(ARCHITECTURES)}): "
-            f"leave llama.cpp out of --systems"
+            f"leave llama.cpp out of --system"
         )
     architecture = ARCHITECTURES[index.model_type]
     differing = []
@@ -161,7 +161,7 @@ def _require_supported(index: CheckpointIndex) -> str:
         differing.append("scaled rotary embeddings")
     if differing:
         raise UnsupportedFamilyError(
-            f"llama.cpp computes {index.model_type} otherwise with {', '.join(differing)}: leave it out of --systems"
+            f"llama.cpp computes {index.model_type} otherwise with {', '.join(differing)}: leave it out of --system"
         )
     return architecture
 

@@ -1,4 +1,4 @@
-"""Promises of `emoe serve-cluster`: a real Ray cluster of two nodes with a replica each, asked by OpenAI's client."""
+"""Promises of `emoe serve --replicas`: a real Ray cluster of two nodes with a replica each, asked by OpenAI's client."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PROMPTS = {"qa": "Why is the sky blue?", "code": "def add(a, b):"}
 
 
 class ClusterService:
-    """`emoe serve-cluster` in a process of its own, and clients of it."""
+    """`emoe serve --replicas` in a process of its own, and clients of it."""
 
     def __init__(self, model: Path, address: str) -> None:
         options = ["--replicas", "2", "--ray-address", address, "--port", "0", "--budget", "3 slots", "--name", "tiny"]

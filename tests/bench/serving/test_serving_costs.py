@@ -64,7 +64,7 @@ def test_they_come_back_from_their_file_as_they_were(measured: ServingCosts, tmp
 
 def test_another_models_costs_are_refused(measured: ServingCosts, tmp_path: Path) -> None:
     path = replace(measured, model_hash="f" * 64).save(tmp_path / "costs.json")
-    with pytest.raises(CostsError, match=r"measured on model ffffffffffff.*emoe costs MODEL"):
+    with pytest.raises(CostsError, match=r"measured on model ffffffffffff.*emoe model costs MODEL"):
         ServingCosts.load(path, measured.model_hash)
 
 
@@ -89,7 +89,7 @@ def test_a_model_without_costs_is_told_how_to_get_them(
     model: Path, measured: ServingCosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
-    with pytest.raises(DataError, match=f"emoe costs {model}"):
+    with pytest.raises(DataError, match=f"emoe model costs {model}"):
         stored_costs(model)
     measured.save(costs_path(measured.model_hash))
     assert stored_costs(model) == measured
