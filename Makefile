@@ -30,6 +30,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/emoe model build
 	$(BIN)/python -m pytest $(WORKERS)
 ifneq ($(NOTEBOOKS),)

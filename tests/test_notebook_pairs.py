@@ -12,7 +12,8 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from workbench.models.names import REFERENCE, TINY
+from workbench.models.names import TINY
+from workbench.models.reference import REFERENCE
 from workbench.tracking.notebook import cells_of, notebook_parameters, read_notebook, source_hash
 
 FOLDER = Path(__file__).parent.parent / "notebooks"

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from emoe_core.checkpoint.hub import HUB_ID
 from emoe_core.errors import CheckpointError
+from workbench.models.reference import EMBEDDED
 
-REFERENCE = "reference"
-# The embedded models by name, and the kind of reference model that each is.
-EMBEDDED = {REFERENCE: "upcycled", "carved": "carved"}
 # Random weights of 1 MB: shows in seconds that everything runs, and measures nothing.
 TINY = "tiny"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
-from workbench.models.names import EMBEDDED, resolve_model
+from workbench.models.names import resolve_model
+from workbench.models.reference import EMBEDDED
 
 OWN = "own"
 ANSWER_TOKENS = 160

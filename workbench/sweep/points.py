@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
-from workbench.models.names import EMBEDDED
-from workbench.models.reference import RECIPES
+from workbench.models.reference import EMBEDDED, RECIPES
 from workbench.sweep.file import SweepSource
 from workbench.sweep.schema import Needs, Range, Scalar, Search, Stage, Values
 from workbench.sweep.values import check_parameter, check_value

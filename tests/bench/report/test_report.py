@@ -120,7 +120,7 @@ def test_a_saving_without_quality_is_called_out(bench: Bench) -> None:
 def test_savings_stand_beside_quality_time_and_bounds(report_site: Path) -> None:
     index = Page(report_site / "index.html")
     assert "LRU on demand" in index.words and "random subset" in index.words and "all resident" in index.words
-    assert "Bounds that these runs did not measure: hindsight." in index.words
+    assert "Bounds that these runs did not measure: oracle." in index.words
     assert "1.020 (1.010 to 1.030)" in index.words
     drawn = sorted(path.name for path in (report_site / "figures").glob("points-front-1-*-dark.svg"))
     assert drawn == [f"points-front-1-{kind}-dark.svg" for kind in ("hits", "quality", "time")]

@@ -12,7 +12,10 @@ from typing import Any
 
 from emoe_core.errors import OptionError
 
-KINDS = ("upcycled", "carved")
+# Kinds, by the names that users give.
+REFERENCE = "reference"
+EMBEDDED = {REFERENCE: "upcycled", "carved": "carved"}
+KINDS = tuple(EMBEDDED.values())
 RECIPES = Path(__file__).parent / "recipes"
 
 

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 from emoe_core.errors import CheckpointError
 from workbench.fetch import sha256_file
-from workbench.models.names import EMBEDDED
-from workbench.models.reference import RECIPES
+from workbench.models.reference import EMBEDDED, RECIPES
 
 ADAPTERS = "adapters.safetensors"
 DESCRIPTION = "recipe.json"
