@@ -67,7 +67,7 @@ def time_decisions(
     waiting: Annotated[int, typer.Option(help="Requests in the queue.")] = 1000,
     max_batch: Annotated[int, typer.Option(help="Places in the batch.")] = 32,
     free: Annotated[
-        list[int] | None, typer.Option(help="Free places in it; may be given often. 1 and 32 if not given.")
+        list[int] | None, typer.Option(help="Free places in it; repeatable. 1 and 32 if not given.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Decisions that are timed.")] = 200,
 ) -> None:

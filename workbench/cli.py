@@ -37,9 +37,6 @@ from workbench.commands.groups import HELP_OPTIONS, command_group
 
 DEBUG_OPTION = "--debug"
 USER_ERROR_EXIT_CODE = 2
-MODEL_PANEL = "A model under a memory budget"
-EXPERIMENT_PANEL = "Measure and compare"
-MATERIAL_PANEL = "What is measured, and with what"
 
 app = command_group("Run Mixture-of-Experts models under a memory budget, and measure what that costs.")
 
@@ -60,26 +57,30 @@ def options(
     """Accept options that hold for every command; `main` reads them itself."""
 
 
-for command in (run.run, run.estimate, serve.serve, doctor.doctor):
-    app.command(rich_help_panel=MODEL_PANEL)(command)
-for command in (
-    bench.bench,
-    experiments.sweep,
-    experiments.report,
-    compare.compare,
-    verify.verify,
-    experiments.ui,
-    tracking.tracking_server,
-):
-    app.command(rich_help_panel=EXPERIMENT_PANEL)(command)
-for name, group in (
-    ("model", model.app),
-    ("predictor", predictor.app),
-    ("simulate", simulate.app),
-    ("data", data.app),
-    ("cache", cache.app),
-):
-    app.add_typer(group, name=name, rich_help_panel=MATERIAL_PANEL)
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "A model under a memory budget": (run.run, run.estimate, serve.serve, doctor.doctor),
+    "Measure and compare": (
+        bench.bench,
+        experiments.sweep,
+        experiments.report,
+        compare.compare,
+        verify.verify,
+        experiments.ui,
+        tracking.tracking_server,
+    ),
+}
+GROUPS = {
+    "model": model.app,
+    "predictor": predictor.app,
+    "simulate": simulate.app,
+    "data": data.app,
+    "cache": cache.app,
+}
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name, rich_help_panel="What is measured, and with what")
 
 
 def main() -> None:
@@ -102,10 +103,13 @@ def execute(program: typer.Typer, arguments: Sequence[str], name: str) -> NoRetu
     try:
         sys.exit(program(given, prog_name=name, standalone_mode=False))
     except typer.Abort:
-        _refuse("stopped, nothing was done.")
+        Console(stderr=True).print("\nStopped.")
+        sys.exit(1)
     except typer.TyperException as error:
-        # Without a message where the help was shown in place of a missing command.
-        _refuse(" ".join(error.format_message().split())) if error.message else sys.exit(error.exit_code)
+        # A group without a command has shown its help, and has no message.
+        if error.format_message():
+            _refuse(_usage_message(error))
+        sys.exit(error.exit_code)
     except EmoeError as error:
         if debug:
             raise
@@ -115,6 +119,14 @@ def execute(program: typer.Typer, arguments: Sequence[str], name: str) -> NoRetu
         if debug or error.filename is None:
             raise
         _refuse(f"{error.filename}: {error.strerror}. Name another file or folder, or see to its permissions.")
+
+
+def _usage_message(error: typer.TyperException) -> str:
+    """Return in a line what is wrong with the arguments, and where they are explained."""
+    # "Value error" is pydantic's word for a choice that is none.
+    said = " ".join(error.format_message().replace("Value error, ", "").split())
+    context = getattr(error, "ctx", None)
+    return f"{said} See `{context.command_path} --help`." if context else said
 
 
 def _refuse(message: str) -> NoReturn:

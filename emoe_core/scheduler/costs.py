@@ -189,10 +189,10 @@ class ServingCosts:
         source = Path(path)
         try:
             content = read_object(
-                source, (COSTS_FORMAT,), CostsError, "costs", "serving costs", "measure them again with `emoe model costs`"
+                source, (COSTS_FORMAT,), CostsError, "costs", "serving costs", "measure them again: `emoe model costs`"
             )
         except FileNotFoundError:
-            raise CostsError(f"there are no serving costs at {source}: measure them with `emoe model costs MODEL`.") from None
+            raise CostsError(f"no serving costs at {source}: measure them with `emoe model costs MODEL`.") from None
         try:
             if "tasks" not in content:
                 raise ValueError("tasks: Field required")

@@ -64,7 +64,7 @@ def bench(
     ] = None,
     system: Annotated[
         list[str] | None,
-        typer.Option(help="System to measure (--list-systems); may be given often; all that can run if not given."),
+        typer.Option(help="System to measure (--list-systems); repeatable; all that can run if not given."),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="System that ratios are to; the first if not given.")] = None,
     repeats: Annotated[int, typer.Option(help="Processes of each system; figures need 5 or more.")] = 5,

@@ -32,7 +32,7 @@ def compare(
     b: Annotated[str, typer.Argument(help="The other one, of the same kind.", metavar="B")],
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Only this metric, by name or as tables show it; may be given often."),
+        typer.Option(help="Only this metric, by name or as tables show it; repeatable."),
     ] = None,
     show_all: Annotated[
         bool, typer.Option("--all", help="Show every metric with all columns, what is equal and ends of intervals too.")

@@ -57,7 +57,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder to write; a report that is there is replaced.")] = Path(
         "reports/report"
     ),
-    sweep: Annotated[list[str] | None, typer.Option(help="Only this sweep; may be given often.")] = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="Only this sweep; repeatable.")] = None,
     hints: Annotated[bool, typer.Option("--hints", help="Also say how to open the notebooks and the runs.")] = False,
 ) -> None:
     """Write a static site from the newest run of every sweep, and of every notebook that was run by hand.

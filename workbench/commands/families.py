@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def families(
     check: Annotated[
         list[str] | None,
-        typer.Option(help="Prove this model type anew on a tiny random checkpoint; may be given often, or be 'all'."),
+        typer.Option(help="Prove this model type anew on a tiny random checkpoint; repeatable, or be 'all'."),
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="After '--check all': renew the record.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,

@@ -66,10 +66,10 @@ def costs(
     model: Model = "reference",
     budget: Annotated[str, typer.Option(help="Expert memory to serve under.")] = "60%",
     prompt_tokens: Annotated[
-        list[int] | None, typer.Option(help="Prompt length to time; may be given often. 16, 64, 128, 256 if not given.")
+        list[int] | None, typer.Option(help="Prompt length to time; repeatable. 16, 64, 128, 256 if not given.")
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Batch size to time; may be given often. 1, 2, 3, 4, 6, 8 if not given.")
+        list[int] | None, typer.Option(help="Batch size to time; repeatable. 1, 2, 3, 4, 6, 8 if not given.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Repeats of each measurement.")] = 5,
     prompts: Annotated[int, typer.Option(help="Prompts of each task, for lengths and expert shares.")] = 8,
@@ -101,8 +101,8 @@ def costs(
         found = measure_costs(config, progress)
     table = Table(title=escape(f"Serving costs of {model} at {budget}"), show_header=False)
     table.add_row("prompt", f"{show_seconds(found.prefill_fixed_s)} + {show_seconds(found.prefill_token_s)} a token")
-    for batch, seconds in zip(found.decode_batches, found.decode_step_s, strict=True):
-        table.add_row(f"step of {batch}", show_seconds(seconds))
+    for size, seconds in zip(found.decode_batches, found.decode_step_s, strict=True):
+        table.add_row(f"step of {size}", show_seconds(seconds))
     table.add_row("loading an expert", show_seconds(found.expert_load_s))
     table.add_row("a swap beside that", show_seconds(found.swap_s))
     table.add_row("a prediction", show_seconds(found.prediction_s))

@@ -58,7 +58,7 @@ def train(
 @app.command("evaluate")
 def evaluate(
     model: Model = "reference",
-    slots: Annotated[list[int] | None, typer.Option(help="Slots a layer; may be given often.")] = None,
+    slots: Annotated[list[int] | None, typer.Option(help="Slots a layer; repeatable.")] = None,
     interval: Annotated[int, typer.Option(help="p: predict before every p-th prompt.")] = 1,
     prompts: Annotated[int, typer.Option(help="Prompts of each test stream.")] = 120,
     warm_prompts: Annotated[int, typer.Option(help="Prompts that predictors observe first; 0 is a cold start.")] = 240,

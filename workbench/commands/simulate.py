@@ -33,8 +33,8 @@ app = command_group("Caches and services, simulated from recorded routing and me
 @app.command("cache")
 def simulate_cache(
     model: Model = "reference",
-    budget: Annotated[list[str] | None, typer.Option(help="Memory for experts; may be given often.")] = None,
-    policy: Annotated[list[str] | None, typer.Option(help="Policy; may be given often; all if not given.")] = None,
+    budget: Annotated[list[str] | None, typer.Option(help="Memory for experts; repeatable.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="Policy; repeatable; all if not given.")] = None,
     mix: Annotated[list[str] | None, typer.Option(help="Task order: 'sticky' or 'uniform'; both if not given.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts of each stream.")] = 48,
     warm_prompts: Annotated[int, typer.Option(help="Earlier prompts, whose experts 'pinned' holds.")] = 96,
@@ -110,8 +110,8 @@ def simulate_cache(
 def simulate_serving(
     model: Model = "reference",
     costs_file: Annotated[Path | None, typer.Option("--costs", help="Costs to use; the model's if not given.")] = None,
-    scheduler: Annotated[list[str] | None, typer.Option(help="Variant; may be given often.")] = None,
-    load: Annotated[list[float] | None, typer.Option(help="Rate, as a share of capacity; may be given often.")] = None,
+    scheduler: Annotated[list[str] | None, typer.Option(help="Variant; repeatable.")] = None,
+    load: Annotated[list[float] | None, typer.Option(help="Rate, as a share of capacity; repeatable.")] = None,
     arrivals: Annotated[
         str, typer.Option(help="poisson, gamma, azure, azure_conv, azure_code, mooncake, or a trace's path.")
     ] = "poisson",

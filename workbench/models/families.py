@@ -2,8 +2,8 @@
 
 `prove` is the proof: it writes a checkpoint of the family, loads it with stock transformers and through an engine that
 holds too few experts, and compares logits, and the answers of four simultaneous requests with ``generate``. The table
-that `emoe model families` shows is a record of its answers (``families.json``), which the tests repeat family by family; it
-says nothing that a test does not.
+that `emoe model families` shows is a record of its answers (``families.json``), which the tests repeat family by
+family; it says nothing that a test does not.
 """
 
 from __future__ import annotations
