@@ -43,7 +43,7 @@ def families(
     # What 80 columns hold; --markdown has the classes too, and why requests run one at a time.
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("model type", "experts on disk", "rerouting", "requests"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=column in ("model type", "rerouting"), overflow="fold")
     for row in rows:
         if not row.refused:
             requests = row.requests if row.requests == TOGETHER else "one at a time"
