@@ -30,7 +30,6 @@ from workbench.commands import (
     run,
     serve,
     simulate,
-    tracking,
     verify,
 )
 from workbench.commands.groups import HELP_OPTIONS, command_group
@@ -66,7 +65,6 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         compare.compare,
         verify.verify,
         experiments.ui,
-        tracking.tracking_server,
     ),
 }
 GROUPS = {

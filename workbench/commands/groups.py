@@ -30,6 +30,7 @@ RENAMED = {
     "simulate": "emoe simulate cache",
     "simulate-serving": "emoe simulate serving",
     "soak": "python -m pytest -m long tests/bench/serving/test_soak.py",
+    "tracking-server": "mlflow server",
     "train-predictor": "emoe predictor train",
 }
 
