@@ -6,7 +6,7 @@ our own code stay `AssertionError` or the built-in exceptions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class EmoeError(Exception):
@@ -51,6 +51,12 @@ class ExperimentError(EmoeError):
 
 class LimitError(EmoeError):
     """No hard memory limit can be set on this machine, or a process cannot be put under it."""
+
+
+def require_known(name: str, known: Collection[str], what: str) -> None:
+    """Raise OptionError, which lists the known names of such a thing, for another name."""
+    if name not in known:
+        raise OptionError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
 
 
 def did_you_mean(close: Sequence[str]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import psutil
 
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.files import whole_file
 from emoe_core.loader.cache_folder import cache_dir
 from workbench.bench.forced_tokens import ForcedTokens
 from workbench.measure.job import answer_job
@@ -109,10 +109,8 @@ def _save_routing(spec: dict[str, Any]) -> dict[str, Any]:
         decoder.prefill(prompt)
         for token in decoded:
             decoder.decode(token)
-    target = Path(spec["target"])
-    partial = target.with_suffix(f".{os.getpid()}.part")
-    decoder.engine.trace().save(partial)
-    partial.replace(target)
+    with whole_file(spec["target"]) as scratch:
+        decoder.engine.trace().save(scratch)
     decoder.close()
     return {}
 

@@ -23,7 +23,7 @@ import pandas as pd
 
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
-from emoe_core.json_file import write_whole
+from emoe_core.files import write_whole
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.pack import ensure_pack
 from workbench.machine.control_groups import Controller

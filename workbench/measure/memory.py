@@ -21,7 +21,7 @@ from typing import Any
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.json_file import write_whole
+from emoe_core.files import write_whole
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.pack import ensure_pack
 from workbench.measure.launch import launch

@@ -18,7 +18,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from emoe_core.checkpoint.index import open_checkpoint
-from emoe_core.errors import OptionError
+from emoe_core.errors import require_known
 from workbench.quality.token_quality import compare
 from workbench.replay.references import Reference
 from workbench.systems.stock import greedy_answers, load_stock
@@ -40,8 +40,7 @@ def round_trip(matrix: torch.Tensor, name: str) -> torch.Tensor:
     name : str
         One of `FORMATS`.
     """
-    if name not in FORMATS:
-        raise OptionError(f"unknown expert format {name!r}: choose one of {', '.join(FORMATS)}")
+    require_known(name, FORMATS, "expert format")
     columns = matrix.shape[1]
     padded = torch.nn.functional.pad(matrix.detach().float(), (0, -columns % BLOCK)).contiguous().numpy()
     expanded = quants.dequantize(quants.quantize(padded, FORMATS[name]), FORMATS[name])

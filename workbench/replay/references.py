@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.files import whole_file
 from emoe_core.loader.cache_folder import cache_dir
 from workbench.measure.job import answer_job, report_progress
 from workbench.measure.launch import launch
@@ -189,9 +189,8 @@ def _write(path: Path, answer: emoe_core.Generation, scored: emoe_core.Scored, t
         "trace": {name: torch.from_numpy(column) for name, column in columns.items()}
         | {"experts": torch.tensor(trace.experts)},
     }
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    torch.save(row, partial)
-    partial.replace(path)
+    with whole_file(path) as scratch:
+        torch.save(row, scratch)
 
 
 if __name__ == "__main__":

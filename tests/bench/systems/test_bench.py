@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from rich.console import Console
 
 from emoe_core.budget import plan_slots
@@ -29,7 +30,7 @@ from workbench.bench.roofline import roofline
 from workbench.bench.routing_pass import RoutingPass, routing_pass
 from workbench.bench.runner import read_results, run_bench, schedule
 from workbench.bench.summary import as_metrics, summarise
-from workbench.commands.bench import _systems, bench_systems
+from workbench.commands.bench import _systems, show_systems
 from workbench.machine import control_groups
 from workbench.machine.control_groups import Controller, find_controller
 from workbench.measure.decode_job import decode_until, measure
@@ -138,7 +139,8 @@ def test_every_system_is_listed_with_whether_it_runs_here_and_why_not(
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     monkeypatch.setattr(control_groups, "find_controller", no_limit)
-    bench_systems()
+    with pytest.raises(typer.Exit):
+        show_systems(True)
     told = capsys.readouterr().out
     lines = {words[0]: words[-1] for words in map(str.split, told.splitlines()) if words and words[0] in SYSTEMS}
     assert set(lines) == set(SYSTEMS) and all(system.what in told for system in SYSTEMS.values())
@@ -147,7 +149,8 @@ def test_every_system_is_listed_with_whether_it_runs_here_and_why_not(
 
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
     monkeypatch.setattr(control_groups, "find_controller", lambda: Controller(2, Path("/sys/fs/cgroup")))
-    bench_systems()
+    with pytest.raises(typer.Exit):
+        show_systems(True)
     told = capsys.readouterr().out
     lines = {words[0]: words[-1] for words in map(str.split, told.splitlines()) if words and words[0] in SYSTEMS}
     assert lines == dict.fromkeys(SYSTEMS, "yes")
@@ -347,7 +350,7 @@ def test_the_table_has_medians_spread_ratios_and_bounds(checkpoint: Path, routed
     given = prepared_for(checkpoint, routed)
     table, notes = summarise(plan, given, results, "emoe")
     logged = as_metrics(table, notes)
-    assert logged["emoe/tokens_per_s"] == pytest.approx(5) and all(metric_of(name) is not None for name in logged)
+    assert logged["emoe/tokens_per_s"] == pytest.approx(5) and all(metric_of(name).meaning for name in logged)
     rows = table.set_index("system")
     emoe = rows.loc["emoe"]
     assert (emoe["tokens_per_s"], emoe["tokens_per_s_low"], emoe["tokens_per_s_high"]) == pytest.approx((5, 2.5, 10))
@@ -382,7 +385,7 @@ def test_a_whole_bench_runs_under_the_limit_and_shows_one_table(
 ) -> None:
     command = [
         sys.executable, "-m", "workbench.cli", "bench", str(checkpoint), "--out", str(tmp_path / "b"),
-        "--limit", "900MB", "--systems", "emoe,stock-eager:no-limit", "--repeats", "1", "--tokens", "4",
+        "--limit", "900MB", "--system", "emoe", "--system", "stock-eager:no-limit", "--repeats", "1", "--tokens", "4",
         "--prompt-tokens", "3", "--warm-tokens", "2", "--threads", "1", "--no-track",
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, timeout=900)
