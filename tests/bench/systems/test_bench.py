@@ -32,7 +32,7 @@ from workbench.bench.runner import read_results, run_bench, schedule
 from workbench.bench.summary import as_metrics, summarise
 from workbench.commands.bench import _systems, show_systems
 from workbench.machine import control_groups
-from workbench.machine.control_groups import Controller, find_controller
+from workbench.machine.control_groups import Controller
 from workbench.measure.decode_job import decode_until, measure
 from workbench.measure.decoding import measure_decoding
 from workbench.measure.launch import FAILED, KILLED, MEASURED, Launched
@@ -46,14 +46,6 @@ from workbench.systems.systems import DEFAULT_SYSTEMS, SYSTEMS, find_system, fin
 
 MIB = 2**20
 FORCED = ForcedTokens((1, 2, 3), (4, 5), (6, 7, 8), (9, 10, 11, 12), "a test")
-
-
-@pytest.fixture
-def controller() -> Controller:
-    try:
-        return find_controller()
-    except LimitError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
