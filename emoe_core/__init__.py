@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Imported on first use: torch and transformers take seconds, which the command line's help need not wait for.
 _HOMES = {
     "Engine": "engine",
-    "EngineConfig": "options",
+    "EngineConfig": "config",
     "load": "engine",
     "Generation": "generation",
     "Scored": "generation",

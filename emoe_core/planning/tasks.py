@@ -31,7 +31,7 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict
 
 from emoe_core.errors import EmoeError
-from emoe_core.json_file import read_object, typed, write_whole
+from emoe_core.files import read_object, typed, write_whole
 
 TaskType = Literal["qa", "summarization", "classification", "comparison", "conversation", "code"]
 TASK_TYPES: tuple[str, ...] = get_args(TaskType)

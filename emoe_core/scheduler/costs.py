@@ -32,7 +32,7 @@ import numpy as np
 from pydantic import ConfigDict
 
 from emoe_core.errors import EmoeError
-from emoe_core.json_file import read_object, typed, write_whole
+from emoe_core.files import read_object, typed, write_whole
 
 COSTS_FORMAT = 1
 LARGEST = 1 << 53  # the largest whole numbers that floats still tell apart

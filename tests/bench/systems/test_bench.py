@@ -22,7 +22,7 @@ from workbench.bench import runner
 from workbench.bench.bandwidth import Bandwidths, memory_rate
 from workbench.bench.figure import bench_figure
 from workbench.bench.forced_tokens import ForcedTokens, forced_tokens
-from workbench.bench.limit_budget import RESERVE_SHARE, limit_budget
+from workbench.bench.limit_budget import limit_budget
 from workbench.bench.plan import BenchPlan, open_folder
 from workbench.bench.prepare import Prepared
 from workbench.bench.replay import replayed_loads
@@ -34,7 +34,8 @@ from workbench.commands.bench import _systems, show_systems
 from workbench.machine import control_groups
 from workbench.machine.control_groups import Controller, find_controller
 from workbench.measure.decode_job import decode_until, measure
-from workbench.measure.launch import FAILED, KILLED, MEASURED, Launched, launch
+from workbench.measure.decoding import measure_decoding
+from workbench.measure.launch import FAILED, KILLED, MEASURED, Launched
 from workbench.metrics.catalogue import metric_of
 from workbench.models.reference.tiny import tiny_moe
 from workbench.models.synthetic.shapes import SHAPES, overridden
@@ -107,7 +108,7 @@ def test_bad_system_names_are_refused(names: list[str], message: str) -> None:
         ({"repeats": 0}, "repeats is 0"),
         ({"tokens": 0}, "tokens is 0"),
         ({"max_seconds": 0}, "max_seconds"),
-        ({"limit": "40%"}, "give bytes"),
+        ({"limit": "40%"}, 'write "900MB"'),
     ],
 )
 def test_bad_plans_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -245,12 +246,12 @@ def test_decoding_stops_when_its_time_is_over() -> None:
 
 
 def test_a_process_that_the_limit_ends_is_a_result(controller: Controller, checkpoint: Path) -> None:
-    run = launch(spec_of(checkpoint, budget="50%"), [], limit_bytes=64 * MIB, controller=controller)
+    run = measure_decoding(spec_of(checkpoint, budget="50%"), limit_bytes=64 * MIB, controller=controller)
     assert (run.outcome, run.found) == (KILLED, {}) and run.limit_bytes == 64 * MIB and run.limit_hits > 0
 
 
 def test_a_process_that_refuses_says_why(checkpoint: Path) -> None:
-    run = launch(spec_of(checkpoint, budget="1KB"), [])
+    run = measure_decoding(spec_of(checkpoint, budget="1KB"))
     assert run.outcome == FAILED and "bytes short" in run.error and run.limit_bytes is None
 
 
@@ -262,7 +263,6 @@ def test_the_budget_is_what_the_limit_leaves(checkpoint: Path) -> None:
     assert limit_budget(index, 900_000_000, 380_000_000, 32).expert_bytes == index.expert_bytes_total
     with pytest.raises(BudgetError, match=r"leaves 0 for experts.*at least 0\.\d+GB"):
         limit_budget(index, 390_000_000, 380_000_000, 32)
-    assert 0 < RESERVE_SHARE < 0.1
 
 
 def test_a_limit_that_no_process_could_keep_is_refused_before_anything_is_prepared(
@@ -325,7 +325,7 @@ def test_an_interrupted_bench_goes_on_and_does_not_try_the_killed_again(
             return Launched(FAILED, {}, error="a reason")
         return Launched(KILLED, {}) if name == "stock" else Launched(MEASURED, {"token_s": [1.0]})
 
-    monkeypatch.setattr(runner, "launch", answer)
+    monkeypatch.setattr(runner, "measure_decoding", answer)
     given = prepared_for(checkpoint, routed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(plan, given, tmp_path, None, lambda *_: None)
@@ -350,7 +350,7 @@ def test_the_table_has_medians_spread_ratios_and_bounds(checkpoint: Path, routed
     given = prepared_for(checkpoint, routed)
     table, notes = summarise(plan, given, results, "emoe")
     logged = as_metrics(table, notes)
-    assert logged["emoe/tokens_per_s"] == pytest.approx(5) and all(metric_of(name) is not None for name in logged)
+    assert logged["emoe/tokens_per_s"] == pytest.approx(5) and all(metric_of(name).meaning for name in logged)
     rows = table.set_index("system")
     emoe = rows.loc["emoe"]
     assert (emoe["tokens_per_s"], emoe["tokens_per_s_low"], emoe["tokens_per_s_high"]) == pytest.approx((5, 2.5, 10))
