@@ -96,12 +96,6 @@ class Run:
             rows.append(Metric(name, float(value), now_ms, step))
         self._client.log_batch(self.run_id, metrics=rows)
 
-    def log_stats(self, stats: Mapping[str, Any]) -> None:
-        """Record a flat dictionary such as ``engine.stats().to_dict()``: numbers as metrics, the rest as tags."""
-        numeric = {n: v for n, v in stats.items() if isinstance(v, numbers.Real) and not isinstance(v, bool)}
-        self.log_metrics({name: float(value) for name, value in numeric.items()})
-        self.log_tags({f"emoe.{name}": value for name, value in stats.items() if name not in numeric})
-
     def log_tags(self, tags: Mapping[str, Any]) -> None:
         """Record tags."""
         from mlflow.entities import RunTag

@@ -69,14 +69,6 @@ def test_within_a_sweep_the_sweeps_run_is_continued_and_left_open(
     assert open_store().get_experiment_by_name("elsewhere") is None
 
 
-def test_a_flat_record_becomes_metrics_and_tags(bench: Bench) -> None:
-    with tracking.run("by hand", "first") as run:
-        run.log_stats({"hits": 3, "hit_rate": 0.5, "policy": "lru", "cold_start": True})
-    data = open_store().get_run(run.run_id).data
-    assert data.metrics == {"hits": 3.0, "hit_rate": 0.5}
-    assert (data.tags["emoe.policy"], data.tags["emoe.cold_start"]) == ("lru", "True")
-
-
 @pytest.mark.parametrize("value", ["many", [1, 2], {"a": 1}])
 def test_a_metric_that_is_no_number_is_refused(bench: Bench, value: object) -> None:
     with pytest.raises(ExperimentError, match="a metric is one number"), tracking.run("by hand", "first") as run:
