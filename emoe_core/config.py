@@ -117,8 +117,8 @@ class EngineConfig:
                 raise OptionError("give a tolerance or max_quality_loss, not both: the target chooses the tolerance")
             if self.profile is None:
                 raise OptionError(
-                    "max_quality_loss needs a task profile of this model: measure one with `emoe profile MODEL` and "
-                    "pass it as profile=Profile.load(path)"
+                    "max_quality_loss needs a task profile of this model: measure one with `emoe model profile MODEL` "
+                    "and pass it as profile=Profile.load(path)"
                 )
         make_interval(self.interval, self.min_coverage)
         require_known(self.replan, REPLANS, "replan")

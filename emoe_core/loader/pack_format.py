@@ -29,7 +29,7 @@ from emoe_core.files import parse, typed
 
 VERSION = 2
 _VERSION, _DESCRIPTION, _CHECKSUM = "pack_version", "pack", "pack_checksum"
-FIX = "Write it again: emoe pack CHECKPOINT --force"
+FIX = "Write it again: emoe model pack CHECKPOINT --force"
 Progress = Callable[[int, int], None]
 """Called with (records done, records in all)."""
 
@@ -282,7 +282,7 @@ def _check_belongs(pack: Pack, index: CheckpointIndex) -> None:
     if pack.source_hash != index.source_hash:
         raise PackError(
             f"{pack.path} was made from another checkpoint than {index.path}. Write one for it: "
-            f"emoe pack CHECKPOINT --force"
+            f"emoe model pack CHECKPOINT --force"
         )
     if pack.expert_format != index.expert_dtype or tuple(layer.spec for layer in pack.layers) != index.layers:
         raise PackError(

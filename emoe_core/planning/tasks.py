@@ -287,7 +287,7 @@ class Profile:
                 ProfileError,
                 "profile",
                 "a task profile",
-                "measure it again with `emoe profile`",
+                "measure it again with `emoe model profile`",
             )
         except FileNotFoundError:
             raise ProfileError(f"there is no task profile at {source}; measure one or give another path.") from None

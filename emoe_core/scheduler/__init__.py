@@ -68,5 +68,5 @@ def make_scheduler(name: str, costs: ServingCosts | None, max_bypassed: int = MA
     if name in COSTLESS:
         return COSTLESS[name](max_bypassed)
     if costs is None:
-        raise CostsError(f"scheduler {name!r} decides by measured costs: measure them with `emoe costs MODEL`")
+        raise CostsError(f"scheduler {name!r} decides by measured costs: measure them with `emoe model costs MODEL`")
     return _COSTED[name](costs, max_bypassed)

@@ -126,7 +126,7 @@ def test_an_altered_expert_is_noticed_and_the_engine_stays_usable(model: Path, t
     file.write_bytes(altered)
     with load(model, tmp_path, predictor=None) as engine:
         for _ in range(2):
-            with pytest.raises(PackError, match=r"layer 1 .* was altered .*emoe pack CHECKPOINT --force"):
+            with pytest.raises(PackError, match=r"layer 1 .* was altered .*emoe model pack CHECKPOINT --force"):
                 forward(engine)
         engine.loader.settle()
         engine.loader.table.check()

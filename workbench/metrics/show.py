@@ -125,3 +125,8 @@ def show_number(value: float) -> str:
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def show_count(number: int, noun: str) -> str:
+    """Return ``1 thread`` or ``2 threads``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

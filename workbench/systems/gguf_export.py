@@ -113,7 +113,7 @@ def _check_space(target: Path, needed_bytes: int) -> None:
     if free_bytes < needed_bytes + 10**8:
         raise DataError(
             f"the GGUF file needs {needed_bytes:,} bytes, {target.parent} has {free_bytes:,} free. Free space, or "
-            f"leave llama.cpp out of --systems."
+            f"leave llama.cpp out of --system."
         )
 
 
@@ -150,7 +150,7 @@ def _require_supported(index: CheckpointIndex) -> str:
     if index.model_type not in ARCHITECTURES:
         raise UnsupportedFamilyError(
             f"model type {index.model_type!r} has no GGUF export here (there is one for {', '.join(ARCHITECTURES)}): "
-            f"leave llama.cpp out of --systems"
+            f"leave llama.cpp out of --system"
         )
     architecture = ARCHITECTURES[index.model_type]
     differing = []
@@ -168,7 +168,7 @@ def _require_supported(index: CheckpointIndex) -> str:
         differing.append("scaled rotary embeddings")
     if differing:
         raise UnsupportedFamilyError(
-            f"llama.cpp computes {index.model_type} otherwise with {', '.join(differing)}: leave it out of --systems"
+            f"llama.cpp computes {index.model_type} otherwise with {', '.join(differing)}: leave it out of --system"
         )
     return architecture
 

@@ -80,7 +80,7 @@ def test_the_checkpoint_is_left_as_it_was(index: CheckpointIndex, tmp_path: Path
 def test_a_truncated_pack_is_refused_with_the_fix(index: CheckpointIndex, tmp_path: Path, lost_bytes: int) -> None:
     file = write_pack(index, tmp_path / "experts.emoe")
     os.truncate(file, file.stat().st_size - lost_bytes)
-    with pytest.raises(PackError, match=r"truncated.*emoe pack .*--force"):
+    with pytest.raises(PackError, match=r"truncated.*emoe model pack .*--force"):
         Pack.open(file)
 
 

@@ -48,7 +48,9 @@ class Recipe:
         path = Path(folder) if folder is not None else RECIPES / cls.kind
         if not (path / DESCRIPTION).exists() or not (path / ADAPTERS).exists():
             name = next((name for name, kind in EMBEDDED.items() if kind == cls.kind), cls.kind)
-            raise CheckpointError(f"{path} holds no recipe; `emoe model train {name} --out FOLDER` computes one.")
+            raise CheckpointError(
+                f"{path} holds no recipe; `python scripts/train_reference.py {name} --out FOLDER` computes one."
+            )
         description = json.loads((path / DESCRIPTION).read_text())
         if description["kind"] != cls.kind:
             raise CheckpointError(f"{path} holds a recipe of the kind {description['kind']!r}, not {cls.kind!r}.")

@@ -285,8 +285,13 @@ def profile_path(model_hash: str) -> Path:
     return cache_dir() / "profiles" / f"{model_hash[:24]}.json"
 
 
-def stored_profile(checkpoint: str | Path) -> Profile:
+def stored_profile(model: str | Path) -> Profile:
     """Return a model's profile: the one measured here, else the one that comes with an embedded model.
+
+    Parameters
+    ----------
+    model : str or Path
+        As for `resolve_model`; errors name it so.
 
     Raises
     ------
@@ -295,12 +300,10 @@ def stored_profile(checkpoint: str | Path) -> Profile:
     ProfileError
         When the one measured here is damaged or of an older format.
     """
-    model_hash = open_checkpoint(checkpoint).source_hash
+    model_hash = open_checkpoint(resolve_model(model)).source_hash
     for path in (profile_path(model_hash), *sorted(RECIPES.glob("*/profile.json"))):
         if path.exists():
             profile = Profile.load(path)
             if profile.model_hash == model_hash:
                 return profile
-    raise DataError(
-        f"{checkpoint} has no task profile yet: measure one with `emoe profile {shlex.quote(str(checkpoint))}`"
-    )
+    raise DataError(f"{model} has no task profile yet: measure one with `emoe model profile {shlex.quote(str(model))}`")

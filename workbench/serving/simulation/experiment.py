@@ -142,7 +142,7 @@ def simulate_serving(
         Called with (stage, done, total).
     """
     if not costs.tasks:
-        raise OptionError("these costs describe no task: measure them with `emoe costs MODEL`")
+        raise OptionError("these costs describe no task: measure them with `emoe model costs MODEL`")
     coming = make_arrivals(config, costs) if arrivals is None else list(arrivals)
     promised = objectives(coming, costs, config.ttft_factor, config.tpot_factor)
     replicas = [make_replica(config, costs, place) for place in range(config.replicas)]
