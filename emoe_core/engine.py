@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emoe_core import generation
@@ -32,7 +31,6 @@ from emoe_core.experts import layer as experts
 from emoe_core.experts.attach import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
 from emoe_core.experts.trace import RoutingTrace, TraceRecorder
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
-from emoe_core.html_view import heading, layer_map
 from emoe_core.kernel_cache import bound_kernel_caches
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.eviction import make_table
@@ -272,15 +270,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _repr_html_(self) -> str:
-        told = f"{self.index.path.name}, {self.index.dtype}, {self.device}, budget {self.plan.budget.text}"
-        head = heading(self.index.model_type, f"{told}, tolerance {self.tolerance}")
-        resident = np.zeros((len(self.plan.num_experts), self._most_experts))
-        for entry in self.loader.table.entries():
-            resident[entry.layer, entry.expert] = 1
-        residents = layer_map(resident, None, "which experts are resident", "Filled: resident.")
-        return head + self.memory()._repr_html_() + residents + self.stats()._repr_html_()
 
     def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
         """Admit requests whose rows the next prefill will hold; see `ForwardPasses.admit`."""
