@@ -138,16 +138,6 @@ class Engine:
         """Answer prompts greedily; see `generation.generate`."""
         return generation.generate(self, prompts, tasks, max_new_tokens, batch_size, chat, on_token)
 
-    def score(
-        self,
-        sequences: Sequence[generation.TokenPair],
-        tasks: Sequence[str | None] | None = None,
-        *,
-        stepwise: bool = False,
-    ) -> list[generation.Scored]:
-        """Return teacher-forced log-probabilities of given continuations; see `generation.score`."""
-        return generation.score(self, sequences, tasks, stepwise)
-
     def restart(self, **changes: Any) -> None:
         """Begin anew, as a fresh load with changed options would, without reading the model again.
 

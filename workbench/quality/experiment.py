@@ -34,6 +34,7 @@ from workbench.quality.token_quality import TokenQuality, bootstrap_interval, co
 from workbench.replay.predictor_training import stored_predictor
 from workbench.replay.references import Reference, reference_outputs
 from workbench.replay.residency import ResidencyWatch, replayed_hit_rates
+from workbench.replay.scoring import score
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 from workbench.workloads.labels import told_tasks
 
@@ -209,7 +210,7 @@ def score_prompts(
     for place, (prompt, task, expected) in enumerate(zip(prompts, told, reference.outputs, strict=True)):
         before = engine.stats().counters
         started = time.perf_counter()
-        scored = engine.score([(expected.prompt_ids, expected.token_ids)], [task], stepwise=stepwise)[0]
+        scored = score(engine, [(expected.prompt_ids, expected.token_ids)], [task], stepwise=stepwise)[0]
         elapsed_s = time.perf_counter() - started
         if watch is not None:
             watch.after_prompt()

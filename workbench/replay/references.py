@@ -30,6 +30,7 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.loader.cache_folder import cache_dir
+from workbench.replay.scoring import Scored, score
 
 FORMAT = 2
 BATCH = 24
@@ -187,12 +188,12 @@ def _compute(job: Path) -> None:
             answers = engine.generate(texts, max_new_tokens=spec.max_new_tokens, batch_size=BATCH)
             for place, (prompt, answer) in enumerate(zip(texts, answers, strict=True)):
                 engine.forget_trace()
-                scored = engine.score([(answer.prompt_ids, answer.token_ids)])[0]
+                scored = score(engine, [(answer.prompt_ids, answer.token_ids)])[0]
                 _write(spec.path(prompt), answer, scored, engine.trace())
                 print("done", start + place + 1, len(prompts), flush=True)
 
 
-def _write(path: Path, answer: emoe_core.Generation, scored: emoe_core.Scored, trace: RoutingTrace) -> None:
+def _write(path: Path, answer: emoe_core.Generation, scored: Scored, trace: RoutingTrace) -> None:
     columns = {name: np.asarray(getattr(trace, name)) for name in TRACE_COLUMNS}
     columns["chosen"] = columns["chosen"].astype(np.int16)
     row = {

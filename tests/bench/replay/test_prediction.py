@@ -15,6 +15,7 @@ from emoe_core.predictor import PREDICTORS, LastPromptPredictor, OraclePredictor
 from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
 from workbench.replay.counting_loader import CountingLoader
 from workbench.replay.prediction import PromptUse, compare, next_element_scores, prompt_uses, replay
+from workbench.replay.scoring import score
 
 TASKS = ("qa", "code")
 
@@ -100,7 +101,7 @@ def test_next_element_scores_of_hindsight_are_one_and_of_a_constant_are_not() ->
 def test_a_use_is_what_the_trace_counts(tmp_path: Path) -> None:
     folder = tiny_moe(tmp_path / "model", seed=3)
     with emoe_core.load(folder, budget="100%", predictor=None, record=True, pack_dir=tmp_path) as engine:
-        engine.score([([1, 2, 3], [4, 5]), ([6, 7], [8])], ["qa", "code"])
+        score(engine, [([1, 2, 3], [4, 5]), ([6, 7], [8])], ["qa", "code"])
         trace = engine.trace()
     uses = prompt_uses(trace)
     assert [use.task for use in uses] == ["qa", "code"]
