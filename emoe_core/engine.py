@@ -42,7 +42,7 @@ from emoe_core.loader.storage import HostMemory, PackedFile
 from emoe_core.metrics import RunStats
 from emoe_core.planning.control import ControlLoop
 from emoe_core.planning.interval import make_interval
-from emoe_core.predictor import Predictor, make_predictor
+from emoe_core.predictor import NO_PREDICTOR, Predictor, make_predictor
 from emoe_core.serving.kv_cache import obstacle
 from emoe_core.session import ForwardPasses
 from emoe_core.timeline import Timeline
@@ -224,7 +224,7 @@ class Engine:
             top_k_share=self.plan.top_k_share,
             tolerance=self.tolerance,
             policy=self.config.policy,
-            predictor=self.config.predictor or "none",
+            predictor=NO_PREDICTOR if self.control.predictor is None else self.control.predictor.name,
             interval=self.config.interval,
             cold_start=self.control.cold,
             storage=self.loader.storage.description,

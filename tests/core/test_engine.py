@@ -57,7 +57,7 @@ def forward(engine: emoe_core.Engine, ids: torch.Tensor = IDS) -> torch.Tensor:
     [
         ({"bugdet": "40%"}, OptionError, "unknown option bugdet: the options are attn_implementation, budget"),
         ({"policy": "clock"}, OptionError, "choose one of decayed_demand, least_stale, lfu, lru, static"),
-        ({"predictor": "oracle"}, OptionError, "choose one of activation_map"),
+        ({"predictor": "oracle"}, OptionError, "choose one of frequency"),
         ({"device": "abacus"}, OptionError, "use 'auto', 'cpu' or 'cuda'"),
         ({"device": "meta"}, OptionError, "not supported"),
         ({"tolerance": 1.5}, OptionError, r"must lie in \[0, 1\]"),

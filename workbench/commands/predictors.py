@@ -29,8 +29,8 @@ def train(
     out: Annotated[Path | None, typer.Option(help="File to write; the cache when not given.")] = None,
 ) -> None:
     """Train the transformer predictor of a model from recorded routing (records what is missing)."""
-    from emoe_core.predictor.training import TrainingOptions
     from workbench.metrics.show import show_bytes
+    from workbench.predictors.training import TrainingOptions
     from workbench.progress import stage_bars
     from workbench.replay.predictor_training import predictor_path, train_predictor
     from workbench.replay.recording import RecordingConfig, record

@@ -22,6 +22,7 @@ from emoe_core.errors import EmoeError, ExperimentError
 from emoe_core.experts.trace import RoutingTrace
 from workbench.machine.busy import OtherWork
 from workbench.machine.process_counters import status_bytes
+from workbench.systems.option_names import resolve_options
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,7 @@ def reset_peak() -> bool:
 def _run_emoe(spec: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     options = {name: value for name, value in spec["options"].items() if name != "implementation"}
-    with emoe_core.load(spec["checkpoint"], **options) as engine:
+    with emoe_core.load(spec["checkpoint"], **resolve_options(options)) as engine:
         if spec["warm_trace"]:
             engine.warm_start(RoutingTrace.load(Path(spec["warm_trace"])))
         load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()

@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 
 import emoe_core
 from emoe_core.errors import DataError, OptionError, PredictorError
-from emoe_core.predictor import FrequencyPredictor, make_predictor
+from emoe_core.predictor import make_predictor
+from emoe_core.predictor.frequency import FrequencyPredictor
 from emoe_core.predictor.network import SMOOTHING, NetworkShape, ShareNetwork
-from emoe_core.predictor.training import Example, TrainingOptions, train
 from emoe_core.predictor.transformer import PredictorHeader, TransformerPredictor
 from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
+from workbench.predictors.training import Example, TrainingOptions, train
 from workbench.replay.scoring import score
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "epochs": 12, "streams": 8, "longest": 24}
