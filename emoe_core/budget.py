@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from emoe_core.checkpoint.index import CheckpointIndex, MoeLayer
-from emoe_core.errors import BudgetError
+from emoe_core.errors import BudgetError, OptionError
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
 
-__all__ = ["Budget", "MemoryBreakdown", "SlotPlan", "memory_breakdown", "plan_layers", "plan_slots"]
+__all__ = ["Budget", "MemoryBreakdown", "SlotPlan", "amount_bytes", "memory_breakdown", "plan_layers", "plan_slots"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -91,6 +91,30 @@ class Budget:
         if match and match[2].upper() in _UNITS:
             return Budget("bytes", math.floor(_number(match[1]) * _UNITS[match[2].upper()]), text)
         raise BudgetError(f"cannot understand the budget {value!r}: {_EXAMPLES}")
+
+
+def amount_bytes(text: str, forms: str = '"900MB" or "1.5GiB"') -> int:
+    """Return an amount of memory that is not a budget, such as a limit, in bytes.
+
+    Parameters
+    ----------
+    text : str
+        Bytes as `Budget.parse` understands them.
+    forms : str
+        What may be written, for the message.
+
+    Raises
+    ------
+    OptionError
+        When it is no amount of bytes.
+    """
+    try:
+        found = Budget.parse(text)
+    except BudgetError:
+        found = None
+    if found is None or found.kind != "bytes":
+        raise OptionError(f"cannot understand the amount of memory {text!r}: write {forms}")
+    return int(found.value)
 
 
 @dataclass(frozen=True)

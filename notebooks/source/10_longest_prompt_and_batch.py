@@ -67,7 +67,7 @@ if controller is not None:
 # NBVAL_CHECK_OUTPUT
 rows = [] if trials is None else trials.done
 shown = [] if found is None else list(found.itertuples())
-print("no trial used more than its limit:", all(row.peak_bytes is None or row.peak_bytes <= row.limit_bytes for row in rows))
+print("no trial used more than its limit:", all(row.group_peak_bytes is None or row.group_peak_bytes <= row.limit_bytes for row in rows))
 print("results within the caps:", all(row.longest_tokens <= max_tokens and row.largest_batch <= max_batch for row in shown))
 
 # %%

@@ -9,7 +9,7 @@
 # What is simulated is waiting, loading and computing, not quality; `held_mass` is the share of routed choices that residents cover.
 
 # %% tags=["parameters"]
-model: str = "reference"  # whose measured costs: "reference", "tiny" (measured here), or a model after `emoe costs MODEL`
+model: str = "reference"  # whose measured costs: "reference", "tiny" (measured here), or a model after `emoe model costs MODEL`
 variants: str = "fcfs,edf,emoe,emoe_oracle"  # also shortest, affine, emoe_no_loading, shortest_oracle
 loads: str = "0.2,0.5,0.8"  # request rates, as shares of what full batches could serve
 arrivals: str = "poisson"  # poisson, gamma (bursty), azure, azure_conv, azure_code, mooncake, or the path of a trace

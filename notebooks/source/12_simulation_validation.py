@@ -6,7 +6,7 @@
 # the simulation by times of the real loop's own passes: what it still misses is the simulation's fault and not the machine's. Then the simulation alone: thousands of requests a second on as many replicas as that takes, beside the bounds that queueing cannot beat.
 
 # %% tags=["parameters"]
-model: str = "tiny"  # "reference", "tiny" (a random model of the tests), or a model after `emoe costs MODEL`
+model: str = "tiny"  # "reference", "tiny" (a random model of the tests), or a model after `emoe model costs MODEL`
 device: str = "auto"
 schedulers: str = "fcfs,emoe"  # also edf, shortest, affine, emoe_no_loading
 budget: str = "60%"  # of the engine; the costs of "reference" were measured under it

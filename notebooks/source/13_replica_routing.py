@@ -6,7 +6,7 @@
 # tasks together saves swaps and covers more of what the router networks ask for. Simulated, by costs measured on one real engine.
 
 # %% tags=["parameters"]
-model: str = "reference"  # whose measured costs: "reference", "tiny" (measured here), or a model after `emoe costs MODEL`
+model: str = "reference"  # whose measured costs: "reference", "tiny" (measured here), or a model after `emoe model costs MODEL`
 routers: str = "round_robin,least_loaded,affinity"
 replicas: int = 4  # engines behind the router
 scheduler: str = "fcfs"  # of each replica: fcfs, edf, shortest, affine, emoe, emoe_no_loading

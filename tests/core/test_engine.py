@@ -65,8 +65,8 @@ def forward(engine: emoe_core.Engine, ids: torch.Tensor = IDS) -> torch.Tensor:
         ({"tolerance": "high"}, OptionError, r"must lie in \[0, 1\]"),
         ({"interval": 0}, OptionError, "1 or more requests"),
         ({"replan": "never"}, OptionError, "admission, interval"),
-        ({"tier": "tape"}, OptionError, "'disk' or 'host'"),
-        ({"verify": "maybe"}, OptionError, "'first', 'always' or 'never'"),
+        ({"tier": "tape"}, OptionError, "choose one of disk, host"),
+        ({"verify": "maybe"}, OptionError, "choose one of first, always, never"),
         ({"threads": 0}, OptionError, "at least one thread"),
         ({"dtype": "int3"}, OptionError, "float32"),
         ({"budget": 5000}, BudgetError, "bytes short"),
@@ -122,7 +122,7 @@ def test_an_altered_expert_is_noticed_and_the_engine_stays_usable(model: Path, t
     file.write_bytes(altered)
     with load(model, tmp_path, predictor=None) as engine:
         for _ in range(2):
-            with pytest.raises(PackError, match=r"layer 1 .* was altered .*emoe pack CHECKPOINT --force"):
+            with pytest.raises(PackError, match=r"layer 1 .* was altered .*emoe model pack CHECKPOINT --force"):
                 forward(engine)
         engine.loader.settle()
         engine.loader.table.check()

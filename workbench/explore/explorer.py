@@ -33,7 +33,7 @@ from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
 from workbench.machine.busy import OtherWork
 from workbench.machine.process_counters import status_bytes
-from workbench.measure.serving_job import process_peak_bytes, reset_peak
+from workbench.measure.peak_memory import process_peak_bytes, reset_peak
 from workbench.models.names import resolve_model
 from workbench.quality.configuration import ORACLE, ExperimentConfig
 from workbench.quality.experiment import all_resident, quality_metrics, score_prompts, warm_trace

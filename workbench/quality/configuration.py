@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from emoe_core.config import EngineConfig
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, require_known
 from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.predictor import TRAINED
 from workbench.predictors import PREDICTORS
@@ -65,8 +65,7 @@ class ExperimentConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise OptionError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+        require_known(self.strategy, STRATEGIES, "strategy")
         if self.warm_prompts < 0 or self.answers < 0 or self.max_new_tokens < 1:
             raise OptionError("warm_prompts and answers must be 0 or more, max_new_tokens 1 or more")
         if self.strategy == ORACLE and self.answers:

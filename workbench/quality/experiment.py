@@ -116,10 +116,10 @@ def run_experiment(
     warm = warm_trace(config, checkpoint, progress)
     options = config.engine_options()
     if config.skipping or config.max_quality_loss is not None:
-        options["profile"] = profile or _stored_profile(checkpoint)
+        options["profile"] = profile or _stored_profile(config.model)
         options["max_quality_loss"] = config.max_quality_loss
     if config.strategy == TRAINED:
-        options["predictor_path"] = str(stored_predictor(checkpoint))
+        options["predictor_path"] = str(stored_predictor(config.model))
     told = told_tasks(prompts, config.labels, config.label_error, config.seed)
     if config.strategy == ORACLE:
         future = [(task, reference.trace.counts(place)) for place, task in enumerate(told)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import require_known
 from emoe_core.predictor import FREQUENCY, NO_PREDICTOR, TRAINED
 from workbench.predictors import PREDICTORS
 
@@ -27,9 +27,7 @@ def resolve_options(options: Mapping[str, Any]) -> dict[str, Any]:
     resolved = dict(options)
     name = options.get("predictor")
     if isinstance(name, str):
-        known = (*PREDICTORS, TRAINED, NO_PREDICTOR)
-        if name not in known:
-            raise OptionError(f"unknown predictor {name!r}: choose one of {', '.join(sorted(known))}")
+        require_known(name, sorted((*PREDICTORS, TRAINED, NO_PREDICTOR)), "predictor")
         if name != FREQUENCY:
             resolved["predictor"] = PREDICTORS.get(name, name)
     return resolved

@@ -102,9 +102,10 @@ def test_figures_show_every_task_stream_and_policy() -> None:
     shown = np.asarray(arrows.axes[1].images[0].get_array().filled(np.nan))
     assert shown[0, 0] == 1.0 and np.isnan(shown[3]).all(), "three tokens say nothing"
     lags = figures_patterns.lag_figure(pd.DataFrame({"routing": [0.5, 0.4]}, index=[1, 2]), pd.Series({1: 0.6}), 0.3)
-    assert lags.axes[1].get_ylim()[0] == 0
+    drawn = {line.get_label(): list(line.get_ydata()) for axis in lags.axes for line in axis.lines}
+    assert drawn == {"routing": [0.5, 0.4], "same answer": [0.6], "different answers": [0.3, 0.3]}
     mass = pd.DataFrame({name: [0.5, 1.0] for name in ("own", "task", "stream", "even")}, index=[1, 2])
-    assert len(figures_patterns.mass_figure(mass).axes[0].lines) == 4
+    assert [list(line.get_ydata()) for line in figures_patterns.mass_figure(mass).axes[0].lines] == [[0.5, 1.0]] * 4
     rows = [
         {"stream": stream, "policy": policy, "slots": slots, "misses": 4 - slots, "requests": 8}
         for stream in ("sticky", "uniform")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from rich.console import Console
 
 from emoe_core.budget import plan_slots
@@ -21,7 +22,7 @@ from workbench.bench import runner
 from workbench.bench.bandwidth import Bandwidths, memory_rate
 from workbench.bench.figure import bench_figure
 from workbench.bench.forced_tokens import ForcedTokens, forced_tokens
-from workbench.bench.limit_budget import RESERVE_SHARE, limit_budget
+from workbench.bench.limit_budget import limit_budget
 from workbench.bench.plan import BenchPlan, open_folder
 from workbench.bench.prepare import Prepared
 from workbench.bench.replay import replayed_loads
@@ -29,11 +30,12 @@ from workbench.bench.roofline import roofline
 from workbench.bench.routing_pass import RoutingPass, routing_pass
 from workbench.bench.runner import read_results, run_bench, schedule
 from workbench.bench.summary import as_metrics, summarise
-from workbench.commands.bench import _systems, bench_systems
+from workbench.commands.bench import _systems, show_systems
 from workbench.machine import control_groups
 from workbench.machine.control_groups import Controller, find_controller
 from workbench.measure.decode_job import decode_until, measure
-from workbench.measure.launch import FAILED, KILLED, MEASURED, Launched, launch
+from workbench.measure.decoding import measure_decoding
+from workbench.measure.launch import FAILED, KILLED, MEASURED, Launched
 from workbench.metrics.catalogue import metric_of
 from workbench.models.reference.tiny import tiny_moe
 from workbench.models.synthetic.shapes import SHAPES, overridden
@@ -106,7 +108,7 @@ def test_bad_system_names_are_refused(names: list[str], message: str) -> None:
         ({"repeats": 0}, "repeats is 0"),
         ({"tokens": 0}, "tokens is 0"),
         ({"max_seconds": 0}, "max_seconds"),
-        ({"limit": "40%"}, "give bytes"),
+        ({"limit": "40%"}, 'write "900MB"'),
     ],
 )
 def test_bad_plans_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -137,7 +139,8 @@ def test_every_system_is_listed_with_whether_it_runs_here_and_why_not(
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     monkeypatch.setattr(control_groups, "find_controller", no_limit)
-    bench_systems()
+    with pytest.raises(typer.Exit):
+        show_systems(True)
     told = capsys.readouterr().out
     lines = {words[0]: words[-1] for words in map(str.split, told.splitlines()) if words and words[0] in SYSTEMS}
     assert set(lines) == set(SYSTEMS) and all(system.what in told for system in SYSTEMS.values())
@@ -146,7 +149,8 @@ def test_every_system_is_listed_with_whether_it_runs_here_and_why_not(
 
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
     monkeypatch.setattr(control_groups, "find_controller", lambda: Controller(2, Path("/sys/fs/cgroup")))
-    bench_systems()
+    with pytest.raises(typer.Exit):
+        show_systems(True)
     told = capsys.readouterr().out
     lines = {words[0]: words[-1] for words in map(str.split, told.splitlines()) if words and words[0] in SYSTEMS}
     assert lines == dict.fromkeys(SYSTEMS, "yes")
@@ -242,12 +246,12 @@ def test_decoding_stops_when_its_time_is_over() -> None:
 
 
 def test_a_process_that_the_limit_ends_is_a_result(controller: Controller, checkpoint: Path) -> None:
-    run = launch(spec_of(checkpoint, budget="50%"), [], limit_bytes=64 * MIB, controller=controller)
+    run = measure_decoding(spec_of(checkpoint, budget="50%"), limit_bytes=64 * MIB, controller=controller)
     assert (run.outcome, run.found) == (KILLED, {}) and run.limit_bytes == 64 * MIB and run.limit_hits > 0
 
 
 def test_a_process_that_refuses_says_why(checkpoint: Path) -> None:
-    run = launch(spec_of(checkpoint, budget="1KB"), [])
+    run = measure_decoding(spec_of(checkpoint, budget="1KB"))
     assert run.outcome == FAILED and "bytes short" in run.error and run.limit_bytes is None
 
 
@@ -259,7 +263,6 @@ def test_the_budget_is_what_the_limit_leaves(checkpoint: Path) -> None:
     assert limit_budget(index, 900_000_000, 380_000_000, 32).expert_bytes == index.expert_bytes_total
     with pytest.raises(BudgetError, match=r"leaves 0 for experts.*at least 0\.\d+GB"):
         limit_budget(index, 390_000_000, 380_000_000, 32)
-    assert 0 < RESERVE_SHARE < 0.1
 
 
 def test_a_limit_that_no_process_could_keep_is_refused_before_anything_is_prepared(
@@ -322,7 +325,7 @@ def test_an_interrupted_bench_goes_on_and_does_not_try_the_killed_again(
             return Launched(FAILED, {}, error="a reason")
         return Launched(KILLED, {}) if name == "stock" else Launched(MEASURED, {"token_s": [1.0]})
 
-    monkeypatch.setattr(runner, "launch", answer)
+    monkeypatch.setattr(runner, "measure_decoding", answer)
     given = prepared_for(checkpoint, routed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(plan, given, tmp_path, None, lambda *_: None)
@@ -347,7 +350,7 @@ def test_the_table_has_medians_spread_ratios_and_bounds(checkpoint: Path, routed
     given = prepared_for(checkpoint, routed)
     table, notes = summarise(plan, given, results, "emoe")
     logged = as_metrics(table, notes)
-    assert logged["emoe/tokens_per_s"] == pytest.approx(5) and all(metric_of(name) is not None for name in logged)
+    assert logged["emoe/tokens_per_s"] == pytest.approx(5) and all(metric_of(name).meaning for name in logged)
     rows = table.set_index("system")
     emoe = rows.loc["emoe"]
     assert (emoe["tokens_per_s"], emoe["tokens_per_s_low"], emoe["tokens_per_s_high"]) == pytest.approx((5, 2.5, 10))
@@ -382,7 +385,7 @@ def test_a_whole_bench_runs_under_the_limit_and_shows_one_table(
 ) -> None:
     command = [
         sys.executable, "-m", "workbench.cli", "bench", str(checkpoint), "--out", str(tmp_path / "b"),
-        "--limit", "900MB", "--systems", "emoe,stock-eager:no-limit", "--repeats", "1", "--tokens", "4",
+        "--limit", "900MB", "--system", "emoe", "--system", "stock-eager:no-limit", "--repeats", "1", "--tokens", "4",
         "--prompt-tokens", "3", "--warm-tokens", "2", "--threads", "1", "--no-track",
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, timeout=900)

@@ -75,7 +75,7 @@ def test_an_engine_escapes_the_name_of_its_folder(tmp_path: Path) -> None:
 def test_a_terminal_shows_names_that_look_like_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     model, out = tiny_moe(tmp_path / "[/b]"), tmp_path / "[red]" / "[/x].emoe"
-    packed = CliRunner().invoke(app, ["pack", str(model), "--out", str(out)])
+    packed = CliRunner().invoke(app, ["model", "pack", str(model), "--out", str(out)])
     assert packed.exit_code == 0, packed.exception
     assert str(out) in packed.stdout
 

@@ -108,12 +108,12 @@ def test_a_target_that_is_no_loss_is_refused(target: float) -> None:
 
 @pytest.mark.parametrize("changes", [{"coverage": ()}, {"loss_scale": None}, {"layer_kl_nats": ()}])
 def test_a_profile_without_what_a_target_needs_is_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(ProfileError, match="emoe profile MODEL --extend"):
+    with pytest.raises(ProfileError, match="emoe model profile MODEL --extend"):
         choose(make_profile(**changes), 0.01, [EXPERTS] * LAYERS, TOP_K)
 
 
 def test_a_profile_of_another_shape_is_refused() -> None:
-    with pytest.raises(ProfileError, match="emoe profile"):
+    with pytest.raises(ProfileError, match="emoe model profile"):
         choose(make_profile(), 0.01, [EXPERTS] * (LAYERS + 1), TOP_K)
     with pytest.raises(ProfileError, match="knows 8 experts"):
         choose(make_profile(), 0.01, [EXPERTS + 1] * LAYERS, TOP_K)
@@ -132,7 +132,7 @@ PAIR = (list(range(40, 60)), list(range(60, 70)))
 
 
 def test_options_that_contradict_or_lack_a_profile_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="emoe profile"):
+    with pytest.raises(OptionError, match="emoe model profile"):
         emoe_core.load(checkpoint, max_quality_loss=0.01, pack_dir=tmp_path)
     with pytest.raises(OptionError, match="not both"):
         emoe_core.load(checkpoint, max_quality_loss=0.01, tolerance=0.5, profile=make_profile(), pack_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""Hard memory limits: a process over its limit is ended and told apart, groups do not stay, no limit is feigned."""
+"""Fresh processes: one over its limit is ended and told apart, groups do not stay, no limit is feigned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from emoe_core.errors import LimitError
 from workbench.machine.control_groups import PREFIX, Controller, Group, find_controller, limited_group
-from workbench.measure.hard_limit import run_limited
+from workbench.measure.fresh_process import run_process
 
 MIB = 2**20
 LIMIT_BYTES = 96 * MIB
@@ -37,37 +37,37 @@ def python(code: str, *arguments: object) -> list[str]:
 
 
 def test_a_process_over_its_limit_is_reported_as_killed_by_it(controller: Controller) -> None:
-    found = run_limited(python(ALLOCATE, 4 * LIMIT_BYTES), LIMIT_BYTES, controller=controller)
+    found = run_process(python(ALLOCATE, 4 * LIMIT_BYTES), limit_bytes=LIMIT_BYTES, controller=controller)
     assert found.killed_by_limit and found.returncode == -9 and not found.timed_out
     assert found.output == "" and found.limit_hits > 0
-    assert found.peak_bytes is None or 0.9 * LIMIT_BYTES < found.peak_bytes <= LIMIT_BYTES
+    assert found.group_peak_bytes is None or 0.9 * LIMIT_BYTES < found.group_peak_bytes <= LIMIT_BYTES
     assert groups(controller) == []
 
 
 def test_a_process_that_fits_runs_as_usual(controller: Controller) -> None:
-    found = run_limited(python(ALLOCATE, 32 * MIB), LIMIT_BYTES, controller=controller)
+    found = run_process(python(ALLOCATE, 32 * MIB), limit_bytes=LIMIT_BYTES, controller=controller)
     assert (found.returncode, found.output, found.killed_by_limit) == (0, "done\n", False), found.errors
     assert found.limit_bytes == LIMIT_BYTES
-    assert found.peak_bytes is None or 32 * MIB < found.peak_bytes < LIMIT_BYTES
+    assert found.group_peak_bytes is None or 32 * MIB < found.group_peak_bytes < LIMIT_BYTES
     assert groups(controller) == []
 
 
 def test_the_command_is_a_member_from_its_start(controller: Controller) -> None:
-    found = run_limited(["cat", "/proc/self/cgroup"], LIMIT_BYTES, controller=controller)
+    found = run_process(["cat", "/proc/self/cgroup"], limit_bytes=LIMIT_BYTES, controller=controller)
     assert PREFIX in found.output
 
 
 def test_other_deaths_are_not_put_down_to_the_limit(controller: Controller) -> None:
-    killed = run_limited(python("import os; os.kill(os.getpid(), 9)"), LIMIT_BYTES, controller=controller)
+    killed = run_process(python("import os; os.kill(os.getpid(), 9)"), limit_bytes=LIMIT_BYTES, controller=controller)
     assert killed.returncode == -9 and not killed.killed_by_limit
-    failed = run_limited(python("raise SystemExit('a reason')"), LIMIT_BYTES, controller=controller)
+    failed = run_process(python("raise SystemExit('a reason')"), limit_bytes=LIMIT_BYTES, controller=controller)
     assert failed.returncode == 1 and failed.errors == "a reason\n" and not failed.killed_by_limit
 
 
 def test_a_process_that_takes_too_long_is_ended_with_its_children(controller: Controller) -> None:
     # A shell and its child: started long before the time is up, also where others keep the cores busy.
     waiting = ["sh", "-c", "echo on; sleep 600 & wait"]
-    found = run_limited(waiting, LIMIT_BYTES, controller=controller, timeout_s=3.0)
+    found = run_process(waiting, limit_bytes=LIMIT_BYTES, controller=controller, timeout_s=3.0)
     assert found.timed_out and not found.killed_by_limit and found.output == "on\n"
     assert groups(controller) == []
 
@@ -78,7 +78,7 @@ def test_the_group_is_removed_after_an_error(controller: Controller, monkeypatch
 
     monkeypatch.setattr(Group, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_limited(["true"], LIMIT_BYTES, controller=controller)
+        run_process(["true"], limit_bytes=LIMIT_BYTES, controller=controller)
     assert groups(controller) == []
 
 
@@ -87,8 +87,39 @@ def test_a_process_that_cannot_be_put_under_the_limit_never_runs(
 ) -> None:
     monkeypatch.setattr(Group, "members", [])
     with pytest.raises(LimitError, match="did not arrive"):
-        run_limited(["touch", str(tmp_path / "ran")], LIMIT_BYTES, controller=controller)
+        run_process(["touch", str(tmp_path / "ran")], limit_bytes=LIMIT_BYTES, controller=controller)
     assert not (tmp_path / "ran").exists()
+
+
+def test_without_a_limit_a_command_runs_in_no_group_of_its_own_and_says_so() -> None:
+    found = run_process(["cat", "/proc/self/cgroup"])
+    assert found.returncode == 0 and PREFIX not in found.output
+    assert (found.limit_bytes, found.group_peak_bytes, found.killed_by_limit) == (None, None, False)
+
+
+def test_lines_are_told_while_the_command_runs(tmp_path: Path) -> None:
+    gate, told = tmp_path / "gate", []
+    os.mkfifo(gate)
+
+    def on_line(line: str) -> None:
+        told.append(line)
+        if line == "first\n":
+            gate.write_text("")  # opens the gate: the command goes on
+
+    command = python("import sys; print('first', flush=True); open(sys.argv[1]).read(); print('last')", gate)
+    found = run_process(command, on_line=on_line, timeout_s=120.0)
+    assert found.output == "first\nlast\n" and told == ["first\n", "last\n"]
+
+
+def test_much_that_is_said_on_both_streams_stops_nobody() -> None:
+    loud = "import sys; [print('x' * 9999, file=stream) for stream in (sys.stderr, sys.stdout) for _ in range(50)]"
+    found = run_process(python(loud))
+    assert found.returncode == 0 and len(found.output) == len(found.errors) == 50 * 10_000
+
+
+def test_without_a_limit_too_a_slow_command_is_ended_with_its_children() -> None:
+    found = run_process(["sh", "-c", "echo on; sleep 600 & wait"], timeout_s=3.0)
+    assert found.timed_out and found.returncode == -9 and found.output == "on\n"
 
 
 def fake_proc(folder: Path, mount: str) -> Path:
@@ -143,8 +174,8 @@ def test_a_limit_above_that_of_the_group_around_it_is_refused(controller: Contro
 def test_the_command_does_not_outlive_a_killed_parent(controller: Controller, tmp_path: Path) -> None:
     written = tmp_path / "pid"
     inner = f"import os, time; open({str(written)!r}, 'w').write(str(os.getpid()) + ' '); time.sleep(60)"
-    start = f"run_limited([sys.executable, '-c', {inner!r}], {LIMIT_BYTES})"
-    outer = f"import sys; from workbench.measure.hard_limit import run_limited; {start}"
+    start = f"run_process([sys.executable, '-c', {inner!r}], limit_bytes={LIMIT_BYTES})"
+    outer = f"import sys; from workbench.measure.fresh_process import run_process; {start}"
     parent = subprocess.Popen([sys.executable, "-c", outer])
     until(lambda: written.exists() and written.read_text().endswith(" "))
     parent.kill()

@@ -1,16 +1,17 @@
-"""Reading JSON that others may have written, and writing our own files: whole or not at all.
+"""Files of our own, written whole or not at all, and reading JSON that others may have written.
 
-One of our own files is one object with a ``format`` number, and becomes a frozen dataclass: `typed` checks every field
-against its annotation. Whatever a file holds, reading it raises an error that a user can mend, and no more than
-`MAX_BYTES` of it are taken into memory.
+A file or folder is made in a folder beside its place and renamed when it is complete. One of our own JSON files is one
+object with a ``format`` number, and becomes a frozen dataclass: `typed` checks every field against its annotation.
+Whatever a file holds, reading it raises an error that a user can mend, and no more than `MAX_BYTES` of it are taken
+into memory.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,22 +22,44 @@ from emoe_core.errors import EmoeError
 
 MAX_BYTES = 64 << 20
 """More than any configuration, index of shards or profile comes to."""
+SCRATCH = ".unfinished-"
+"""How the folders begin in which things lie that are not whole yet; only a killed process leaves one."""
 Kind = TypeVar("Kind")
 
 
-def write_whole(path: str | Path, text: str) -> Path:
-    """Write a text file atomically, with its folder, and return its path; nothing is left behind on failure."""
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a path to write a file to, which takes the place of ``path`` when the block ends without an error.
+
+    Its folder is made if missing. The yielded path has the same name; nothing of it is left behind on failure.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(scratch).replace(target)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
-    return target
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=SCRATCH) as folder:
+        scratch = Path(folder) / target.name
+        yield scratch
+        scratch.replace(target)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, as `whole_file` does a path; what stands at ``path`` goes when it is complete."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=SCRATCH, ignore_cleanup_errors=True) as folder:
+        scratch = Path(folder) / target.name
+        scratch.mkdir()
+        yield scratch
+        if target.exists():
+            target.rename(Path(folder) / "replaced")
+        scratch.rename(target)
+
+
+def write_whole(path: str | Path, text: str) -> Path:
+    """Write a text file as `whole_file` does, and return its path."""
+    with whole_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+    return Path(path)
 
 
 def read_object(

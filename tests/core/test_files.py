@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emoe_core.json_file import MAX_BYTES, parse, read_text, write_whole
+from emoe_core.files import MAX_BYTES, parse, read_text, whole_folder, write_whole
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.planning.tasks import Profile, ProfileError
 
@@ -18,6 +18,19 @@ def test_a_write_that_fails_midway_leaves_the_old_file_and_nothing_beside_it(tmp
         write_whole(path, "new " * 100_000 + "\ud800")
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "folder"
+    with whole_folder(path) as scratch:
+        (scratch / "old").touch()
+    with pytest.raises(KeyboardInterrupt), whole_folder(path) as scratch:
+        (scratch / "half").touch()
+        raise KeyboardInterrupt
+    assert [file.name for file in path.iterdir()] == ["old"]
+    with whole_folder(path) as scratch:
+        (scratch / "new").touch()
+    assert [file.name for file in path.iterdir()] == ["new"] and list(path.parent.iterdir()) == [path]
 
 
 def test_a_file_beyond_the_limit_is_refused_unread(tmp_path: Path) -> None:

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from workbench.commands.checkpoints import ModelArgument
+from workbench.commands.groups import command_group
+from workbench.commands.options import AnswerTokens, Model, OutFile, Seed, Source
 
-predictor_app = typer.Typer(help="Predictors of expert use.", no_args_is_help=True)
+app = command_group("Predictors of expert use.")
 
 
-@predictor_app.command("train")
+@app.command("train")
 def train(
-    model: ModelArgument = "reference",
-    variant: Annotated[str, typer.Option(help="'A': all layers at once; 'L': layer by layer.")] = "A",
+    model: Model = "reference",
+    variant: Annotated[Literal["A", "L"], typer.Option(help="A: all layers at once; L: layer by layer.")] = "A",
     prompts: Annotated[int, typer.Option(help="Prompts of the profile split to learn from.")] = 240,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each recorded answer.")] = 24,
-    source: Annotated[str, typer.Option(help="Prompts: 'embedded', 'fixture' or 'hub'.")] = "embedded",
+    max_new_tokens: AnswerTokens = 24,
+    source: Source = "embedded",
     epochs: Annotated[int, typer.Option(help="Epochs at most; training stops when held-out loss rises.")] = 120,
     width: Annotated[int, typer.Option(help="Width of the network.")] = 64,
     depth: Annotated[int, typer.Option(help="Layers of the network.")] = 2,
-    seed: Annotated[int, typer.Option(help="Seed of prompts, streams and weights.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="File to write; the cache when not given.")] = None,
+    seed: Seed = 0,
+    out: OutFile = None,
 ) -> None:
-    """Train the transformer predictor of a model from recorded routing (records what is missing)."""
+    """Train the transformer predictor of a model from recorded routing, made if missing."""
     from workbench.metrics.show import show_bytes
     from workbench.predictors.training import TrainingOptions
     from workbench.progress import stage_bars
@@ -55,18 +55,18 @@ def train(
     Console().print(f"Predictor: [bold]{escape(str(path))}[/]", soft_wrap=True)
 
 
-@predictor_app.command("evaluate")
+@app.command("evaluate")
 def evaluate(
-    model: ModelArgument = "reference",
-    slots: Annotated[list[int] | None, typer.Option(help="Slots a layer; may be given several times.")] = None,
+    model: Model = "reference",
+    slots: Annotated[list[int] | None, typer.Option(help="Slots a layer; repeatable.")] = None,
     interval: Annotated[int, typer.Option(help="p: predict before every p-th prompt.")] = 1,
     prompts: Annotated[int, typer.Option(help="Prompts of each test stream.")] = 120,
     warm_prompts: Annotated[int, typer.Option(help="Prompts that predictors observe first; 0 is a cold start.")] = 240,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each recorded answer.")] = 24,
-    source: Annotated[str, typer.Option(help="Prompts: 'embedded', 'fixture' or 'hub'.")] = "embedded",
-    seed: Annotated[int, typer.Option(help="Seed of the streams.")] = 0,
+    max_new_tokens: AnswerTokens = 24,
+    source: Source = "embedded",
+    seed: Seed = 0,
 ) -> None:
-    """Compare all predictors by replay of recorded routing (records what is missing)."""
+    """Compare all predictors by replay of recorded routing, made if missing."""
     from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.errors import OptionError
     from workbench.metrics.show import show_bytes

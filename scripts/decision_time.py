@@ -1,6 +1,6 @@
 """How long a scheduler takes to decide, with many waiting: a benchmark, not a test.
 
-    python -m workbench.serving.simulation.decision_time --waiting 1000
+    python scripts/decision_time.py --waiting 1000
 
 Each decision starts from a queue of that many requests of six tasks and a batch of ``--max-batch`` with ``--free``
 places, and is timed in processor time of this thread, so that other work on the machine does not count.
@@ -8,11 +8,12 @@ places, and is timed in processor time of this thread, so that other work on the
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
+from typing import Annotated
 
 import numpy as np
+import typer
 
 from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.scheduler import (
@@ -25,6 +26,7 @@ from emoe_core.scheduler import (
     make_scheduler,
 )
 from emoe_core.scheduler.costs import ServingCosts, TaskLoad
+from workbench.cli import run_script
 
 
 def decision_times_s(name: str, waiting: int, max_batch: int, free: int, repeats: int, seed: int = 0) -> np.ndarray:
@@ -61,21 +63,22 @@ def _costs() -> ServingCosts:
     )
 
 
-def main() -> None:
+def time_decisions(
+    waiting: Annotated[int, typer.Option(help="Requests in the queue.")] = 1000,
+    max_batch: Annotated[int, typer.Option(help="Places in the batch.")] = 32,
+    free: Annotated[
+        list[int] | None, typer.Option(help="Free places in it; repeatable. 1 and 32 if not given.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Decisions that are timed.")] = 200,
+) -> None:
     """Print a line of JSON for each scheduler: median and P99 of its decisions, in milliseconds."""
-    parser = argparse.ArgumentParser(description="Time the decisions of every scheduler.")
-    parser.add_argument("--waiting", type=int, default=1000)
-    parser.add_argument("--max-batch", type=int, default=32)
-    parser.add_argument("--free", type=int, nargs="+", default=[1, 32], help="free places in the batch")
-    parser.add_argument("--repeats", type=int, default=200)
-    given = parser.parse_args()
-    for free in given.free:
+    for places in free or [1, 32]:
         for name in SCHEDULERS:
-            times = decision_times_s(name, given.waiting, given.max_batch, min(free, given.max_batch), given.repeats)
+            times = decision_times_s(name, waiting, max_batch, min(places, max_batch), repeats)
             figures = {"median_ms": round(1e3 * float(np.median(times)), 3)}
             figures["p99_ms"] = round(1e3 * float(np.percentile(times, 99)), 3)
-            print(json.dumps({"scheduler": name, "waiting": given.waiting, "free": free} | figures))
+            print(json.dumps({"scheduler": name, "waiting": waiting, "free": places} | figures))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(time_decisions)
