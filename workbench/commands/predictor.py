@@ -30,8 +30,8 @@ def train(
     out: OutFile = None,
 ) -> None:
     """Train the transformer predictor of a model from recorded routing, made if missing."""
-    from emoe_core.predictor.training import TrainingOptions
     from workbench.metrics.show import show_bytes
+    from workbench.predictors.training import TrainingOptions
     from workbench.replay.predictor_training import predictor_path, train_predictor
     from workbench.replay.recording import RecordingConfig, record
 
@@ -46,7 +46,7 @@ def train(
     table = Table(title=f"Predictor {variant}", show_header=False)
     table.add_row("held-out loss", f"{metrics['held_out_loss_nats']:.4f} nats")
     table.add_row("decayed frequency", f"{metrics['base_loss_nats']:.4f} nats")
-    table.add_row("hindsight", f"{metrics['entropy_nats']:.4f} nats")
+    table.add_row("oracle", f"{metrics['entropy_nats']:.4f} nats")
     table.add_row("epochs", f"{metrics['epochs']:.0f}, best {metrics['best_epoch']:.0f}")
     share = made.parameter_bytes / recording.model_bytes
     table.add_row("size", f"{show_bytes(made.parameter_bytes)}, {share:.3%} of the model")
