@@ -15,6 +15,7 @@ from emoe_core.loader.storage import VERIFY
 from emoe_core.planning.control import REPLANS
 from emoe_core.planning.interval import make_interval
 from emoe_core.planning.tasks import Profile
+from emoe_core.predictor import FREQUENCY, PredictorFactory
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class EngineConfig:
     cache_bias : float
         0 is off. Above: an absent expert is replaced only where an available one comes close enough, this share of the
         spread of the router's values (`rerouting.outbid`), and the loss is within the tolerance; else it is loaded.
-    predictor : str or None
-        A name of `predictor.PREDICTORS`, "transformer" (trained for this model), or None for on demand only.
+    predictor : str, callable or None
+        "frequency", "transformer" (trained for this model), or a function that makes another, called with the number
+        of MoE layers, of experts of the largest layer, and the seed; None for on demand only.
     predictor_path : Path or None
         File of a trained predictor; needed for "transformer".
     interval : int or str
@@ -78,7 +80,7 @@ class EngineConfig:
     budget: str | int | float | None = None
     tolerance: float = 0.0
     cache_bias: float = 0.0
-    predictor: str | None = "frequency"
+    predictor: str | PredictorFactory | None = FREQUENCY
     predictor_path: Path | None = None
     interval: int | str = 40
     min_coverage: float = 0.9

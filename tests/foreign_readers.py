@@ -142,7 +142,6 @@ def trace_bytes() -> bytes:
 def read_routing(path: Path) -> None:
     trace = RoutingTrace.load(path)
     trace.shares()
-    trace.mass_of_best(1)
 
 
 def profile_bytes() -> bytes:

@@ -34,6 +34,7 @@ from workbench.quality.experiment import run_experiment
 from workbench.models.names import resolve_model
 from workbench.progress import stage_bars
 from workbench.metrics.show import metric_table
+from workbench.systems.option_names import resolve_options
 from workbench.tracking.traces import request_spans
 from workbench.workloads import prompt_stream
 
@@ -51,7 +52,7 @@ config = ExperimentConfig(
 # while it answers (predict, load, compute) is logged below as one trace a request: the tab Traces of the run in MLflow.
 
 # %%
-engine = emoe_core.load(resolve_model(model), **{**config.engine_options(), "interval": 1, "record": True})
+engine = emoe_core.load(resolve_model(model), **{**resolve_options(config.engine_options()), "interval": 1, "record": True})
 print(engine.plan)
 print(engine.memory(max_tokens=1024))
 

@@ -29,7 +29,7 @@ seed: int = 0
 import pandas as pd
 from IPython.display import display
 
-from emoe_core.predictor.training import TrainingOptions
+from workbench.predictors.training import TrainingOptions
 from workbench.paper import figures
 from workbench.tracking import run as tracking
 from workbench.replay.prediction import compare, factories, next_element_scores
