@@ -33,7 +33,7 @@ from emoe_core.experts.trace import RoutingTrace, TraceRecorder
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
 from emoe_core.kernel_cache import bound_kernel_caches
 from emoe_core.loader.cache_folder import cache_dir
-from emoe_core.loader.eviction import make_table
+from emoe_core.loader.eviction import make_table, policy_name
 from emoe_core.loader.loader import ExpertLoader
 from emoe_core.loader.pack import Pack, Progress, ensure_pack
 from emoe_core.loader.prefetch import Lookahead
@@ -223,7 +223,7 @@ class Engine:
             dense_bytes=self.index.dense_bytes_total,
             top_k_share=self.plan.top_k_share,
             tolerance=self.tolerance,
-            policy=self.config.policy,
+            policy=policy_name(self.config.policy),
             predictor=NO_PREDICTOR if self.control.predictor is None else self.control.predictor.name,
             interval=self.config.interval,
             cold_start=self.control.cold,
