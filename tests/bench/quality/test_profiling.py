@@ -18,6 +18,7 @@ from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 from workbench.quality import similarity as similarity_module
 from workbench.quality.profile import disturbance
 from workbench.quality.profile.coverage import coverage
+from workbench.quality.profile.masks import mask_by_similarity
 from workbench.quality.profile.profiling import (
     ProfileConfig,
     extend_profile,
@@ -63,7 +64,7 @@ def test_every_task_is_measured_and_every_field_filled(profile: Profile) -> None
         assert task.loss_scale is not None
         assert task.loss_scale > 0
         assert (task.n_prompts, task.n_kl_prompts) == (2, 1)
-        assert task.sensitive == task.mask_by_similarity(profile.threshold)
+        assert task.sensitive == mask_by_similarity(task, profile.threshold)
 
 
 @pytest.mark.long
