@@ -13,7 +13,6 @@ model: str = "tiny"  # of the four runs that are made where there is no such swe
 # %matplotlib inline
 import pandas as pd
 import seaborn as sns
-from IPython.display import display
 
 from emoe_core.errors import ExperimentError
 from workbench.paper.figures import set_style
@@ -34,7 +33,7 @@ def four_runs() -> pd.DataFrame:
             name = f"{budget} t={tolerance:g}"
             with tracking.run("read results", name, params=as_params(config), **result.identity) as run:
                 result.log(run)
-    return experiment_frame("read results")
+    return experiment_frame("read results").head(4)
 
 
 try:
@@ -82,7 +81,6 @@ lossy = prompts[prompts["tolerance"] > 0]
 axis = sns.stripplot(
     data=lossy, x="budget", y="kl_nats", hue="task", dodge=True, order=sorted(lossy["budget"].unique())
 )
-axis.set(xlabel="expert memory", ylabel="KL to all-resident (nats per token), tolerance above 0")
+axis.set(xlabel="expert memory", ylabel="KL to all-resident\n(nats per token; tolerance above 0)")
 axis.set_title(f"n = {lossy.groupby('run_id').size().max()} prompts a run", loc="right", fontsize=9)
 sns.move_legend(axis, "upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-display(axis.figure)

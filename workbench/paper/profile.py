@@ -133,8 +133,8 @@ def curves_figure(profile: Profile) -> Figure:
         if task.similarity_intervals and task.n_prompts >= LEAST_PROMPTS:
             low, high = np.array(task.similarity_intervals).T
             axis.fill_between(task.depths, low, high, color=color, alpha=0.08)
-    axis.axhline(profile.threshold, color="black", linestyle="--", linewidth=1.2)
-    axis.annotate(f"threshold {profile.threshold:.0%}", (0, profile.threshold - 0.015), fontsize=9, va="top")
+    threshold = f"threshold {profile.threshold:.0%}"
+    axis.axhline(profile.threshold, color="black", linestyle="--", linewidth=1.2, label=threshold)
     axis.set_xlim(left=0, right=profile.n_layers)
     axis.set_ylim(top=1.01)
     _say_prompts(axis, profile)
@@ -155,7 +155,7 @@ def divergence_figure(profile: Profile) -> Figure:
     logarithm = np.log10(table.clip(lower=1e-5))
     bar = {"label": "KL (log10 of nats per token)"}
     sns.heatmap(logarithm, ax=axis, cmap="cividis", cbar_kws=bar, linewidths=0.3)
-    _say_prompts(axis, profile)
+    _say_prompts(axis, profile, "n_kl_prompts")
     axis.set_xlabel("MoE layer routed at random")
     axis.tick_params(axis="both", labelsize=9, rotation=0)
     return figure
@@ -169,14 +169,14 @@ def masks_figure(profile: Profile, allowance_nats: float) -> Figure:
         table = pd.DataFrame({name: task.sensitive for name, task in tasks.items()}).T.astype(float)
         sns.heatmap(table, ax=axis, cmap="cividis_r", vmin=0, vmax=1, cbar=False, linewidths=0.3, xticklabels=5)
         axis.set_title(rule, fontsize=11, loc="left")
+        _say_prompts(axis, profile, "n_prompts" if rule == PAPER_RULE else "n_kl_prompts")
         axis.set_xlabel("MoE layer (dark: sensitive, light: free)")
         axis.tick_params(axis="both", labelsize=9, rotation=0)
-    _say_prompts(axis, profile)
     return figure
 
 
-def _say_prompts(axis: Axes, profile: Profile) -> None:
-    say_n(axis, max(task.n_prompts for task in profile.tasks.values()), "prompts a task")
+def _say_prompts(axis: Axes, profile: Profile, count: str = "n_prompts") -> None:
+    say_n(axis, max(getattr(task, count) for task in profile.tasks.values()), "prompts a task")
 
 
 def beside_paper(profile: Profile) -> pd.DataFrame:

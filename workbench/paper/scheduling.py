@@ -30,7 +30,7 @@ FIRST = (
 SERVED = ("latency_mean_s", "ttft_mean_s", "attainment_share", "goodput_per_s")
 LINES = ("-", "--", "-.", ":")
 # Of the rates drawn: lines that coincide run side by side.
-DODGE = 0.012
+DODGE = 0.02
 
 
 def service_figure(table: pd.DataFrame, by: str = "label", reference_load: float | None = None) -> Figure:
