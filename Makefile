@@ -68,7 +68,7 @@ ui: $(READY)
 
 clean:
 	rm -rf .venv .load build dist reports .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
-	@echo "Kept: mlruns (your runs) and the cache of built models (see 'emoe cache')."
+	@echo "Kept: mlruns (your runs) and the cache of built models ('emoe cache list' shows it)."
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

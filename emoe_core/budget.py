@@ -17,15 +17,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Literal
 
 from emoe_core.checkpoint.index import CheckpointIndex, MoeLayer
-from emoe_core.errors import BudgetError
+from emoe_core.errors import BudgetError, OptionError
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
-from emoe_core.html_view import BLUE, GREY, Part, bar, heading, table
 
-__all__ = ["Budget", "MemoryBreakdown", "SlotPlan", "memory_breakdown", "plan_layers", "plan_slots"]
+__all__ = ["Budget", "MemoryBreakdown", "SlotPlan", "amount_bytes", "memory_breakdown", "plan_layers", "plan_slots"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -93,6 +91,30 @@ class Budget:
         if match and match[2].upper() in _UNITS:
             return Budget("bytes", math.floor(_number(match[1]) * _UNITS[match[2].upper()]), text)
         raise BudgetError(f"cannot understand the budget {value!r}: {_EXAMPLES}")
+
+
+def amount_bytes(text: str, forms: str = '"900MB" or "1.5GiB"') -> int:
+    """Return an amount of memory that is not a budget, such as a limit, in bytes.
+
+    Parameters
+    ----------
+    text : str
+        Bytes as `Budget.parse` understands them.
+    forms : str
+        What may be written, for the message.
+
+    Raises
+    ------
+    OptionError
+        When it is no amount of bytes.
+    """
+    try:
+        found = Budget.parse(text)
+    except BudgetError:
+        found = None
+    if found is None or found.kind != "bytes":
+        raise OptionError(f"cannot understand the amount of memory {text!r}: write {forms}")
+    return int(found.value)
 
 
 @dataclass(frozen=True)
@@ -182,12 +204,6 @@ class SlotPlan:
 
     def __str__(self) -> str:
         return "\n".join(f"{term}: {value}" for term, value in self.rows())
-
-    def _repr_html_(self) -> str:
-        held = self.resident_share
-        parts = [Part("resident", held, f"{held:.1%}", BLUE), Part("on disk", 1 - held, f"{1 - held:.1%}", GREY)]
-        warned = f"<p>{escape(self.warning)}</p>" if self.warning else ""
-        return heading("Slots") + bar(parts, f"{held:.1%} of experts are resident") + table(self.rows()) + warned
 
     def _bytes_for_top_k(self) -> int:
         pairs = zip(self.num_experts, self.record_bytes, strict=True)

@@ -9,11 +9,13 @@ import torch
 
 from emoe_core.budget import Budget
 from emoe_core.checkpoint.index import EXPERT_DTYPES, parse_dtype
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, require_known
 from emoe_core.loader.eviction import require_policy
+from emoe_core.loader.storage import VERIFY
 from emoe_core.planning.control import REPLANS
 from emoe_core.planning.interval import make_interval
 from emoe_core.planning.tasks import Profile
+from emoe_core.predictor import FREQUENCY, PredictorFactory
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class EngineConfig:
     cache_bias : float
         0 is off. Above: an absent expert is replaced only where an available one comes close enough, this share of the
         spread of the router's values (`rerouting.outbid`), and the loss is within the tolerance; else it is loaded.
-    predictor : str or None
-        A name of `predictor.PREDICTORS`, "transformer" (trained for this model), or None for on demand only.
+    predictor : str, callable or None
+        "frequency", "transformer" (trained for this model), or a function that makes another, called with the number
+        of MoE layers, of experts of the largest layer, and the seed; None for on demand only.
     predictor_path : Path or None
         File of a trained predictor; needed for "transformer".
     interval : int or str
@@ -77,7 +80,7 @@ class EngineConfig:
     budget: str | int | float | None = None
     tolerance: float = 0.0
     cache_bias: float = 0.0
-    predictor: str | None = "frequency"
+    predictor: str | PredictorFactory | None = FREQUENCY
     predictor_path: Path | None = None
     interval: int | str = 40
     min_coverage: float = 0.9
@@ -116,20 +119,16 @@ class EngineConfig:
                 raise OptionError("give a tolerance or max_quality_loss, not both: the target chooses the tolerance")
             if self.profile is None:
                 raise OptionError(
-                    "max_quality_loss needs a task profile of this model: measure one with `emoe profile MODEL` and "
-                    "pass it as profile=Profile.load(path)"
+                    "max_quality_loss needs a task profile of this model: measure one with `emoe model profile MODEL` "
+                    "and pass it as profile=Profile.load(path)"
                 )
         make_interval(self.interval, self.min_coverage)
-        if self.replan not in REPLANS:
-            raise OptionError(f"replan is {self.replan!r}: choose one of {', '.join(REPLANS)}")
+        require_known(self.replan, REPLANS, "replan")
         if not isinstance(self.lookahead, int) or self.lookahead < 0:
             raise OptionError(f"lookahead is {self.lookahead!r}: give a number of layers, 0 being off")
-        if self.verify not in ("first", "always", "never"):
-            raise OptionError(f"verify is {self.verify!r}: choose 'first', 'always' or 'never'")
-        if self.expert_dtype not in EXPERT_DTYPES:
-            raise OptionError(f"expert_dtype is {self.expert_dtype!r}: choose one of {', '.join(EXPERT_DTYPES)}")
-        if self.tier not in ("disk", "host"):
-            raise OptionError(f"tier is {self.tier!r}: choose 'disk' or 'host'")
+        require_known(self.verify, VERIFY, "verify")
+        require_known(self.expert_dtype, EXPERT_DTYPES, "expert_dtype")
+        require_known(self.tier, ("disk", "host"), "tier")
         if self.threads < 1:
             raise OptionError(f"threads is {self.threads}: at least one thread must read experts")
         require_policy(self.policy)

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emoe_core import generation
@@ -32,7 +31,6 @@ from emoe_core.experts import layer as experts
 from emoe_core.experts.attach import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
 from emoe_core.experts.trace import RoutingTrace, TraceRecorder
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
-from emoe_core.html_view import heading, layer_map
 from emoe_core.kernel_cache import bound_kernel_caches
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.eviction import make_table
@@ -44,7 +42,7 @@ from emoe_core.loader.storage import HostMemory, PackedFile
 from emoe_core.metrics import RunStats
 from emoe_core.planning.control import ControlLoop
 from emoe_core.planning.interval import make_interval
-from emoe_core.predictor import Predictor, make_predictor
+from emoe_core.predictor import NO_PREDICTOR, Predictor, make_predictor
 from emoe_core.serving.kv_cache import obstacle
 from emoe_core.session import ForwardPasses
 from emoe_core.timeline import Timeline
@@ -140,16 +138,6 @@ class Engine:
         """Answer prompts greedily; see `generation.generate`."""
         return generation.generate(self, prompts, tasks, max_new_tokens, batch_size, chat, on_token)
 
-    def score(
-        self,
-        sequences: Sequence[generation.TokenPair],
-        tasks: Sequence[str | None] | None = None,
-        *,
-        stepwise: bool = False,
-    ) -> list[generation.Scored]:
-        """Return teacher-forced log-probabilities of given continuations; see `generation.score`."""
-        return generation.score(self, sequences, tasks, stepwise)
-
     def restart(self, **changes: Any) -> None:
         """Begin anew, as a fresh load with changed options would, without reading the model again.
 
@@ -236,7 +224,7 @@ class Engine:
             top_k_share=self.plan.top_k_share,
             tolerance=self.tolerance,
             policy=self.config.policy,
-            predictor=self.config.predictor or "none",
+            predictor=NO_PREDICTOR if self.control.predictor is None else self.control.predictor.name,
             interval=self.config.interval,
             cold_start=self.control.cold,
             storage=self.loader.storage.description,
@@ -272,15 +260,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _repr_html_(self) -> str:
-        told = f"{self.index.path.name}, {self.index.dtype}, {self.device}, budget {self.plan.budget.text}"
-        head = heading(self.index.model_type, f"{told}, tolerance {self.tolerance}")
-        resident = np.zeros((len(self.plan.num_experts), self._most_experts))
-        for entry in self.loader.table.entries():
-            resident[entry.layer, entry.expert] = 1
-        residents = layer_map(resident, None, "which experts are resident", "Filled: resident.")
-        return head + self.memory()._repr_html_() + residents + self.stats()._repr_html_()
 
     def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
         """Admit requests whose rows the next prefill will hold; see `ForwardPasses.admit`."""

@@ -4,6 +4,10 @@ Every message says what is wrong and what to do about it; the command line print
 our own code stay `AssertionError` or the built-in exceptions.
 """
 
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
 
 class EmoeError(Exception):
     """Base of all errors that a user can mend."""
@@ -47,6 +51,17 @@ class ExperimentError(EmoeError):
 
 class LimitError(EmoeError):
     """No hard memory limit can be set on this machine, or a process cannot be put under it."""
+
+
+def require_known(name: str, known: Collection[str], what: str) -> None:
+    """Raise OptionError, which lists the known names of such a thing, for another name."""
+    if name not in known:
+        raise OptionError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
+
+
+def did_you_mean(close: Sequence[str]) -> str:
+    """Return the end of a message about an unknown name, `` Did you mean 'a' or 'b'?``; empty where none is close."""
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,7 +3,8 @@
 A token's text depends on its neighbours: a character may take several, and decoders strip the first space of a text. So
 new tokens are decoded behind the last ones that have been passed on, and passed on themselves once nothing to come can
 change their text. What is decoded at a token does not grow with the answer. Any tokenizer will do that decodes a token
-alike wherever it stands, a few neighbours given.
+alike wherever it stands, a few neighbours given. (`tokenizers.decoders.DecodeStream` does not: it raises at bytes that
+SentencePiece spells as tokens and that make no character, and knows no tidying of spaces.)
 """
 
 from __future__ import annotations

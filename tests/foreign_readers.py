@@ -21,7 +21,7 @@ from safetensors.torch import save
 from emoe_core.checkpoint.model_config import read_config
 from emoe_core.checkpoint.weight_files import find_shards
 from emoe_core.experts.trace import RoutingTrace
-from emoe_core.loader.pack_format import MAGIC, PREAMBLE, VERSION, Pack
+from emoe_core.loader.pack_format import Pack, described
 from emoe_core.planning.tasks import Profile, TaskProfile
 from emoe_core.predictor.network import NetworkShape, ShareNetwork
 from emoe_core.predictor.transformer import FORMAT, KEY, PredictorHeader, TransformerPredictor
@@ -89,24 +89,19 @@ def index_bytes() -> bytes:
 RECORD = bytes(4096)
 
 
+LAYER = "model.layers.0.mlp.experts"
+
+
 def pack_header() -> bytes:
-    """Return the header of a pack of one layer with two experts, as small as alignment allows."""
+    """Return what a pack of one layer with two experts says of its records, as small as alignment allows."""
     param = {"name": "up", "shape": [2, 4], "dtype": "float32", "offset_bytes": 0, "nbytes": 32}
-    layer = {
-        "name": "model.layers.0.mlp.experts",
-        "num_experts": 2,
-        "record_bytes": 4096,
-        "offset_bytes": 4096,
-        "params": [param],
-        "checksums": [f"{xxhash.xxh3_64_intdigest(RECORD):016x}"] * 2,
-    }
-    header = {"model_type": "mixtral", "dtype": "float32", "source_hash": "0", "source_mtimes": {"x": 1}}
-    return json.dumps(header | {"layers": [layer]}).encode()
+    layer = {"params": [param], "checksums": [f"{xxhash.xxh3_64_intdigest(RECORD):016x}"] * 2}
+    header = {"model_type": "mixtral", "dtype": "float32", "expert_format": "auto", "source_hash": "0"}
+    return json.dumps(header | {"source_mtimes": {"x": 1}, "layers": {LAYER: layer}}).encode()
 
 
 def pack_of(header: bytes) -> bytes:
-    preamble = PREAMBLE.pack(MAGIC, VERSION, 0, len(header), xxhash.xxh3_64_intdigest(header), 3 * 4096)
-    return (preamble + header).ljust(4096, b"\0")[:4096] + 2 * RECORD
+    return described(header.decode(errors="replace"), {LAYER: (2, len(RECORD))}) + 2 * RECORD
 
 
 def read_pack(path: Path) -> None:
@@ -147,7 +142,6 @@ def trace_bytes() -> bytes:
 def read_routing(path: Path) -> None:
     trace = RoutingTrace.load(path)
     trace.shares()
-    trace.mass_of_best(1)
 
 
 def profile_bytes() -> bytes:

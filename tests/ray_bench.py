@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 TRIES = 5
+PATIENCE_S = 300.0
 
 
 @contextmanager
@@ -23,6 +24,7 @@ def ray_cluster(head: dict[str, Any], node: dict[str, Any], nodes: int) -> Itera
         _add(made, head | {"include_dashboard": False})
         for _ in range(nodes):
             _add(made, node)
+        made.wait_for_nodes(timeout=PATIENCE_S)
         yield made
     finally:
         made.shutdown()
@@ -31,10 +33,10 @@ def ray_cluster(head: dict[str, Any], node: dict[str, Any], nodes: int) -> Itera
 def _add(cluster: Cluster, options: dict[str, Any]) -> None:
     for left in reversed(range(TRIES)):
         try:
-            cluster.add_node(**options, **_agent_ports())
-        except Exception as error:
-            # Ray gives a node 30 s to start, whatever the machine does beside.
-            if not left or "timed out during startup" not in str(error):
+            cluster.add_node(wait=False, **options, **_agent_ports())
+        except Exception:
+            # Ray gives a node, and each of its processes, 30 s at most to start, whatever the machine does beside.
+            if not left:
                 raise
         else:
             return

@@ -1,14 +1,16 @@
 """The ``emoe`` command: what a user types, and how errors reach them.
 
 Commands live in `workbench.commands`, a file for each group. They import what they need when they are called, so that
-``emoe --help`` answers at once. Errors that a user can mend are one message on stderr and exit code 2, a traceback only
+``emoe --help`` answers at once. Errors that a user can mend are one line on stderr and exit code 2, a traceback only
 with ``--debug``; an interrupt is exit code 130. No work is done here.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -18,34 +20,24 @@ from rich.text import Text
 from emoe_core.errors import EmoeError
 from workbench.commands import (
     bench,
-    checkpoints,
+    cache,
     compare,
+    data,
     doctor,
     experiments,
-    families,
-    material,
-    predictors,
+    model,
+    predictor,
+    run,
     serve,
-    serve_cluster,
-    serving,
     simulate,
-    soak,
-    synthetic,
-    tracking,
     verify,
 )
+from workbench.commands.groups import HELP_OPTIONS, command_group
 
 DEBUG_OPTION = "--debug"
 USER_ERROR_EXIT_CODE = 2
 
-app = typer.Typer(
-    name="emoe",
-    help="Run Mixture-of-Experts models under a memory budget, and measure what that costs.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = command_group("Run Mixture-of-Experts models under a memory budget, and measure what that costs.")
 
 
 def _show_version(wanted: bool) -> None:
@@ -64,40 +56,58 @@ def options(
     """Accept options that hold for every command; `main` reads them itself."""
 
 
-app.command("run")(checkpoints.run)
-app.command("pack")(checkpoints.pack)
-app.command("estimate")(checkpoints.estimate)
-app.command("cache")(checkpoints.cache)
-app.command("doctor")(doctor.doctor)
-app.command("models")(families.models)
-material.model_app.command("synth")(synthetic.synth)
-app.add_typer(material.model_app, name="model")
-app.add_typer(material.data_app, name="data")
-app.command("profile")(material.profile)
-app.add_typer(predictors.predictor_app, name="predictor")
-app.command("simulate")(simulate.simulate)
-app.command("serve")(serve.serve)
-app.command("serve-cluster")(serve_cluster.serve_cluster)
-app.command("costs")(serving.costs)
-app.command("simulate-serving")(serving.simulate_serving)
-app.command("soak")(soak.soak)
-app.command("bench")(bench.bench)
-app.command("bench-systems")(bench.bench_systems)
-app.command("sweep")(experiments.sweep)
-app.command("report")(experiments.report)
-app.command("compare")(compare.compare)
-app.command("verify")(verify.verify)
-app.command("ui")(tracking.ui)
-app.command("tracking-server")(tracking.tracking_server)
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "A model under a memory budget": (run.run, run.estimate, serve.serve, doctor.doctor),
+    "Measure and compare": (
+        bench.bench,
+        experiments.sweep,
+        experiments.report,
+        compare.compare,
+        verify.verify,
+        experiments.ui,
+    ),
+}
+GROUPS = {
+    "model": model.app,
+    "predictor": predictor.app,
+    "simulate": simulate.app,
+    "data": data.app,
+    "cache": cache.app,
+}
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name, rich_help_panel="What is measured, and with what")
 
 
 def main() -> None:
-    """Run the command line and turn `EmoeError` into a message."""
-    debug = DEBUG_OPTION in sys.argv
+    """Run the command line."""
+    execute(app, sys.argv[1:], "emoe")
+
+
+def run_script(function: Callable[..., None]) -> NoReturn:
+    """Run a function as a command of its own, with the errors of this one; for the programs in ``scripts``."""
+    program = typer.Typer(add_completion=False, context_settings=HELP_OPTIONS)
+    program.command()(function)
+    execute(program, sys.argv[1:], Path(sys.argv[0]).name)
+
+
+def execute(program: typer.Typer, arguments: Sequence[str], name: str) -> NoReturn:
+    """Run a program of commands, turn what users can mend into a line, and end this process."""
+    debug = DEBUG_OPTION in arguments
     # Accepted before and after the command's name.
-    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG_OPTION]
+    given = [argument for argument in arguments if argument != DEBUG_OPTION]
     try:
-        app(arguments, prog_name="emoe")
+        sys.exit(program(given, prog_name=name, standalone_mode=False))
+    except typer.Abort:
+        Console(stderr=True).print("\nStopped.")
+        sys.exit(1)
+    except typer.TyperException as error:
+        # A group without a command has shown its help, and has no message.
+        if error.format_message():
+            _refuse(_usage_message(error))
+        sys.exit(error.exit_code)
     except EmoeError as error:
         if debug:
             raise
@@ -107,6 +117,14 @@ def main() -> None:
         if debug or error.filename is None:
             raise
         _refuse(f"{error.filename}: {error.strerror}. Name another file or folder, or see to its permissions.")
+
+
+def _usage_message(error: typer.TyperException) -> str:
+    """Return in a line what is wrong with the arguments, and where they are explained."""
+    # "Value error" is pydantic's word for a choice that is none.
+    said = " ".join(error.format_message().replace("Value error, ", "").split())
+    context = getattr(error, "ctx", None)
+    return f"{said} See `{context.command_path} --help`." if context else said
 
 
 def _refuse(message: str) -> NoReturn:

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from emoe_core.checkpoint.families import language_model_class
 from emoe_core.checkpoint.safetensors_files import TensorRef
 from emoe_core.errors import CheckpointError
-from emoe_core.json_file import parse, read_text
+from emoe_core.files import parse, read_text
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -25,7 +25,7 @@ from emoe_core.checkpoint.model_config import expert_count, find_model, read_con
 from emoe_core.checkpoint.quantization import SCALE, int8_layer, quantize
 from emoe_core.checkpoint.safetensors_files import ALIGNMENT, Shard, TensorRef, fingerprint, tensors_by_name
 from emoe_core.checkpoint.weight_files import find_shards
-from emoe_core.errors import CheckpointError, OptionError, UnsupportedFamilyError
+from emoe_core.errors import CheckpointError, UnsupportedFamilyError, require_known
 
 PARAM_ALIGN_BYTES = ALIGNMENT
 RECORD_ALIGN_BYTES = 4096
@@ -102,8 +102,7 @@ class CheckpointIndex:
 
     def with_expert_dtype(self, name: str) -> CheckpointIndex:
         """Return the index with records of another kind; OptionError for an unknown one, or where it cannot be."""
-        if name not in EXPERT_DTYPES:
-            raise OptionError(f"unknown expert_dtype {name!r}: choose one of {', '.join(EXPERT_DTYPES)}")
+        require_known(name, EXPERT_DTYPES, "expert_dtype")
         if name == self.expert_dtype:
             return self
         layers = tuple(int8_layer(layer) for layer in self.layers)
@@ -223,8 +222,7 @@ def parse_dtype(name: str | torch.dtype) -> str | torch.dtype:
     """Return the dtype that a name stands for, "auto" as it is; OptionError when it names none."""
     if isinstance(name, torch.dtype):
         return name
-    if name not in _DTYPE_NAMES:
-        raise OptionError(f"unknown dtype {name!r}: choose one of {', '.join(_DTYPE_NAMES)}")
+    require_known(name, _DTYPE_NAMES, "dtype")
     return name if name == "auto" else getattr(torch, name)
 
 

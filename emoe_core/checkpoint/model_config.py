@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from emoe_core.checkpoint.families import REFUSED, language_model
 from emoe_core.checkpoint.hub import HUB_ID, download
 from emoe_core.errors import CheckpointError, UnsupportedFamilyError
-from emoe_core.json_file import parse, read_text
+from emoe_core.files import parse, read_text
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")

@@ -9,20 +9,24 @@ towards the process's resident memory, which this project measures. Which files 
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 import os
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from emoe_core.errors import CheckpointError
-from emoe_core.json_file import parse
+from emoe_core.files import parse
 
-MAX_HEADER_BYTES = 100 << 20
+METADATA = "__metadata__"
+LENGTH = struct.Struct("<Q")
+"""How a file begins: the bytes of its header."""
 SAMPLES_PER_SHARD = 64
 SAMPLE_BYTES = 4096
 # A cache line, and the widest vector of current processors.
@@ -127,6 +131,43 @@ class Shard:
     tensors: tuple[TensorRef, ...]
 
 
+def file_head(
+    tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str], align_bytes: int = 8
+) -> bytes:
+    """Return how a safetensors file begins, up to its first tensor, for files too large to be made in memory.
+
+    Parameters
+    ----------
+    tensors : mapping
+        By name, in the order in which their bytes will follow: the format's name of the dtype, shape and bytes.
+    metadata : mapping
+    align_bytes : int
+        Of what the head's length is a multiple; it is padded with spaces.
+    """
+    entries: dict[str, Any] = {METADATA: metadata}
+    end = 0
+    for name, (dtype, shape, nbytes) in tensors.items():
+        start, end = end, end + nbytes
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    length = len(header) + -(LENGTH.size + len(header)) % align_bytes
+    return LENGTH.pack(length) + header.ljust(length)
+
+
+def read_header(file: Path) -> bytes:
+    """Return the JSON header of a safetensors file that is whole and whose tensors neither overlap nor leave gaps.
+
+    Raises
+    ------
+    OSError, SafetensorError
+        When it cannot be read, or is no such file.
+    """
+    # Opened for its checks only: with this backend a slice costs reading the whole tensor, and the others map the file.
+    with safe_open(file, framework="pt", backend="pread"), file.open("rb") as stream:
+        (length,) = LENGTH.unpack(stream.read(LENGTH.size))
+        return stream.read(length)
+
+
 def read_shard(file: Path, name: str | None = None) -> Shard:
     """Read and check one safetensors header; the tensors' bytes are not read. ``name``: see `Shard`.
 
@@ -137,32 +178,22 @@ def read_shard(file: Path, name: str | None = None) -> Shard:
     """
     try:
         stat = file.stat()
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, max(stat.st_size - 8, 0)):
-                raise CheckpointError(f"{file} is no safetensors file or is truncated in its header. Fetch it again.")
-            header = stream.read(length)
+        header = read_header(file)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    data_offset = 8 + length
-    try:
-        entries = parse(header)
-        entries.pop("__metadata__", None)
-        tensors = tuple(_tensor(name, file, data_offset, entry) for name, entry in entries.items())
-        end = _end_bytes(tensors, data_offset)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} has a malformed safetensors header ({error}). Fetch it again.") from error
-    if stat.st_size != data_offset + end:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except SafetensorError as error:
         raise CheckpointError(
-            f"{file} is truncated or altered: its header describes {data_offset + end:,} bytes, the file has "
-            f"{stat.st_size:,}. Fetch it again."
-        )
+            f"{file} is truncated, malformed or no safetensors file ({error!r:.200}). Fetch it again."
+        ) from error
+    data_offset = LENGTH.size + len(header)
+    entries = parse(header)
+    entries.pop(METADATA, None)
+    tensors = tuple(_tensor(name, file, data_offset, entry) for name, entry in entries.items())
     return Shard(name or file.name, file, stat.st_size, stat.st_mtime_ns, data_offset, header, tensors)
 
 
-def _tensor(name: str, file: Path, data_offset: int, entry: Any) -> TensorRef:
-    """Return what a header says of one tensor; ValueError, LookupError or TypeError when it makes no sense."""
+def _tensor(name: str, file: Path, data_offset: int, entry: Mapping[str, Any]) -> TensorRef:
+    """Return what a checked header says of one tensor."""
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is None:
         raise CheckpointError(
@@ -171,22 +202,9 @@ def _tensor(name: str, file: Path, data_offset: int, entry: Any) -> TensorRef:
         )
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    # type() and not isinstance(): true is no size.
-    if not all(type(number) is int and 0 <= number < 2**63 for number in (start, stop, *shape)):
-        raise ValueError(f"tensor {name!r} has sizes or offsets that are no whole numbers")
-    if stop - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"tensor {name!r} has {stop - start} bytes, its shape {shape} needs another size")
+    if max(shape, default=0) >= 2**63:
+        raise CheckpointError(f"{file} has a malformed tensor {name!r:.200} of shape {shape!s:.200}. Fetch it again.")
     return TensorRef(name, file, dtype, shape, data_offset + start, stop - start)
-
-
-def _end_bytes(tensors: tuple[TensorRef, ...], data_offset: int) -> int:
-    """Return how many bytes tensors fill; ValueError where they overlap or leave gaps, which the format forbids."""
-    end = data_offset
-    for ref in sorted(tensors, key=lambda ref: (ref.offset_bytes, ref.nbytes)):
-        if ref.offset_bytes != end:
-            raise ValueError(f"tensor {ref.name!r} does not begin where the one before it ends")
-        end += ref.nbytes
-    return end - data_offset
 
 
 def tensors_by_name(shards: tuple[Shard, ...]) -> dict[str, TensorRef]:

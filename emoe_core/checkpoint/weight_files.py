@@ -15,7 +15,7 @@ from transformers.utils import is_peft_available
 
 from emoe_core.checkpoint.safetensors_files import Shard, read_shard
 from emoe_core.errors import CheckpointError
-from emoe_core.json_file import parse, read_text
+from emoe_core.files import parse, read_text
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = f"{SUFFIX}.index.json"

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import require_known
 from emoe_core.loader.slots import POLICIES, Entry, SlotTable
 
 DECAYED_DEMAND = "decayed_demand"
@@ -83,8 +83,7 @@ class DemandTable(SlotTable):
 
 def require_policy(name: str) -> None:
     """Raise OptionError, naming the known ones, for an unknown eviction policy."""
-    if name not in POLICY_NAMES:
-        raise OptionError(f"unknown eviction policy {name!r}: choose one of {', '.join(sorted(POLICY_NAMES))}")
+    require_known(name, sorted(POLICY_NAMES), "eviction policy")
 
 
 def make_table(capacity: Sequence[int], spare: int, policy: str, experts: int) -> SlotTable:

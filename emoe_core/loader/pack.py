@@ -11,31 +11,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import xxhash
 
-from emoe_core.checkpoint.index import RECORD_ALIGN_BYTES, CheckpointIndex
+from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.checkpoint.safetensors_files import byte_view
 from emoe_core.errors import PackError
-from emoe_core.json_file import parse, read_text
-from emoe_core.loader.pack_format import (
-    FIX,
-    MAGIC,
-    PREAMBLE,
-    VERSION,
-    Pack,
-    PackedLayer,
-    Progress,
-    dtype_name,
-    header_json,
-    read_header,
-    truncated,
-)
+from emoe_core.files import parse, read_text, whole_file
+from emoe_core.loader.pack_format import FIX, Pack, PackedLayer, Progress, dtype_name, pack_head, truncated
 
 __all__ = ["Pack", "PackedLayer", "Progress", "compare_with_checkpoint", "ensure_pack", "truncated", "write_pack"]
 
@@ -63,16 +49,13 @@ def write_pack(
         When the disk has too little space, or a written record does not read back.
     """
     target = Path(dest)
-    layers, file_bytes = _place(index)
+    file_bytes = len(_blank_head(index)) + index.expert_bytes_total
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(target, file_bytes)
-        with tempfile.TemporaryDirectory(prefix=".emoe-pack-", dir=target.parent) as scratch:
-            partial = Path(scratch) / target.name
-            pack = _write(index, partial, layers, file_bytes, progress)
+        with whole_file(target) as partial:
+            _check_space(target, file_bytes)
+            pack = _write(index, partial, progress)
             if verify:
                 pack.verify()
-            partial.replace(target)
     except OSError as error:
         raise PackError(
             f"cannot write the pack {target} ({error.strerror or error}); it needs {file_bytes:,} bytes. Nothing was "
@@ -118,55 +101,36 @@ def compare_with_checkpoint(pack: Pack, index: CheckpointIndex, progress: Progre
                 progress(done, total)
 
 
-def _place(index: CheckpointIndex) -> tuple[tuple[PackedLayer, ...], int]:
-    """Lay out the file: the header's size does not depend on checksums, which are written with a fixed width."""
-    blank = tuple(PackedLayer(spec=layer, offset_bytes=0, checksums=(0,) * layer.num_experts) for layer in index.layers)
-    # Offsets have a varying number of digits; room for the longest possible one is set aside per layer.
-    header_bytes = len(header_json(index, blank)) + 20 * len(blank)
-    offset = _round_up(PREAMBLE.size + header_bytes)
-    placed = []
-    for layer in blank:
-        placed.append(replace(layer, offset_bytes=offset))
-        offset += layer.spec.num_experts * layer.spec.record_bytes
-    return tuple(placed), offset
-
-
-def _write(
-    index: CheckpointIndex,
-    partial: Path,
-    layers: tuple[PackedLayer, ...],
-    file_bytes: int,
-    progress: Progress | None,
-) -> Pack:
+def _write(index: CheckpointIndex, partial: Path, progress: Progress | None) -> Pack:
     total = sum(layer.num_experts for layer in index.layers)
     done = 0
-    summed = []
+    checksums: list[list[int]] = []
     with partial.open("wb") as stream:
-        for layer in layers:
-            stream.seek(layer.offset_bytes)
-            record = torch.empty(layer.spec.record_bytes, dtype=torch.uint8)
+        stream.seek(len(_blank_head(index)))
+        for layer in index.layers:
+            record = torch.empty(layer.record_bytes, dtype=torch.uint8)
             view = byte_view(record)
-            checksums = []
-            for expert in range(layer.spec.num_experts):
-                index.read_record(layer.spec.index, expert, record)
-                checksums.append(xxhash.xxh3_64_intdigest(view))
+            checksums.append([])
+            for expert in range(layer.num_experts):
+                index.read_record(layer.index, expert, record)
+                checksums[-1].append(xxhash.xxh3_64_intdigest(view))
                 stream.write(view)
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            summed.append(replace(layer, checksums=tuple(checksums)))
-        header = header_json(index, tuple(summed))
-        assert PREAMBLE.size + len(header) <= layers[0].offset_bytes
         stream.seek(0)
-        checksum = xxhash.xxh3_64_intdigest(header)
-        stream.write(PREAMBLE.pack(MAGIC, VERSION, 0, len(header), checksum, file_bytes))
-        stream.write(header)
+        stream.write(pack_head(index, checksums))
         stream.flush()
         os.fsync(stream.fileno())
         if hasattr(os, "posix_fadvise"):
             # Records are read past the page cache: a copy of the pack there would only be charged to this process.
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return read_header(partial)
+    return Pack.open(partial)
+
+
+def _blank_head(index: CheckpointIndex) -> bytes:
+    """Return the head of a pack whose checksums are not known yet; it is as long as the head with them."""
+    return pack_head(index, [[0] * layer.num_experts for layer in index.layers])
 
 
 def _check_space(target: Path, file_bytes: int) -> None:
@@ -196,7 +160,3 @@ def _remember(pack: Pack, index: CheckpointIndex) -> None:
     # Where that cannot be written, the next load compares again.
     with suppress(OSError):
         _seen_file(pack.path).write_text(json.dumps(index.source_mtimes()))
-
-
-def _round_up(value: int) -> int:
-    return -(-value // RECORD_ALIGN_BYTES) * RECORD_ALIGN_BYTES

@@ -1,9 +1,9 @@
-"""The pack file's format: one file with every expert's record, contiguous, aligned, and with a checksum each.
+"""The pack file's format: a safetensors file whose tensors are the experts' records, aligned and with a checksum each.
 
-Layout. A preamble of 64 bytes (magic, version, header length, header checksum, file size), a JSON header, zeros up to
-a multiple of 4 KiB, then the records: layer by layer, expert by expert, each a multiple of 4 KiB. A record's place
-is ``layer.offset_bytes + expert * layer.record_bytes``. Checksums are XXH3 (64 bits) over the whole record, padding
-included. They notice damage, not malice.
+A MoE layer is one tensor of bytes ``[experts, record_bytes]`` under the layer's name. The header is padded with spaces
+to a multiple of 4 KiB, as records are, so that every record lies where direct reads can fetch it. Its metadata says in
+JSON what records hold and which checkpoint they are of. Checksums are XXH3 (64 bits), one over that JSON and one over
+each whole record, padding included. They notice damage, not malice.
 
 This module opens and checks packs; `emoe_core.loader.pack` writes them and `emoe_core.loader.storage` reads records
 fast.
@@ -13,24 +13,23 @@ from __future__ import annotations
 
 import json
 import math
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 
 from emoe_core.checkpoint.index import RECORD_ALIGN_BYTES, CheckpointIndex, MoeLayer, ParamSpec
-from emoe_core.checkpoint.safetensors_files import byte_view
+from emoe_core.checkpoint.safetensors_files import LENGTH, METADATA, byte_view, file_head, read_header
 from emoe_core.errors import PackError
-from emoe_core.json_file import parse, typed
+from emoe_core.files import parse, typed
 
-MAGIC = b"EMOEPACK"
-VERSION = 1
-PREAMBLE = struct.Struct("<8sIIQQQ24x")
-FIX = "Write it again: emoe pack CHECKPOINT --force"
+VERSION = 2
+_VERSION, _DESCRIPTION, _CHECKSUM = "pack_version", "pack", "pack_checksum"
+FIX = "Write it again: emoe model pack CHECKPOINT --force"
 Progress = Callable[[int, int], None]
 """Called with (records done, records in all)."""
 
@@ -50,11 +49,15 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class Pack:
-    """An opened pack: everything of its header. Records are read by `emoe_core.loader.storage.PackedFile`."""
+    """An opened pack: everything of its header. Records are read by `emoe_core.loader.storage.PackedFile`.
+
+    ``expert_format`` is how records hold experts: the index's ``expert_dtype``.
+    """
 
     path: Path
     model_type: str
     dtype: torch.dtype
+    expert_format: str
     source_hash: str
     source_mtimes: dict[str, int]
     layers: tuple[PackedLayer, ...]
@@ -70,7 +73,7 @@ class Pack:
             When the file is missing, truncated, altered in its header, or made from another checkpoint.
         """
         file = Path(path)
-        pack = read_header(file)
+        pack = _read(file)
         if index is not None:
             _check_belongs(pack, index)
         return pack
@@ -121,7 +124,7 @@ def truncated(path: Path, layer: MoeLayer, expert: int) -> PackError:
 
 
 @dataclass(frozen=True)
-class _ParamHeader:
+class _ParamDescription:
     """A parameter of a record, as the header says it; the dtype by its name in torch."""
 
     name: str
@@ -132,108 +135,125 @@ class _ParamHeader:
 
 
 @dataclass(frozen=True)
-class _LayerHeader:
+class _LayerDescription:
     """A layer, as the header says it; checksums as 16 hexadecimal digits."""
 
-    name: str
-    num_experts: int
-    record_bytes: int
-    offset_bytes: int
-    params: tuple[_ParamHeader, ...]
+    params: tuple[_ParamDescription, ...]
     checksums: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class _Header:
-    """What the JSON header holds."""
+class _Description:
+    """What the metadata says of the records; layers by name, in their order."""
 
     model_type: str
     dtype: str
+    expert_format: str
     source_hash: str
     source_mtimes: dict[str, int]
-    layers: tuple[_LayerHeader, ...]
+    layers: dict[str, _LayerDescription]
 
 
-def header_json(index: CheckpointIndex, layers: tuple[PackedLayer, ...]) -> bytes:
-    """Return the JSON header of a pack; its length does not depend on the checksums' values."""
-    header = _Header(
+def pack_head(index: CheckpointIndex, checksums: Sequence[Sequence[int]]) -> bytes:
+    """Return how a pack begins, up to its first record; the length does not depend on the checksums' values.
+
+    Parameters
+    ----------
+    index : CheckpointIndex
+    checksums : sequence of sequence of int
+        Of each layer's records.
+    """
+    description = _Description(
         model_type=index.model_type,
         dtype=dtype_name(index.dtype),
+        expert_format=index.expert_dtype,
         source_hash=index.source_hash,
         source_mtimes=index.source_mtimes(),
-        layers=tuple(
-            _LayerHeader(
-                name=layer.spec.name,
-                num_experts=layer.spec.num_experts,
-                record_bytes=layer.spec.record_bytes,
-                offset_bytes=layer.offset_bytes,
+        layers={
+            layer.name: _LayerDescription(
                 params=tuple(
-                    _ParamHeader(param.name, param.shape, dtype_name(param.dtype), param.offset_bytes, param.nbytes)
-                    for param in layer.spec.params
+                    _ParamDescription(
+                        param.name, param.shape, dtype_name(param.dtype), param.offset_bytes, param.nbytes
+                    )
+                    for param in layer.params
                 ),
-                checksums=tuple(f"{checksum:016x}" for checksum in layer.checksums),
+                checksums=tuple(f"{checksum:016x}" for checksum in summed),
             )
-            for layer in layers
-        ),
+            for layer, summed in zip(index.layers, checksums, strict=True)
+        },
     )
-    return json.dumps(asdict(header), separators=(",", ":")).encode()
+    shapes = {layer.name: (layer.num_experts, layer.record_bytes) for layer in index.layers}
+    return described(json.dumps(asdict(description), separators=(",", ":")), shapes)
 
 
-def read_header(file: Path) -> Pack:
-    """Read and check the header of a pack file."""
+def described(description: str, shapes: Mapping[str, tuple[int, int]]) -> bytes:
+    """Return the head of a pack from what its metadata says, and by layer (experts, record_bytes)."""
+    checksum = xxhash.xxh3_64_hexdigest(description.encode())
+    metadata = {_VERSION: str(VERSION), _DESCRIPTION: description, _CHECKSUM: checksum}
+    tensors = {name: ("U8", shape, math.prod(shape)) for name, shape in shapes.items()}
+    return file_head(tensors, metadata, RECORD_ALIGN_BYTES)
+
+
+def _read(file: Path) -> Pack:
+    """Read and check the head of a pack file."""
     try:
-        size_bytes = file.stat().st_size
-        with file.open("rb") as stream:
-            preamble = stream.read(PREAMBLE.size)
-            if len(preamble) < PREAMBLE.size or preamble[:8] != MAGIC:
-                raise PackError(f"{file} is not an expert pack. {FIX}")
-            _, version, _, header_bytes, checksum, file_bytes = PREAMBLE.unpack(preamble)
-            if version != VERSION:
-                raise PackError(f"{file} has pack version {version}, this emoe reads version {VERSION}. {FIX}")
-            header = stream.read(min(header_bytes, size_bytes))
+        file_bytes = file.stat().st_size
+        header = read_header(file)
     except OSError as error:
-        raise PackError(f"cannot open the pack {file} ({error.strerror}). {FIX}") from error
-    if size_bytes != file_bytes:
-        raise PackError(f"{file} is truncated: it has {size_bytes:,} of {file_bytes:,} bytes. {FIX}")
-    if len(header) != header_bytes or xxhash.xxh3_64_intdigest(header) != checksum:
+        raise PackError(f"cannot open the pack {file} ({error.strerror or error}). {FIX}") from error
+    except SafetensorError as error:
+        raise PackError(f"{file} is truncated, damaged or not an expert pack ({error!r:.200}). {FIX}") from error
+    tensors = parse(header)
+    metadata = tensors.pop(METADATA, None) or {}
+    if _VERSION not in metadata:
+        raise PackError(f"{file} is not an expert pack. {FIX}")
+    if metadata[_VERSION] != str(VERSION):
+        raise PackError(f"{file} has pack version {metadata[_VERSION]!r:.20}, this emoe reads version {VERSION}. {FIX}")
+    description = metadata.get(_DESCRIPTION, "")
+    if xxhash.xxh3_64_hexdigest(description.encode()) != metadata.get(_CHECKSUM):
         raise PackError(f"{file} has a damaged header: its checksum differs. {FIX}")
     try:
-        return _parse(file, typed(_Header, parse(header)), file_bytes)
+        return _parse(file, typed(_Description, parse(description)), tensors, LENGTH.size + len(header), file_bytes)
     except ValueError as error:
         raise PackError(f"{file} has a header that describes no pack ({error}). {FIX}") from error
 
 
-def _parse(file: Path, header: _Header, file_bytes: int) -> Pack:
-    """Return the pack; ValueError when the header contradicts itself or the file's size."""
-    _require(len(header.layers) > 0, "it names no layer")
+def _parse(
+    file: Path, description: _Description, tensors: Mapping[str, Any], data_offset: int, file_bytes: int
+) -> Pack:
+    """Return the pack; ValueError when the description contradicts itself or the file's tensors."""
+    _require(len(description.layers) > 0, "it names no layer")
+    _require(description.layers.keys() == tensors.keys(), "it names other layers than it has tensors")
     return Pack(
         path=file,
-        model_type=header.model_type,
-        dtype=_dtype(header.dtype),
-        source_hash=header.source_hash,
-        source_mtimes=header.source_mtimes,
-        layers=tuple(_layer(number, layer, file_bytes) for number, layer in enumerate(header.layers)),
+        model_type=description.model_type,
+        dtype=_dtype(description.dtype),
+        expert_format=description.expert_format,
+        source_hash=description.source_hash,
+        source_mtimes=description.source_mtimes,
+        layers=tuple(
+            _layer(number, name, layer, tensors[name], data_offset)
+            for number, (name, layer) in enumerate(description.layers.items())
+        ),
         file_bytes=file_bytes,
     )
 
 
-def _layer(number: int, layer: _LayerHeader, file_bytes: int) -> PackedLayer:
-    end_bytes = layer.offset_bytes + layer.num_experts * layer.record_bytes
-    whole_blocks = layer.record_bytes % RECORD_ALIGN_BYTES == 0 and layer.offset_bytes % RECORD_ALIGN_BYTES == 0
-    _require(layer.num_experts > 0 and layer.record_bytes > 0 and whole_blocks, f"layer {number} has no whole records")
-    _require(0 < layer.offset_bytes < end_bytes <= file_bytes, f"layer {number} lies outside the file")
-    _require(len(layer.checksums) == layer.num_experts, f"layer {number} has another number of checksums than experts")
-    spec = MoeLayer(
-        name=layer.name,
-        index=number,
-        num_experts=layer.num_experts,
-        params=tuple(_param(param, layer.record_bytes) for param in layer.params),
-        record_bytes=layer.record_bytes,
-    )
-    return PackedLayer(spec, layer.offset_bytes, tuple(int(checksum, 16) for checksum in layer.checksums))
+def _layer(
+    number: int, name: str, description: _LayerDescription, tensor: Mapping[str, Any], data_offset: int
+) -> PackedLayer:
+    _require(tensor["dtype"] == "U8" and len(tensor["shape"]) == 2, f"layer {number} is no table of bytes")
+    num_experts, record_bytes = tensor["shape"]
+    offset_bytes = data_offset + tensor["data_offsets"][0]
+    whole_blocks = record_bytes % RECORD_ALIGN_BYTES == 0 and offset_bytes % RECORD_ALIGN_BYTES == 0
+    _require(num_experts > 0 and record_bytes > 0 and whole_blocks, f"layer {number} has no whole records")
+    _require(len(description.checksums) == num_experts, f"layer {number} has another number of checksums than experts")
+    params = tuple(_param(param, record_bytes) for param in description.params)
+    spec = MoeLayer(name, number, num_experts, params, record_bytes)
+    return PackedLayer(spec, offset_bytes, tuple(int(checksum, 16) for checksum in description.checksums))
 
 
-def _param(param: _ParamHeader, record_bytes: int) -> ParamSpec:
+def _param(param: _ParamDescription, record_bytes: int) -> ParamSpec:
     dtype = _dtype(param.dtype)
     _require(all(size > 0 for size in param.shape), f"parameter {param.name!r} has an empty shape")
     _require(param.nbytes == math.prod(param.shape) * dtype.itemsize, f"parameter {param.name!r} has another size")
@@ -262,9 +282,9 @@ def _check_belongs(pack: Pack, index: CheckpointIndex) -> None:
     if pack.source_hash != index.source_hash:
         raise PackError(
             f"{pack.path} was made from another checkpoint than {index.path}. Write one for it: "
-            f"emoe pack CHECKPOINT --force"
+            f"emoe model pack CHECKPOINT --force"
         )
-    if tuple(layer.spec for layer in pack.layers) != index.layers:
+    if pack.expert_format != index.expert_dtype or tuple(layer.spec for layer in pack.layers) != index.layers:
         raise PackError(
             f"{pack.path} holds {dtype_name(pack.dtype)} records in another layout than {index.path} has as "
             f"{dtype_name(index.dtype)}. {FIX}"

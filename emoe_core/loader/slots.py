@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import require_known
 
 
 @dataclass
@@ -79,8 +79,7 @@ POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "least_stale": least_stal
 
 def policy_by_name(name: str) -> Policy:
     """Return an eviction rule of this module; OptionError names the known ones."""
-    if name not in POLICIES:
-        raise OptionError(f"unknown eviction policy {name!r}: choose one of {', '.join(sorted(POLICIES))}")
+    require_known(name, sorted(POLICIES), "eviction policy")
     return POLICIES[name]
 
 

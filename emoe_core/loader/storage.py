@@ -14,16 +14,17 @@ import mmap
 import os
 import threading
 from io import FileIO
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 
 from emoe_core.checkpoint.safetensors_files import byte_view
-from emoe_core.errors import OptionError, PackError
+from emoe_core.errors import OptionError, PackError, require_known
 from emoe_core.loader.direct_io import PAGE_BYTES, open_direct
 from emoe_core.loader.pack import Pack, Progress, truncated
 
 Verify = Literal["first", "always", "never"]
+VERIFY: tuple[Verify, ...] = get_args(Verify)
 
 
 class Storage(Protocol):
@@ -81,8 +82,7 @@ class _Checked:
     """Counts bytes and verifies records: on the first read of each expert, on every read, or never."""
 
     def __init__(self, pack: Pack, verify: Verify) -> None:
-        if verify not in ("first", "always", "never"):
-            raise OptionError(f"unknown verify mode {verify!r}: choose first, always or never")
+        require_known(verify, VERIFY, "verify")
         self.pack = pack
         self.verify: Verify = verify
         self._lock = threading.Lock()

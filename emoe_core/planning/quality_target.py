@@ -99,7 +99,7 @@ def choose(
     if not profile.tasks or profile.n_layers != len(num_experts):
         raise ProfileError(
             f"the profile covers {len(profile.tasks)} tasks and {profile.n_layers} MoE layers, the model has "
-            f"{len(num_experts)}: measure it again with `emoe profile`."
+            f"{len(num_experts)}: measure it again with `emoe model profile`."
         )
     allowed_nats = math.log1p(max_quality_loss)
     losses = {name: _layer_losses(task, num_experts) for name, task in profile.tasks.items()}
@@ -133,7 +133,7 @@ def _layer_losses(task: TaskProfile, num_experts: Sequence[int]) -> list[np.ndar
     if not task.coverage or not task.layer_kl_nats or task.loss_scale is None:
         raise ProfileError(
             f"the profile of task {task.task!r} lacks divergences, coverage or a loss scale, which a quality target "
-            f"needs: measure them with `emoe profile MODEL --extend`."
+            f"needs: measure them with `emoe model profile MODEL --extend`."
         )
     tables = []
     for layer, experts in enumerate(num_experts):
@@ -141,7 +141,7 @@ def _layer_losses(task: TaskProfile, num_experts: Sequence[int]) -> list[np.ndar
         if len(covered) != experts + 1:
             raise ProfileError(
                 f"the profile of task {task.task!r} knows {len(covered) - 1} experts in layer {layer}, the model has "
-                f"{experts}: measure it again with `emoe profile`."
+                f"{experts}: measure it again with `emoe model profile`."
             )
         missed = np.minimum.accumulate(1.0 - covered)
         missed[-1] = 0.0

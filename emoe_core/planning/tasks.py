@@ -31,7 +31,7 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict
 
 from emoe_core.errors import EmoeError
-from emoe_core.json_file import read_object, typed, write_whole
+from emoe_core.files import read_object, typed, write_whole
 
 TaskType = Literal["qa", "summarization", "classification", "comparison", "conversation", "code"]
 TASK_TYPES: tuple[str, ...] = get_args(TaskType)
@@ -287,7 +287,7 @@ class Profile:
                 ProfileError,
                 "profile",
                 "a task profile",
-                "measure it again with `emoe profile`",
+                "measure it again with `emoe model profile`",
             )
         except FileNotFoundError:
             raise ProfileError(f"there is no task profile at {source}; measure one or give another path.") from None

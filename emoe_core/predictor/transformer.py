@@ -9,7 +9,6 @@ Unlike the others it predicts before it has seen anything: what it knows of the 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from emoe_core.errors import OptionError, PredictorError
-from emoe_core.json_file import parse, typed
+from emoe_core.files import parse, typed, whole_file
 from emoe_core.predictor.history import History
 from emoe_core.predictor.network import NetworkShape, ShareNetwork
 
@@ -83,17 +82,11 @@ class TransformerPredictor:
 
     def save(self, path: str | Path) -> Path:
         """Write the predictor, atomically, and return its path."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
         header = json.dumps({"format": FORMAT, **asdict(self.header)}, sort_keys=True)
         weights = {name: weight.contiguous() for name, weight in self.network.state_dict().items()}
-        try:
+        with whole_file(path) as scratch:
             save_file(weights, scratch, metadata={KEY: header})
-            scratch.replace(target)
-        finally:
-            scratch.unlink(missing_ok=True)
-        return target
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path, model_hash: str | None = None) -> TransformerPredictor:

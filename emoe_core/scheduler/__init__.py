@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import require_known
 from emoe_core.scheduler.admission import MAX_BYPASSED, Scheduler, Situation
 from emoe_core.scheduler.costs import CostsError, ServingCosts
 from emoe_core.scheduler.orders import EarliestDueFirst, FirstComeFirstServed, ShortestExpectedFirst, TaskAffine
@@ -51,8 +51,7 @@ SCHEDULERS = ("fcfs", "edf", "shortest", "affine", "emoe", "emoe_no_loading")
 
 def require_scheduler(name: str) -> None:
     """Raise `OptionError` when there is no scheduler of that name."""
-    if name not in SCHEDULERS:
-        raise OptionError(f"unknown scheduler {name!r}: choose one of {', '.join(SCHEDULERS)}")
+    require_known(name, SCHEDULERS, "scheduler")
 
 
 def make_scheduler(name: str, costs: ServingCosts | None, max_bypassed: int = MAX_BYPASSED) -> Scheduler:
@@ -69,5 +68,5 @@ def make_scheduler(name: str, costs: ServingCosts | None, max_bypassed: int = MA
     if name in COSTLESS:
         return COSTLESS[name](max_bypassed)
     if costs is None:
-        raise CostsError(f"scheduler {name!r} decides by measured costs: measure them with `emoe costs MODEL`")
+        raise CostsError(f"scheduler {name!r} decides by measured costs: measure them with `emoe model costs MODEL`")
     return _COSTED[name](costs, max_bypassed)

@@ -32,7 +32,7 @@ import numpy as np
 from pydantic import ConfigDict
 
 from emoe_core.errors import EmoeError
-from emoe_core.json_file import read_object, typed, write_whole
+from emoe_core.files import read_object, typed, write_whole
 
 COSTS_FORMAT = 1
 LARGEST = 1 << 53  # the largest whole numbers that floats still tell apart
@@ -170,7 +170,7 @@ class ServingCosts:
         if model_hash != self.model_hash:
             raise CostsError(
                 f"the serving costs were measured on model {self.model_hash[:12]}, this model is {model_hash[:12]}. "
-                f"Measure this model's with `emoe costs MODEL`."
+                f"Measure this model's with `emoe model costs MODEL`."
             )
 
     def save(self, path: str | Path) -> Path:
@@ -189,10 +189,10 @@ class ServingCosts:
         source = Path(path)
         try:
             content = read_object(
-                source, (COSTS_FORMAT,), CostsError, "costs", "serving costs", "measure them again with `emoe costs`"
+                source, (COSTS_FORMAT,), CostsError, "costs", "serving costs", "measure them again: `emoe model costs`"
             )
         except FileNotFoundError:
-            raise CostsError(f"there are no serving costs at {source}: measure them with `emoe costs MODEL`.") from None
+            raise CostsError(f"no serving costs at {source}: measure them with `emoe model costs MODEL`.") from None
         try:
             if "tasks" not in content:
                 raise ValueError("tasks: Field required")

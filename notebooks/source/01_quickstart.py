@@ -43,6 +43,7 @@ from workbench.paper.tables import shown
 from workbench.progress import stage_bars
 from workbench.quality.configuration import ExperimentConfig, as_params
 from workbench.quality.experiment import run_experiment
+from workbench.systems.option_names import resolve_options
 from workbench.tracking import run as tracking
 from workbench.tracking.parameters import config_from, parameters_of
 from workbench.tracking.traces import request_spans
@@ -61,7 +62,7 @@ figures.set_style()
 # %%
 spans = []
 if shown_prompts:
-    options = {**config.engine_options(), "interval": 1}
+    options = {**resolve_options(config.engine_options()), "interval": 1}
     with emoe_core.load(resolve_model(model), **options) as engine, engine.timeline() as happened:
         print(engine.plan)
         print(engine.memory(max_tokens=1024))

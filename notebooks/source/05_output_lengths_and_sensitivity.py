@@ -9,7 +9,9 @@
 # What is drawn is the profile that comes with the model; `measure = True` measures one now (hours at full settings).
 
 # %% tags=["parameters"]
-measure: bool = False  # False draws the profile that comes with the model, or that `emoe profile MODEL` has measured
+measure: bool = (
+    False  # False draws the profile that comes with the model, or that `emoe model profile MODEL` has measured
+)
 model: str = "reference"  # "tiny" (random), "reference", "carved", a checkpoint directory, or a hub id
 profile_path: str = ""  # a profile file to draw in place of the model's own
 tasks: str = "all"  # measure now: tasks, comma-separated, or "all"
@@ -33,7 +35,6 @@ from dataclasses import replace
 from IPython.display import display
 
 from emoe_core.planning.tasks import TASK_TYPES, Profile
-from workbench.models.names import resolve_model
 from workbench.paper import figures
 from workbench.paper import profile as report
 from workbench.paper.tables import closing_table, shown
@@ -50,7 +51,7 @@ if measure:
     with stage_bars() as progress:
         profile = measure_profile(config_from(ProfileConfig, parameters, tasks=chosen), progress)
 else:
-    profile = Profile.load(profile_path) if profile_path else stored_profile(resolve_model(model))
+    profile = Profile.load(profile_path) if profile_path else stored_profile(model)
 profile = replace(profile, threshold=threshold)
 print(f"{len(profile.tasks)} tasks, {profile.n_layers} MoE layers; measured with {dict(profile.settings)}")
 

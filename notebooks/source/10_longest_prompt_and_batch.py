@@ -68,7 +68,7 @@ if found is not None:
 
 # %%
 # NBVAL_CHECK_OUTPUT
-within = found is None or bool((trials["peak_bytes"].fillna(0) <= trials["limit_bytes"]).all())
+within = found is None or bool((trials["group_peak_bytes"].fillna(0) <= trials["limit_bytes"]).all())
 print("no trial used more than its limit:", within)
 capped = found is None or bool((longest[["longest_tokens", "largest_batch"]] <= [max_tokens, max_batch]).all(axis=None))
 print("results within the caps:", capped)

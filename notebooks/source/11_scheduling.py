@@ -13,7 +13,7 @@
 # %% tags=["parameters"]
 measure: bool = True  # False draws the result that ships with the project, where there is one
 model: str = (
-    "reference"  # whose measured costs: "reference", "tiny" (measured here), or a model after `emoe costs MODEL`
+    "reference"  # whose measured costs: "reference", "tiny" (measured here), or a model after `emoe model costs MODEL`
 )
 variants: str = "fcfs,edf,emoe,emoe_oracle"  # also shortest, affine, emoe_no_loading, shortest_oracle
 loads: str = "0.2,0.5,0.8"  # request rates, as shares of what full batches could serve

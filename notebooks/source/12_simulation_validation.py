@@ -9,7 +9,7 @@
 
 # %% tags=["parameters"]
 measure: bool = True  # False draws the result that ships with the project, where there is one
-model: str = "tiny"  # "reference", "tiny" (a random model of the tests), or a model after `emoe costs MODEL`
+model: str = "tiny"  # "reference", "tiny" (a random model of the tests), or a model after `emoe model costs MODEL`
 device: str = "auto"
 schedulers: str = "fcfs,emoe"  # also edf, shortest, affine, emoe_no_loading
 budget: str = "60%"  # of the engine; the costs of "reference" were measured under it

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from emoe_core.budget import Budget, memory_breakdown, plan_given, plan_layers, plan_slots
+from emoe_core.budget import Budget, amount_bytes, memory_breakdown, plan_given, plan_layers, plan_slots
 from emoe_core.checkpoint.index import MoeLayer, open_checkpoint
 from emoe_core.errors import BudgetError, OptionError
 from workbench.models.reference.tiny import FAMILIES, tiny_moe
@@ -95,6 +95,13 @@ def test_a_budget_remembers_what_was_written(written: str | int | float, text: s
 def test_a_kind_that_does_not_exist_is_named() -> None:
     with pytest.raises(BudgetError, match="unknown kind of budget 'pages': write bytes"):
         Budget("pages", 1, "1 page")  # type: ignore[arg-type]
+
+
+def test_an_amount_of_memory_is_bytes_and_nothing_else() -> None:
+    assert (amount_bytes("2.2GB"), amount_bytes("1.5 GiB"), amount_bytes("4096")) == (2_200_000_000, 3 << 29, 4096)
+    for written in ("40%", "3 slots", "40", "much"):
+        with pytest.raises(OptionError, match=f"understand the amount of memory '{written}': write \"900MB\""):
+            amount_bytes(written)
 
 
 @pytest.mark.parametrize("written", ["0", 0, "0%", 0.0])

@@ -11,6 +11,7 @@ from exact_passes import FAMILIES, prefill_and_decode, prompt_ids, stock
 import emoe_core
 from emoe_core.loader.eviction import POLICY_NAMES
 from workbench.models.reference.tiny import tiny_moe
+from workbench.replay.scoring import score
 
 DTYPES = (torch.float32, torch.bfloat16)
 BUDGETS = ("1 slots", "30%", "60%", "100%")
@@ -74,7 +75,7 @@ def test_scoring_step_by_step_is_bit_identical_to_decoding_with_stock(family: st
             )
             rows.append(output.logits[0, -1])
     with emoe_core.load(path, budget="2 slots", predictor=None, pack_dir=tmp_path) as engine:
-        scored = engine.score([(prompt, continuation)], stepwise=True)[0]
+        scored = score(engine, [(prompt, continuation)], stepwise=True)[0]
     assert torch.equal(scored.logits, torch.stack(rows))
     assert scored.logprobs.shape == (len(continuation),)
 

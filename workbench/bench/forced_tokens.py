@@ -73,12 +73,10 @@ def _recorded(trace: RoutingTrace, vocab: int, sizes: tuple[int, ...]) -> list[i
 
 def _text(checkpoint: str | Path, count: int) -> list[int]:
     from emoe_core.generation import encode
-    from emoe_core.tokenizer import load_tokenizer
+    from workbench.systems.stock import required_tokenizer
     from workbench.workloads.fixture import load_fixture
 
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer is None:
-        raise OptionError(f"{checkpoint} has no tokenizer to read prompts with: save one beside the weights")
+    tokenizer = required_tokenizer(checkpoint)
     ids: list[int] = []
     while len(ids) < count:
         for prompt in load_fixture()["prompt"]:

@@ -13,10 +13,11 @@ from typing import Any
 
 from emoe_core.budget import plan_slots
 from emoe_core.checkpoint.index import CheckpointIndex
-from emoe_core.errors import BudgetError, ExperimentError
+from emoe_core.errors import BudgetError
 from emoe_core.footprint import memory_breakdown
 from workbench.machine.control_groups import Controller
-from workbench.measure.launch import MEASURED, launch
+from workbench.measure.decoding import measure_decoding
+from workbench.measure.launch import MEASURED
 
 RESERVE_SHARE = 0.04
 
@@ -101,11 +102,10 @@ def control_bytes(spec: dict[str, Any], limit_bytes: int, controller: Controller
 
     tiny = {**spec, "checkpoint": str(cached_tiny_moe()), "warm_trace": None, "options": {"budget": "50%"}}
     tiny |= {name: [1 + token % 255 for token in spec[name]] for name in ("warm_prompt", "warm", "prompt", "timed")}
-    run = launch(tiny, [], limit_bytes=limit_bytes, controller=controller)
+    run = measure_decoding(tiny, limit_bytes=limit_bytes, controller=controller)
     if run.outcome != MEASURED and run.limit_hits:
         raise BudgetError(
             f"a limit of {limit_bytes:,} bytes is too small for the process itself, without a model: give 600MB or more"
         )
-    if run.outcome != MEASURED:
-        raise ExperimentError(f"the control process failed: {run.error or run.outcome}")
-    return run.group_peak_bytes or int(run.found["peak_bytes"])
+    found = run.answer("the control process failed")
+    return run.group_peak_bytes or int(found["peak_bytes"])

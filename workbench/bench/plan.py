@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emoe_core.budget import Budget
-from emoe_core.errors import BudgetError, OptionError
+from emoe_core.budget import Budget, amount_bytes
+from emoe_core.errors import OptionError
 from workbench.systems.systems import DEFAULT_SYSTEMS, System, find_systems
 
 PLAN_FILE, RESULTS_FILE, PREPARED_FILE, SUMMARY_FILE = "plan.json", "results.jsonl", "prepared.json", "summary.json"
@@ -81,15 +81,7 @@ class BenchPlan:
     @property
     def limit_bytes(self) -> int | None:
         """The limit in bytes, None without one."""
-        if self.limit is None:
-            return None
-        try:
-            found = Budget.parse(self.limit)
-        except BudgetError:
-            found = None
-        if found is None or found.kind != "bytes":
-            raise OptionError(f"cannot understand the limit {self.limit!r}: give bytes, such as '2.2GB'")
-        return int(found.value)
+        return None if self.limit is None else amount_bytes(self.limit)
 
     @property
     def folder_name(self) -> str:

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
-from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.files import whole_file
 from emoe_core.loader.cache_folder import cache_dir
 from workbench.bench.forced_tokens import ForcedTokens
+from workbench.measure.job import answer_job
+from workbench.measure.launch import launch
 from workbench.models.synthetic.writer import TRACE_FILE
 from workbench.replay.accesses import Accesses, accesses_of
 from workbench.replay.bound import fewest_misses
@@ -82,19 +83,11 @@ def routing_pass(checkpoint: str | Path, forced: ForcedTokens, dtype: str = "aut
 
 
 def _record(index: CheckpointIndex, forced: ForcedTokens, dtype: str, path: Path) -> None:
-    job = path.with_suffix(f".{os.getpid()}.json")
     # All experts where memory has room for them twice over; exactness does not depend on it.
     budget = "100%" if 2 * index.expert_bytes_total < psutil.virtual_memory().available else "25%"
     spec = {"checkpoint": str(index.path), "dtype": dtype, "budget": budget, "target": str(path)}
-    job.write_text(json.dumps({**spec, "forced": asdict(forced)}))
-    try:
-        command = [sys.executable, "-m", __name__, str(job)]
-        finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "EMOE_RUN_ID": ""})
-        if finished.returncode != 0:
-            last = finished.stderr.strip().splitlines()[-1:] or [f"exit code {finished.returncode}"]
-            raise ExperimentError(f"the routing of the bench's tokens could not be recorded: {last[0]}")
-    finally:
-        job.unlink()
+    launched = launch("workbench.bench.routing_pass", {**spec, "forced": asdict(forced)})
+    launched.answer("the routing of the bench's tokens could not be recorded")
 
 
 def _agreement(index: CheckpointIndex, trace: RoutingTrace, forced: ForcedTokens) -> float | None:
@@ -108,8 +101,7 @@ def _agreement(index: CheckpointIndex, trace: RoutingTrace, forced: ForcedTokens
     return float(same.mean())
 
 
-def _main(job: Path) -> None:
-    spec = json.loads(job.read_text())
+def _save_routing(spec: dict[str, Any]) -> dict[str, Any]:
     forced = ForcedTokens(**spec["forced"])
     options = {"budget": spec["budget"], "predictor": None, "record": True}
     decoder = EngineDecoder({"checkpoint": spec["checkpoint"], "dtype": spec["dtype"], "options": options})
@@ -117,12 +109,11 @@ def _main(job: Path) -> None:
         decoder.prefill(prompt)
         for token in decoded:
             decoder.decode(token)
-    target = Path(spec["target"])
-    partial = target.with_suffix(f".{os.getpid()}.part")
-    decoder.engine.trace().save(partial)
-    partial.replace(target)
+    with whole_file(spec["target"]) as scratch:
+        decoder.engine.trace().save(scratch)
     decoder.close()
+    return {}
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    sys.exit(answer_job(_save_routing))

@@ -17,7 +17,8 @@ from typing import Any
 from workbench.bench.plan import RESULTS_FILE, BenchPlan
 from workbench.bench.prepare import Prepared
 from workbench.machine.control_groups import Controller
-from workbench.measure.launch import FAILED, MEASURED, Launched, launch
+from workbench.measure.decoding import measure_decoding
+from workbench.measure.launch import FAILED, MEASURED, Launched
 from workbench.systems.systems import System
 
 
@@ -101,7 +102,8 @@ def run_bench(
 
 def _run(plan: BenchPlan, prepared: Prepared, system: System, controller: Controller | None) -> Launched:
     limit_bytes = plan.limit_bytes if plan.is_limited(system) else None
-    return launch(prepared.spec(plan, system), prepared.files, limit_bytes=limit_bytes, controller=controller)
+    spec = prepared.spec(plan, system)
+    return measure_decoding(spec, prepared.files, limit_bytes=limit_bytes, controller=controller)
 
 
 def _row(step: Step, launched: Launched) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from workbench.commands.checkpoints import ModelArgument
+from workbench.commands.options import Dtype, Model, Seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,36 +26,71 @@ if TYPE_CHECKING:
 READ_RATIOS = {"amplif.": "read_amplification", "/Belady": "reads_over_belady", "/replay": "reads_over_replay"}
 
 
+def show_systems(wanted: bool) -> None:
+    """Print the systems that can be compared, which can run here, and why the others cannot, and end."""
+    if not wanted:
+        return
+    from emoe_core.errors import LimitError
+    from workbench.machine.control_groups import find_controller
+    from workbench.systems.systems import NO_LIMIT, SYSTEMS
+
+    table = Table("system", Column("what runs", overflow="fold"), "runs here", box=SIMPLE_HEAD)
+    for name, system in SYSTEMS.items():
+        table.add_row(name, system.what, "[red]no[/]" if system.obstacle else "yes")
+    console = Console(highlight=False)
+    console.print(table)
+    for name, system in SYSTEMS.items():
+        if system.obstacle:
+            console.print(f"[yellow]{name} cannot run here: {escape(system.obstacle)}[/]", soft_wrap=True)
+    try:
+        console.print(f"A memory limit can be set (--limit): {find_controller().description}")
+    except LimitError as error:
+        console.print(f"[yellow]No memory limit can be set (--limit): {escape(str(error))}[/]", soft_wrap=True)
+    console.print(
+        f"NAME{NO_LIMIT} runs a system without the memory limit; NAME{escape('[key=value;key=value]')} changes its "
+        "options. All run on the processor.",
+        soft_wrap=True,
+    )
+    raise typer.Exit
+
+
 def bench(
-    model: ModelArgument,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for results, under reports/bench if not given; the same command goes on where it stopped.",
-            show_default=False,
-        ),
-    ] = None,
+    model: Model,
     limit: Annotated[
         str | None, typer.Option(help="Hard memory limit of each process, such as '2.2GB'; none if not given.")
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Memory for experts of the emoe systems; what the limit leaves if not given.")
     ] = None,
-    systems: Annotated[
-        str | None, typer.Option(help="Comma-separated; see `emoe bench-systems`. All that can run if not given.")
+    system: Annotated[
+        list[str] | None,
+        typer.Option(help="System to measure (--list-systems); repeatable; all that can run if not given."),
     ] = None,
+    reference: Annotated[str | None, typer.Option(help="System that ratios are to; the first if not given.")] = None,
     repeats: Annotated[int, typer.Option(help="Processes of each system; figures need 5 or more.")] = 5,
     tokens: Annotated[int, typer.Option(help="Tokens decoded and timed in each process.")] = 128,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 32,
     warm_tokens: Annotated[int, typer.Option(help="Tokens decoded before, untimed.")] = 16,
-    threads: Annotated[
-        int | None, typer.Option(help="Computing threads of every system; the cores if missing.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="'auto' (the checkpoint's), 'float32' or 'bfloat16'.")] = "auto",
     max_seconds: Annotated[float, typer.Option(help="A process stops decoding after this long.")] = 600.0,
-    reference: Annotated[str | None, typer.Option(help="System that ratios are to; the first if missing.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of token ids where the model brings none.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="Computing threads of every system; the cores if not given.")
+    ] = None,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
     track: Annotated[bool, typer.Option(help="Log the bench to MLflow.")] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results; the same command goes on there. Under reports/bench if not given."),
+    ] = None,
+    listing: Annotated[
+        bool,
+        typer.Option(
+            "--list-systems",
+            help="Show the systems, and which can run here.",
+            callback=show_systems,
+            is_eager=True,
+        ),
+    ] = False,
 ) -> None:
     """Measure systems side by side: same tokens, fresh processes in turn, cold page cache, one hard memory limit."""
     from workbench.bench.plan import BenchPlan, open_folder
@@ -69,13 +104,13 @@ def bench(
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     plan = BenchPlan(
-        model, limit, budget, _systems(systems, console), repeats, tokens, prompt_tokens, warm_tokens, dtype,
+        model, limit, budget, _systems(system, console), repeats, tokens, prompt_tokens, warm_tokens, dtype,
         threads or available_cores(), max_seconds, seed,
     )  # fmt: skip
     if reference is not None:
         find_systems([reference])
     # A limit that cannot be set, and what is no model, are refused before anything is prepared.
-    limited = any(plan.is_limited(system) for system in plan.found_systems())
+    limited = any(plan.is_limited(one) for one in plan.found_systems())
     controller = find_controller() if limited else None
     require_model(model)
     out = out or project_root() / "reports" / "bench" / plan.folder_name
@@ -110,37 +145,12 @@ def bench(
         raise typer.Exit(1)
 
 
-def bench_systems() -> None:
-    """List the systems that `emoe bench` knows, which can run here, and why the others cannot."""
-    from emoe_core.errors import LimitError
-    from workbench.machine.control_groups import find_controller
-    from workbench.systems.systems import NO_LIMIT, SYSTEMS
-
-    table = Table("system", Column("what runs", overflow="fold"), "runs here", box=SIMPLE_HEAD)
-    for name, system in SYSTEMS.items():
-        table.add_row(name, system.what, "[red]no[/]" if system.obstacle else "yes")
-    console = Console(highlight=False)
-    console.print(table)
-    for name, system in SYSTEMS.items():
-        if system.obstacle:
-            console.print(f"[yellow]{name} cannot run here: {escape(system.obstacle)}[/]", soft_wrap=True)
-    try:
-        console.print(f"A memory limit can be set (--limit): {find_controller().description}")
-    except LimitError as error:
-        console.print(f"[yellow]No memory limit can be set (--limit): {escape(str(error))}[/]", soft_wrap=True)
-    console.print(
-        f"NAME{NO_LIMIT} runs a system without the memory limit; NAME{escape('[key=value;key=value]')} changes its "
-        "options. All run on the processor.",
-        soft_wrap=True,
-    )
-
-
-def _systems(names: str | None, console: Console) -> tuple[str, ...]:
+def _systems(names: list[str] | None, console: Console) -> tuple[str, ...]:
     """Return the systems asked for; all that can run here if none were."""
     from workbench.systems.systems import DEFAULT_SYSTEMS, find_systems
 
-    if names is not None:
-        return tuple(name.strip() for name in names.split(",") if name.strip())
+    if names:
+        return tuple(names)
     obstacles = {system.name: system.obstacle for system in find_systems(DEFAULT_SYSTEMS)}
     for name, obstacle in obstacles.items():
         if obstacle:
@@ -171,8 +181,11 @@ def _summarised(
 
 
 def _title(plan: BenchPlan) -> str:
+    from workbench.metrics.show import show_count
+
     limit = f"hard limit {plan.limit}" if plan.limit else "no memory limit"
-    return f"{Path(plan.model).name}, {limit}, {plan.tokens} tokens, {plan.threads} threads"
+    threads = show_count(plan.threads, "thread")
+    return f"{Path(plan.model).name}, {limit}, {show_count(plan.tokens, 'token')}, {threads}"
 
 
 def _tables(table: pd.DataFrame, plan: BenchPlan) -> tuple[Table, Table]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emoe_core.errors import ExperimentError
+from workbench.commands.options import AsJson
 
 if TYPE_CHECKING:
     from workbench.compare.differences import Difference
@@ -31,7 +32,7 @@ def compare(
     b: Annotated[str, typer.Argument(help="The other one, of the same kind.", metavar="B")],
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Only this metric, by name or as tables show it; may be given several times."),
+        typer.Option(help="Only this metric, by name or as tables show it; repeatable."),
     ] = None,
     show_all: Annotated[
         bool, typer.Option("--all", help="Show every metric with all columns, what is equal and ends of intervals too.")
@@ -39,7 +40,7 @@ def compare(
     without_times: Annotated[
         bool, typer.Option("--without-times", help="Leave out times; warm and cold runs may then be compared.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
     out: Annotated[Path | None, typer.Option(help="Also write a page (HTML) to this file.")] = None,
 ) -> None:
     """Compare two recorded runs or sweeps: paired differences and ratios with 95% bootstrap intervals.

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from workbench.commands.options import AsJson
+from workbench.progress import progress_bar
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print findings and facts as JSON.")] = False,
-) -> None:
+
+def doctor(as_json: AsJson = False) -> None:
     """Look at processor, disk, memory, limits and versions, and advise. Writes at most 256 MiB to the cache's disk."""
-    from workbench.commands.checkpoints import progress_bar
     from workbench.machine.doctor import OK, examine
     from workbench.machine.facts import read_machine
 

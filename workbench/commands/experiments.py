@@ -1,14 +1,18 @@
-"""``emoe sweep`` and ``emoe report``: measure over notebooks, and read the result."""
+"""``emoe sweep``, ``report`` and ``ui``: measure over notebooks, and read the result."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from workbench.commands.options import RayAddress
 
 if TYPE_CHECKING:
     from workbench.sweep.run import SweepResult
@@ -20,17 +24,11 @@ def sweep(
     jobs: Annotated[
         int | None,
         typer.Option(
-            help="Runs at once in stages of kind quality; as many as cores, memory and GPUs hold when missing.",
-            show_default=False,
+            help="Runs at once in stages of kind quality; as many as cores, memory and GPUs hold if not given."
         ),
     ] = None,
-    executor: Annotated[str, typer.Option(help="Where runs are carried out: local or ray.")] = "local",
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            help="Ray cluster, HOST:PORT or ray://HOST:PORT; that of this machine when missing.", show_default=False
-        ),
-    ] = None,
+    executor: Annotated[Literal["local", "ray"], typer.Option(help="Where runs are carried out.")] = "local",
+    ray_address: RayAddress = None,
     take_over: Annotated[
         bool,
         typer.Option("--take-over", help="Go on with a sweep whose machine is gone though the server says it runs."),
@@ -59,7 +57,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder to write; a report that is there is replaced.")] = Path(
         "reports/report"
     ),
-    sweep: Annotated[list[str] | None, typer.Option(help="Only this sweep; may be given several times.")] = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="Only this sweep; repeatable.")] = None,
     hints: Annotated[bool, typer.Option("--hints", help="Also say how to open the notebooks and the runs.")] = False,
 ) -> None:
     """Write a static site from the newest run of every sweep, and of every notebook that was run by hand.
@@ -80,6 +78,24 @@ def report(
         console.print(f"MLflow runs: [bold]make ui[/]   ({escape(ui_command())})")
         for name, experiment in _sweeps(sweep):
             console.print(f"             {escape(name)}: {_view(experiment)}")
+
+
+def ui(port: Annotated[int, typer.Option(help="Port to listen on, at loopback.")] = 5000) -> None:
+    """Show the runs in MLflow's pages until interrupted.
+
+    A store that MLflow cannot use is refused in a line, and one that was moved is set right before.
+    """
+    from emoe_core.errors import OptionError
+    from workbench.tracking.place import server_uri, store_uri
+    from workbench.tracking.store import open_store
+
+    if server := server_uri():
+        raise OptionError(f"the runs are on a server, which shows them itself: open {server}")
+    open_store()
+    # Job execution starts a dozen idle worker processes that a local store has no use for.
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store_uri(), "--port", str(port)]
+    os.execve(sys.executable, command, environment)
 
 
 def _sweeps(names: list[str] | None) -> list[tuple[str, str]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from workbench.commands.options import OutFolder, Seed
+from workbench.progress import progress_bar
 
 if TYPE_CHECKING:
     from emoe_core.experts.trace import RoutingTrace
@@ -33,12 +36,13 @@ def synth(
     hidden: Size = None,
     intermediate: Size = None,
     vocab: Size = None,
-    dtype: Annotated[str, typer.Option(help="'bfloat16', 'float16' or 'float32'.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; in the cache when not given.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the weights that are written.")
+    ] = "bfloat16",
+    seed: Seed = 0,
+    out: OutFolder = None,
 ) -> None:
     """Write a checkpoint with random weights that loads like its model (goes on where it stopped)."""
-    from workbench.commands.checkpoints import progress_bar
     from workbench.metrics.show import show_bytes
     from workbench.models.synthetic.shapes import find_shape, overridden, scaled
     from workbench.models.synthetic.writer import label_of, write_synthetic

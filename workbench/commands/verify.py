@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from workbench.commands.options import AsJson
 
 if TYPE_CHECKING:
     from workbench.compare.verify.judge import Judgement
@@ -24,7 +26,8 @@ SHOWN_FAILURES = 10
 def verify(
     run: Annotated[str, typer.Argument(help="Run id or the start of it, or its name.", metavar="RUN")],
     source: Annotated[
-        str, typer.Option(help="'recorded': the notebook as it was executed; 'current': as it is in the working tree.")
+        Literal["recorded", "current"],
+        typer.Option(help="The notebook as it was executed, or as it is in the working tree."),
     ] = "recorded",
     notebook: Annotated[
         Path | None, typer.Option(help="Take this notebook: for runs made by hand, which kept none.")
@@ -34,7 +37,7 @@ def verify(
     memory: Annotated[float, typer.Option(help="Relative tolerance of memory that was measured.")] = 0.05,
     times: Annotated[float | None, typer.Option(help="Also judge times, by this relative tolerance.")] = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Run even if model or data are not as recorded.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Execute a recorded run again from its own artifacts and compare it, metric by metric and table by table.
 
@@ -46,7 +49,7 @@ def verify(
     from workbench.compare.verify.judge import Tolerances
     from workbench.compare.verify.plan import plan_rerun
     from workbench.compare.verify.verification import verify_run
-    from workbench.metrics.show import show_seconds
+    from workbench.metrics.show import show_count, show_seconds
     from workbench.tracking.run_lookup import find_run
     from workbench.tracking.store import open_store
 
@@ -58,8 +61,8 @@ def verify(
     plan = plan_rerun(recorded, source=source, notebook=notebook)
     screen = Console(stderr=True, highlight=False, soft_wrap=True)
     screen.print(Text(f"{recorded.describe()}\nexecuting {plan.origin}"))
-    threads = "" if plan.threads is None else f", {plan.threads} threads as recorded"
-    screen.print(Text(f"with {len(plan.parameters)} parameters as recorded{threads}"))
+    threads = "" if plan.threads is None else f", {show_count(plan.threads, 'thread')} as recorded"
+    screen.print(Text(f"with {show_count(len(plan.parameters), 'parameter')} as recorded{threads}"))
     for remark in plan.remarks:
         screen.print(Text(remark, style="yellow"))
     took_ms = (client.get_run(recorded.run_id).info.end_time or recorded.started_ms) - recorded.started_ms

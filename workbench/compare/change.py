@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.metrics.groups import better_direction
+from workbench.metrics.catalogue import metric_of
 from workbench.quality.token_quality import bootstrap_means, percentile_interval
 from workbench.tracking.store import finite
 
@@ -67,7 +67,7 @@ class Change:
             return "one value each, no interval" if self.pairs == 1 else f"{self.pairs} pairs, too few for an interval"
         if self.low <= 0 <= self.high:
             return "no difference can be told"
-        direction = better_direction(self.metric) * (1 if self.low > 0 else -1)
+        direction = metric_of(self.metric).better * (1 if self.low > 0 else -1)
         judged = {1: ", better", -1: ", worse", 0: ""}[direction]
         return f"B is {'higher' if self.low > 0 else 'lower'}{judged}"
 

@@ -1,7 +1,7 @@
 """What differs between two runs beside their results, and which comparisons that makes doubtful.
 
 Parameters that differ are what a comparison is about. Everything else that differs competes with them as the cause
-of a change: each such *difference* names the groups of metrics (`metric_groups`) that it may have moved. One thing is
+of a change: each such *difference* names the groups of metrics that it may have moved. One thing is
 refused: times of a run that read experts from the disk beside times of one that read them from memory (page cache).
 """
 
@@ -15,8 +15,7 @@ from typing import Any
 from emoe_core.errors import ExperimentError
 from workbench.compare.change import Change
 from workbench.machine.busy import busy_warning
-from workbench.metrics.catalogue import GROUPS, OTHER
-from workbench.metrics.groups import group_of
+from workbench.metrics.catalogue import GROUPS, OTHER, metric_of
 from workbench.tracking.notebook import notebook_hash
 from workbench.tracking.record import RunRecord
 from workbench.tracking.runs import PAGE_CACHE_TAG
@@ -142,7 +141,7 @@ def doubted(differences: Iterable[Difference], *, by_prompt: bool = False) -> se
 
 def is_doubtful(change: Change, differences: Iterable[Difference]) -> bool:
     """Say whether a difference may have moved a metric."""
-    return group_of(change.metric) in doubted(differences, by_prompt=change.by_prompt)
+    return metric_of(change.metric).group in doubted(differences, by_prompt=change.by_prompt)
 
 
 def reads_of(run: RunRecord) -> str | None:
@@ -162,7 +161,7 @@ def refuse_warm_beside_cold(a: RunRecord, b: RunRecord) -> None:
         Says which run did what, and how to go on.
     """
     reads = [reads_of(run) for run in (a, b)]
-    timed = all(any(group_of(name) == "time" for name in run.metrics) for run in (a, b))
+    timed = all(any(metric_of(name).group == "time" for name in run.metrics) for run in (a, b))
     if None in reads or reads[0] == reads[1] or not timed:
         return
     cold, warm = (a, b) if reads[0] == "disk" else (b, a)

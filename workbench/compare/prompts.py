@@ -14,7 +14,7 @@ import numpy as np
 
 from workbench.compare.change import Change, paired_change
 from workbench.compare.pairing import pair_keys, pairs_after_others, side_by_side, why_unpaired
-from workbench.metrics.groups import group_of
+from workbench.metrics.catalogue import metric_of
 from workbench.tracking.record import RunRecord
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _changes_of(both: pd.DataFrame) -> tuple[list[Change], int]:
             first, second = (rows[f"{column}_{side}"].to_numpy(dtype=float) for side in "ab")
             usable = ~(np.isnan(first) | np.isnan(second))
             weighted = column in OVER_TOKENS and "output_tokens_a" in rows
-            if weighted or group_of(column) == "quality":
+            if weighted or metric_of(column).group == "quality":
                 usable &= alike
             if not usable.any():
                 continue

@@ -19,7 +19,7 @@ from workbench.compare.differences import (
     refuse_warm_beside_cold,
 )
 from workbench.compare.prompts import prompt_changes
-from workbench.metrics.groups import group_of, rank_of
+from workbench.metrics.catalogue import metric_of
 from workbench.metrics.names import named_metrics
 from workbench.metrics.show import show, title_of
 from workbench.tracking.record import RunRecord
@@ -129,7 +129,7 @@ def compare_runs(
         refuse_warm_beside_cold(a, b)
 
     def wanted(name: str) -> bool:
-        return not (without_times and group_of(name) == "time")
+        return not (without_times and metric_of(name).group == "time")
 
     paired = prompt_changes(a, b)
     over_prompts = [change for change in paired.changes if wanted(change.metric)]
@@ -153,7 +153,7 @@ def compare_runs(
 def in_order(changes: list[Change]) -> list[Change]:
     """Return changes sorted by variant and by what they are about."""
     variants = list(dict.fromkeys(change.variant for change in changes))
-    return sorted(changes, key=lambda change: (variants.index(change.variant), rank_of(change.metric)))
+    return sorted(changes, key=lambda change: (variants.index(change.variant), metric_of(change.metric).rank))
 
 
 def _identity(run: RunRecord) -> dict[str, Any]:

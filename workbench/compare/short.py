@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from workbench.compare.change import Change
 from workbench.compare.texts import ChangeRow
-from workbench.metrics.groups import is_measured_memory
+from workbench.metrics.catalogue import metric_of
 from workbench.metrics.show import BYTE_UNITS, column_texts
 
 CLOSE = 0.01
@@ -100,9 +100,9 @@ def _is_end(row: ChangeRow, there: set[tuple[str, str]]) -> bool:
 
 
 def _is_close_memory(change: Change) -> bool:
-    # A single value that differs by less than the system's own measurement repeats (see `metric_groups`).
+    # A single value that differs by less than the system's own measurement repeats (see `metrics.catalogue`).
     alone = change.pairs == 1 and not change.identical
-    return alone and is_measured_memory(change.metric) and abs(change.ratio - 1) < CLOSE
+    return alone and metric_of(change.metric).measured and abs(change.ratio - 1) < CLOSE
 
 
 def _ratio(row: ChangeRow) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from workbench.compare.change import Change
 from workbench.compare.differences import Difference, is_doubtful
-from workbench.metrics.show import show, show_number, unit_of, words_of
+from workbench.metrics.catalogue import metric_of
+from workbench.metrics.show import show, show_number, words_of
 
 HEADINGS = ("metric", "A", "B", "B − A  [95%]", "B / A  [95%]", "verdict")
 
@@ -50,7 +51,7 @@ def change_rows(changes: list[Change], differences: Iterable[Difference]) -> lis
 
 def _signed(metric: str, value: float) -> str:
     # A difference of shares is in points: "%" would read as a ratio.
-    text = f"{100 * value:.3g} points" if unit_of(metric) == "%" else show(metric, value)
+    text = f"{100 * value:.3g} points" if metric_of(metric).unit == "%" else show(metric, value)
     return f"+{text}" if value > 0 else text
 
 

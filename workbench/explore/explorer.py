@@ -33,10 +33,11 @@ from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
 from workbench.machine.busy import OtherWork
 from workbench.machine.process_counters import status_bytes
-from workbench.measure.serving_job import process_peak_bytes, reset_peak
+from workbench.measure.peak_memory import process_peak_bytes, reset_peak
 from workbench.models.names import resolve_model
 from workbench.quality.configuration import ORACLE, ExperimentConfig
 from workbench.quality.experiment import all_resident, quality_metrics, score_prompts, warm_trace
+from workbench.systems.option_names import resolve_options
 from workbench.workloads import prompt_stream, prompts_hash
 
 Progress = Callable[[str, int, int], None]
@@ -177,7 +178,7 @@ class Explorer:
 
     def _bring(self, config: ExperimentConfig, checkpoint: str | Path) -> emoe_core.Engine:
         """Return the engine as a fresh load of a configuration would make it."""
-        options = config.engine_options() | {"record": True}
+        options = resolve_options(config.engine_options()) | {"record": True}
         engine = self.engine
         if engine is not None and checkpoint == self._checkpoint:
             wanted = EngineConfig(**options)

@@ -4,7 +4,7 @@ cgroup v1 (``memory.limit_in_bytes``) or v2 (``memory.max``), whichever the mach
 is made below a group of this process where that is allowed, else below one of its ancestors. The limit is read back,
 and those of the groups around it are too: where it does not hold, `LimitError` says why.
 
-Running something in a group is `measure/hard_limit.py`'s matter.
+Running something in a group is `measure/fresh_process.py`'s matter.
 """
 
 from __future__ import annotations

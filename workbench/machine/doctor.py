@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from workbench.machine.facts import MachineFacts
-from workbench.metrics.show import show_bytes
+from workbench.metrics.show import show_bytes, show_count
 
 OK, WARN = "ok", "warn"
 # A disk miss costs about 13 hits at 1 GB/s; below half of that, a token waits for little else.
@@ -71,7 +71,7 @@ def _bfloat16(facts: MachineFacts) -> tuple[str, str]:
 def _threads(facts: MachineFacts) -> tuple[str, str]:
     spare = facts.cores - facts.physical_cores
     beside = f" ({facts.cores} with hyperthreads)" if spare else ""
-    value = f"{facts.threads} threads, {facts.physical_cores} physical cores{beside}"
+    value = f"{show_count(facts.threads, 'thread')}, {show_count(facts.physical_cores, 'physical core')}{beside}"
     if facts.threads > facts.physical_cores:
         return value, f"More threads than cores wait for each other: set OMP_NUM_THREADS={facts.physical_cores}."
     if facts.threads < facts.physical_cores:

@@ -1,8 +1,8 @@
 """One measured process of a bench: load a system, warm it up, then decode the timed sequence token by token.
 
-Started by `launch.py` as ``python -m workbench.measure.decode_job SPEC RESULT``; the process does nothing else, imports
-only what its system needs, and reports what it took: seconds of each token, bytes that the disk delivered, the
-operating system's peak of its memory. Importing libraries is kept apart from loading. Exit codes: `measured_job`.
+Started by `decoding.py`; the process does nothing else, imports only what its system needs, and reports what it took:
+seconds of each token, bytes that the disk delivered, its peak of memory. Importing libraries is kept apart from
+loading.
 
 The sequences: prompt and a few tokens to warm up, then a fresh sequence: its prompt gives the time to the first token
 (TTFT), each further pass the time of a token (TPOT). The first prompt's time, with everything cold, is kept beside it.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from workbench.machine.busy import OtherWork
@@ -26,7 +25,7 @@ COUNTED = ("requests", "hits", "loads", "reroutes", "prefetches", "bytes_loaded"
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Run a system as a spec of `launch.py` says, and return what it took."""
+    """Run a system as a spec of `decoding.measure_decoding` says, and return what it took."""
     started = time.perf_counter()
     make = decoder_class(spec["adapter"])
     import_s = time.perf_counter() - started
@@ -36,7 +35,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "import_s": import_s,
         "load_s": time.perf_counter() - started,
         "load_read_bytes": read_bytes() - before,
-        "load_peak_bytes": status_bytes("VmHWM"),
+        "load_peak_bytes": status_bytes("VmHWM") or 0,
         "description": decoder.description(),
     }
     started = time.perf_counter()
@@ -59,7 +58,6 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "counters": {name: counters[name] - counted[name] for name in COUNTED if name in counters},
         "slot_bytes": counters.get("slot_bytes"),
         "others_cpu_share": others.share(),
-        "peak_bytes": status_bytes("VmHWM"),
         "anonymous_bytes": status_bytes("RssAnon"),
     }
     decoder.close()
@@ -81,4 +79,4 @@ def decode_until(decoder: Decoder, token_ids: Sequence[int], max_seconds: float)
 
 
 if __name__ == "__main__":
-    sys.exit(answer_job(measure, Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(answer_job(measure))

@@ -1,9 +1,9 @@
 """One trial: a configuration reads prompts of a length and a batch size and decodes a few tokens, in its own process.
 
-Started by `limit_trials.py`, under a hard memory limit, as ``python -m workbench.measure.limit_job SPEC RESULT``.
-Prompts are random token ids, so that any length can be made; end-of-text is not heeded, so that every trial decodes the
-same number of tokens. Stock transformers and emoe run the same code here: a pass over the prompts that keeps the last
-position's logits only, then one pass a token, greedily, with a KV cache. Exit codes: `measured_job`.
+Started by `limit_trials.py` under a hard memory limit. Prompts are random token ids, so that any length can be made;
+end-of-text is not heeded, so that every trial decodes the same number of tokens. Stock transformers and emoe run the
+same code here: a pass over the prompts that keeps the last position's logits only, then one pass a token, greedily,
+with a KV cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import emoe_core
@@ -26,11 +25,9 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def _loaded(spec: dict[str, Any]) -> Iterator[Any]:
     if spec["options"] is None:
-        from transformers import AutoModelForCausalLM
+        from workbench.systems.stock import load_stock
 
-        yield AutoModelForCausalLM.from_pretrained(
-            spec["checkpoint"], dtype=spec["dtype"], experts_implementation="eager"
-        ).eval()
+        yield load_stock(spec["checkpoint"], spec["dtype"])
     else:
         options = {"device": "cpu", "dtype": spec["dtype"], **spec["options"]}
         with emoe_core.load(spec["checkpoint"], **options) as engine:
@@ -85,4 +82,4 @@ def _trial(spec: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(answer_job(_trial, Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(answer_job(_trial))

@@ -1,11 +1,11 @@
 """Trials under a hard memory limit: does a configuration survive prompts of a length and a batch size?
 
-A *trial* is a fresh process (`limit_job.py`) under the limit (`hard_limit.py`, which says what counts). It
-*survives* when it ends by itself with exit code 0. It does not when the limit's killer ended it, when it could not get
-memory, or when it was still running after ``timeout_s`` with its limit reached (near the limit the kernel may read a
-program's files again and again instead of killing it). Any other failure is an error, and counts as nothing. Before a
-trial the checkpoint's files are dropped from the page cache, so that their pages are the trial's own; that fails while
-another process maps them, so nothing else should have the model loaded.
+A *trial* is a fresh process (`limit_job.py`) under the limit (`fresh_process.py` says what counts). It *survives* when
+it ends by itself with exit code 0. It does not when the limit's killer ended it, when it could not get memory, or when
+it was still running after ``timeout_s`` with its limit reached (near the limit the kernel may read a program's files
+again and again instead of killing it). Any other failure is an error, and counts as nothing. Before a trial the
+checkpoint's files are dropped from the page cache, so that their pages are the trial's own; that fails while another
+process maps them, so nothing else should have the model loaded.
 
 Finished trials, but for the slow ones, are kept in the cache directory by what they depend on, so an interrupted search
 goes on. Only host memory is limited: models run on the CPU here.
@@ -13,31 +13,27 @@ goes on. Only host memory is limited: models run on the CPU here.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import sys
-import tempfile
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
+from emoe_core.files import write_whole
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.pack import ensure_pack
 from workbench.machine.control_groups import Controller
 from workbench.machine.environment import available_cores
-from workbench.measure import job as measured_job
-from workbench.measure import limit_job as longest_trial
-from workbench.measure.hard_limit import LimitedRun, drop_cached, run_limited
+from workbench.measure.launch import FAILED, MEASURED, TOO_SLOW, Launched, launch
+from workbench.measure.result_cache import result_file
 
 STOCK = "stock"
-SURVIVED, KILLED, NO_MEMORY, TOO_SLOW = "survived", "killed by the limit", "out of memory", "too slow at the limit"
+SURVIVED = "survived"
+FIGURES = ("load_s", "ttft_s", "decode_tokens_per_s", "decode_read_bytes")
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,8 @@ class Configuration:
 class Trial:
     """One trial and what became of it; times, in seconds, and speed are missing when it did not survive.
 
-    ``peak_bytes`` is the group's, page cache included; ``decode_read_bytes`` came from the disk while decoding.
+    ``outcome`` is `SURVIVED` or one of `launch`'s. ``group_peak_bytes`` counts the page cache; ``decode_read_bytes``
+    came from the disk while decoding.
     """
 
     configuration: str
@@ -60,7 +57,7 @@ class Trial:
     batch: int
     limit_bytes: int
     outcome: str
-    peak_bytes: int | None
+    group_peak_bytes: int | None
     limit_hits: int
     duration_s: float
     load_s: float | None = None
@@ -108,7 +105,6 @@ class Trials:
         # Written here and now: a trial would have to do it under its limit.
         pack = ensure_pack(self.index, cache_dir() / "packs")
         self._files = [*(shard.file for shard in self.index.shards), pack.path]
-        self._code = _code_digest()
 
     def run(
         self, configuration: Configuration, prompt_tokens: int, batch: int, limit_bytes: int, *, again: bool = False
@@ -131,10 +127,7 @@ class Trials:
             trial = self._fresh(configuration.name, spec, limit_bytes)
             # Whether it was too slow also depends on what else the machine did: that is asked again.
             if trial.outcome != TOO_SLOW:
-                stored.parent.mkdir(parents=True, exist_ok=True)
-                partial = stored.with_suffix(f".{os.getpid()}.part")
-                partial.write_text(json.dumps(asdict(trial)))
-                partial.replace(stored)
+                write_whole(stored, json.dumps(asdict(trial)))
         if trial not in self.done:
             self.done.append(trial)
         return trial
@@ -144,64 +137,43 @@ class Trials:
         return pd.DataFrame([asdict(trial) for trial in self.done], columns=[item.name for item in fields(Trial)])
 
     def _fresh(self, name: str, spec: dict[str, Any], limit_bytes: int) -> Trial:
-        drop_cached(self._files)
-        with tempfile.TemporaryDirectory() as scratch:
-            source, target = Path(scratch) / "spec.json", Path(scratch) / "result.json"
-            source.write_text(json.dumps(spec))
-            command = [sys.executable, "-m", longest_trial.__name__, str(source), str(target)]
-            env = {**os.environ, "EMOE_RUN_ID": ""}
-            run = run_limited(command, limit_bytes, controller=self.controller, timeout_s=self._timeout_s, env=env)
-            found = json.loads(target.read_text()) if run.returncode == 0 and target.exists() else {}
+        launched = launch(
+            "workbench.measure.limit_job",
+            spec,
+            uncached=self._files,
+            limit_bytes=limit_bytes,
+            controller=self.controller,
+            timeout_s=self._timeout_s,
+        )
         return Trial(
             name,
             spec["prompt_tokens"],
             spec["batch"],
             limit_bytes,
-            outcome_of(run, bool(found)),
-            run.peak_bytes,
-            run.limit_hits,
-            run.duration_s,
-            **found,
+            trial_outcome(launched),
+            launched.group_peak_bytes,
+            launched.limit_hits,
+            launched.duration_s,
+            **{figure: launched.found.get(figure) for figure in FIGURES},
         )
 
     def _stored(self, spec: dict[str, Any]) -> Path:
         place = {
-            **spec,
             "checkpoint": self.index.source_hash,
-            "code": self._code,
             "cgroup": self.controller.version,
             "threads": os.environ.get("OMP_NUM_THREADS"),
             "cores": available_cores(),
         }
-        digest = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()
-        return cache_dir() / "limit-trials" / f"{digest[:24]}.json"
+        return result_file("limit-trials", {**spec, **place})
 
 
-def outcome_of(run: LimitedRun, answered: bool) -> str:
-    """Return the outcome of a trial's process; ExperimentError when it is neither survival nor want of memory."""
-    if run.timed_out and run.limit_hits > 0:
-        return TOO_SLOW
-    if run.timed_out:
+def trial_outcome(launched: Launched) -> str:
+    """Return what a trial came to; ExperimentError when it is neither survival nor want of memory."""
+    if launched.outcome == TOO_SLOW and not launched.limit_hits:
         raise ExperimentError(
-            f"a trial took longer than {run.duration_s:.0f} s without reaching its limit: raise timeout_s, or lower "
-            f"the lengths that are tried"
+            f"a trial took longer than {launched.duration_s:.0f} s without reaching its limit: raise timeout_s, or "
+            f"lower the lengths that are tried"
         )
-    if run.killed_by_limit:
-        return KILLED
-    if run.returncode == measured_job.NO_MEMORY:
-        return NO_MEMORY
-    if run.returncode != 0 or not answered:
-        last = run.errors.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
-        raise ExperimentError(f"a trial failed for another reason than memory: {last[0]}")
-    return SURVIVED
-
-
-def _code_digest() -> str:
-    """Name everything but the model and the question that a trial's outcome depends on."""
-    digest = hashlib.sha256(sys.version.encode())
-    for library in ("torch", "transformers", "safetensors"):
-        digest.update(version(library).encode())
-    trial = (Path(longest_trial.__file__), Path(measured_job.__file__))
-    for source in [*sorted(Path(emoe_core.__file__).parent.rglob("*.py")), *trial]:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()
+    if launched.outcome == FAILED:
+        raise ExperimentError(f"a trial failed for another reason than memory: {launched.error}")
+    return SURVIVED if launched.outcome == MEASURED else launched.outcome

@@ -16,13 +16,15 @@ from typing import Any
 import pandas as pd
 import psutil
 
-from emoe_core.budget import Budget
+from emoe_core.budget import amount_bytes
 from emoe_core.errors import ExperimentError, OptionError
-from workbench.measure.limit_trials import STOCK, TOO_SLOW, Configuration, Trial, Trials
+from workbench.measure.launch import TOO_SLOW
+from workbench.measure.limit_trials import STOCK, Configuration, Trial, Trials
 from workbench.measure.threshold import largest_that_holds, most_questions, smallest_that_holds
 
 MEGABYTE = 10**6
 Progress = Callable[[str, int, int], None]
+LIMIT_FORMS = '"stock", "stock + 200MB" or "900MB"'
 _STOCK_LIMIT = re.compile(r"stock(?:\s*\+\s*(.+))?")
 
 
@@ -69,17 +71,9 @@ class SearchConfig:
         """Bytes given beyond what the rule comes to; None when the limit itself is given in bytes."""
         match = _STOCK_LIMIT.fullmatch(self.limit.strip())
         if match is None:
-            amount_bytes(self.limit)
+            amount_bytes(self.limit, LIMIT_FORMS)
             return None
-        return 0 if match[1] is None else amount_bytes(match[1])
-
-
-def amount_bytes(text: str) -> int:
-    """Return an amount of memory such as "900MB" in bytes."""
-    budget = Budget.parse(text)
-    if budget.kind != "bytes":
-        raise OptionError(f'cannot understand the limit {text!r}: write "stock", "stock + 200MB" or "900MB"')
-    return int(budget.value)
+        return 0 if match[1] is None else amount_bytes(match[1], LIMIT_FORMS)
 
 
 def configurations(budget: str, names: Sequence[str] = ("stock", "all", "exact", "rerouting")) -> list[Configuration]:
@@ -156,7 +150,7 @@ def search(
         One row a configuration: ``longest_tokens`` and ``largest_batch`` (0: none survived), whether each is the cap
         (``tokens_capped``, ``batch_capped``), ``slow_trials`` (how many counted as lost for being too slow at the
         limit), their ratios to stock's, and of the trial with the largest batch, run anew, ``decode_tokens_per_s``, its
-        ratio to stock's, ``ttft_s``, ``peak_bytes`` and ``decode_read_bytes``.
+        ratio to stock's, ``ttft_s``, ``group_peak_bytes`` and ``decode_read_bytes``.
     """
     return with_ratios(pd.DataFrame([_row(trials, config, one, limit_bytes, progress) for one in tried]))
 
@@ -207,7 +201,7 @@ def _row(
         "slow_trials": sum(trial.outcome == TOO_SLOW for trial in mine),
         "decode_tokens_per_s": None if best is None else best.decode_tokens_per_s,
         "ttft_s": None if best is None else best.ttft_s,
-        "peak_bytes": None if best is None else best.peak_bytes,
+        "group_peak_bytes": None if best is None else best.group_peak_bytes,
         "decode_read_bytes": None if best is None else best.decode_read_bytes,
     }
 

@@ -1,9 +1,8 @@
 """Measured memory and speed of one configuration, in a fresh process.
 
-The peak is the operating system's: ``VmHWM`` of a process that did nothing else (``ru_maxrss`` would survive ``exec``
-and is not used), once over the process's life and once from the moment the model was ready. From it the peak of a
-*control* process is subtracted, which has the same imports and the same tokenizer and runs a tiny model the same way,
-so that what remains is the model's. On CUDA the allocator's peak stands beside it.
+The peak (`peak_memory.py`) is of a process that did nothing else, once over its life and once from the moment the model
+was ready. From it the peak of a *control* process is subtracted, which has the same imports and the same tokenizer and
+runs a tiny model the same way, so that what remains is the model's. On CUDA the allocator's peak stands beside it.
 
 Times come from the same process: prompts one after the other, one warm-up prompt first. Whether reads went past the
 page cache is stated; with direct reads the file's cached pages do not matter. Where other processes took more than
@@ -12,25 +11,22 @@ a part of the machine meanwhile, times are not to be trusted (`machine/busy.py`)
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.files import write_whole
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.pack import ensure_pack
-from workbench.measure import serving_job as measured_process
+from workbench.measure.launch import launch
+from workbench.measure.result_cache import result_file
+from workbench.measure.serving_job import STOCK
 
 
 @dataclass(frozen=True)
@@ -135,9 +131,12 @@ def measure(
         "tasks": list(tasks),
         "max_new_tokens": max_new_tokens,
         "options": options or {},
+        "warm_trace": None,
     }
-    _ensure_pack(spec)
-    result = _child(spec, warm_trace)
+    with tempfile.TemporaryDirectory() as scratch:
+        if warm_trace is not None:
+            spec["warm_trace"] = str(warm_trace.save(Path(scratch) / "trace.npz"))
+        result = _served(spec)
     control = _control(spec)
     known = {item.name for item in fields(MemoryMeasurement)}
     assert set(result) | {"control_bytes", "serving_control_bytes"} == known, set(result) ^ known
@@ -146,13 +145,13 @@ def measure(
     )
 
 
-def _ensure_pack(spec: dict[str, Any]) -> None:
-    """Write the pack that a measured process reads: seconds and peak of loading are not those of writing one."""
+def _served(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run a spec of `serving_job.py`, with its pack written: loading is not to be measured while one is made."""
     options = spec["options"]
-    if options.get("implementation") == measured_process.STOCK:
-        return
-    index = open_checkpoint(spec["checkpoint"], options.get("dtype", "auto"))
-    ensure_pack(index.with_expert_dtype(options.get("expert_dtype", "auto")), cache_dir() / "packs")
+    if options.get("implementation") != STOCK:
+        index = open_checkpoint(spec["checkpoint"], options.get("dtype", "auto"))
+        ensure_pack(index.with_expert_dtype(options.get("expert_dtype", "auto")), cache_dir() / "packs")
+    return launch("workbench.measure.serving_job", spec).answer("the measuring process failed")
 
 
 def _control(spec: dict[str, Any]) -> dict[str, int]:
@@ -160,37 +159,14 @@ def _control(spec: dict[str, Any]) -> dict[str, int]:
     kept = {"implementation", "device"}
     options = {name: value for name, value in spec["options"].items() if name in kept} | {"dtype": "float32"}
     tokenizer = spec["checkpoint"]
-    digest = hashlib.sha256(json.dumps([sys.version, options, tokenizer]).encode())
-    for library in ("torch", "transformers"):
-        digest.update(version(library).encode())
-    for source in [*sorted(Path(emoe_core.__file__).parent.rglob("*.py")), Path(measured_process.__file__)]:
-        digest.update(source.read_bytes())
-    stored = cache_dir() / "controls" / f"{digest.hexdigest()[:24]}.json"
+    stored = result_file("controls", {"options": options, "tokenizer": tokenizer})
     if not stored.exists():
         from workbench.models.reference.tiny import cached_tiny_moe
 
-        tiny = {**spec, "checkpoint": str(cached_tiny_moe()), "options": options, "tokenizer": tokenizer}
-        _ensure_pack(tiny)
-        result = _child(tiny)
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        partial = stored.with_suffix(f".{os.getpid()}.part")
-        partial.write_text(json.dumps({name: result[name] for name in ("peak_bytes", "serving_peak_bytes")}))
-        partial.replace(stored)
+        tiny = {"checkpoint": str(cached_tiny_moe()), "options": options, "tokenizer": tokenizer, "warm_trace": None}
+        result = _served({**spec, **tiny})
+        write_whole(stored, json.dumps({name: result[name] for name in ("peak_bytes", "serving_peak_bytes")}))
     return dict(json.loads(stored.read_text()))
-
-
-def _child(spec: dict[str, Any], warm_trace: RoutingTrace | None = None) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        trace = None if warm_trace is None else str(warm_trace.save(Path(scratch) / "trace.npz"))
-        spec = {**spec, "warm_trace": trace}
-        source, target = Path(scratch) / "spec.json", Path(scratch) / "result.json"
-        source.write_text(json.dumps(spec))
-        command = [sys.executable, "-m", "workbench.measure.serving_job", str(source), str(target)]
-        finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "EMOE_RUN_ID": ""})
-        if finished.returncode != 0 or not target.exists():
-            last = finished.stderr.strip().splitlines()[-1:] or [f"exit code {finished.returncode}"]
-            raise ExperimentError(f"the measuring process failed: {last[0]}")
-        return dict(json.loads(target.read_text()))
 
 
 def as_metrics(measured: MemoryMeasurement) -> dict[str, float]:

@@ -1,84 +1,49 @@
-"""One measured process: runs a configuration given as JSON, and writes what it needed as JSON.
+"""One measured process: loads a configuration and answers prompts, one after the other.
 
-Started by `memory.py` as ``python -m workbench.measure.serving_job SPEC RESULT``; nothing else runs in the process, so
-its peak memory is the configuration's. It measures; it does not subtract, compare or record.
+Started by `memory.py`; nothing else runs in the process, so its peak memory is the configuration's. It measures; it
+does not subtract, compare or record.
 """
 
 from __future__ import annotations
 
-import gc
-import json
-import re
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 import emoe_core
-from emoe_core.cpu_memory import return_free_memory
-from emoe_core.errors import EmoeError, ExperimentError
 from emoe_core.experts.trace import RoutingTrace
 from workbench.machine.busy import OtherWork
-from workbench.machine.process_counters import status_bytes
-
-if TYPE_CHECKING:
-    import torch
+from workbench.measure.job import answer_job
+from workbench.measure.peak_memory import mapped_checkpoint_bytes, process_peak_bytes, reset_peak
+from workbench.systems.option_names import resolve_options
 
 STOCK = "stock"
-_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ +(/.*)$")
 
 
-def process_peak_bytes() -> int:
-    """Return the peak resident memory of this process in bytes (VmHWM)."""
-    peak_bytes = status_bytes("VmHWM")
-    if peak_bytes is not None:
-        return peak_bytes
-    raise ExperimentError("this operating system does not report peak memory (no VmHWM in /proc/self/status)")
+def serve(spec: dict[str, Any]) -> dict[str, Any]:
+    """Answer a spec of `memory.py` and return what it needed."""
+    kept = None
+    if spec.get("tokenizer"):
+        from emoe_core.tokenizer import load_tokenizer
+
+        # A control process has the tokenizer of the model that it is held against.
+        kept = load_tokenizer(spec["tokenizer"])
+    found = _serve_stock(spec) if spec["options"].get("implementation") == STOCK else _serve_emoe(spec)
+    found["device_peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    found["serving_peak_bytes"] = process_peak_bytes()
+    del kept
+    return found
 
 
-def mapped_checkpoint_bytes(folder: Path, model: torch.nn.Module) -> int:
-    """Return the resident bytes of a checkpoint's files that a process still maps but that no weight needs.
-
-    Weights that were copied while loading leave their file's pages mapped as long as one weight of the same file is
-    a view of it. They count in the peak, but the system drops them when memory is short.
-    """
-    found, place = 0, None
-    addresses: list[tuple[int, int]] = []
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        mapping = _MAPPING.match(line)
-        if mapping:
-            place = mapping if Path(mapping[3]).resolve().is_relative_to(folder.resolve()) else None
-            if place is not None:
-                addresses.append((int(place[1], 16), int(place[2], 16)))
-        elif re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
-            place = None
-        elif place is not None and line.startswith("Rss:"):
-            found += int(line.split()[1]) * 1024
-    views = {weight.data_ptr(): weight.nbytes for weight in model.state_dict(keep_vars=True).values()}
-    needed = sum(size for at, size in views.items() if any(low <= at < high for low, high in addresses))
-    return max(0, found - needed)
-
-
-def reset_peak() -> bool:
-    """Start this process's peak anew from what is resident now; False where the kernel does not allow it.
-
-    What loading freed goes back to the system first, so that the C library's heap does not count as the model's.
-    """
-    gc.collect()
-    return_free_memory()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _run_emoe(spec: dict[str, Any]) -> dict[str, Any]:
+def _serve_emoe(spec: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     options = {name: value for name, value in spec["options"].items() if name != "implementation"}
-    with emoe_core.load(spec["checkpoint"], **options) as engine:
+    with emoe_core.load(spec["checkpoint"], **resolve_options(options)) as engine:
         if spec["warm_trace"]:
             engine.warm_start(RoutingTrace.load(Path(spec["warm_trace"])))
         load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()
@@ -109,25 +74,17 @@ def _run_emoe(spec: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def _run_stock(spec: dict[str, Any]) -> dict[str, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
+def _serve_stock(spec: dict[str, Any]) -> dict[str, Any]:
     from emoe_core.checkpoint.index import open_checkpoint
-    from emoe_core.errors import OptionError
     from emoe_core.generation import TokenWatch, encode
-    from emoe_core.tokenizer import load_tokenizer
+    from workbench.systems.stock import load_stock, required_tokenizer
 
     options = spec["options"]
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
-        spec["checkpoint"], dtype=options.get("dtype", "auto"), experts_implementation="eager"
-    ).eval()
+    model = load_stock(spec["checkpoint"], options.get("dtype", "auto"))
     device = options.get("device", "auto")
     model.to("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
-    tokenizer = load_tokenizer(spec["checkpoint"])
-    if tokenizer is None:
-        raise OptionError(f"{spec['checkpoint']} has no tokenizer: save one beside the weights")
+    tokenizer = required_tokenizer(spec["checkpoint"])
     load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()
     reset_peak()
     ttft, tpot, tokens = [], [], []
@@ -183,28 +140,5 @@ def _spread(values: Sequence[float]) -> float:
     return quartiles[2] - quartiles[0]
 
 
-def _main(source: Path, target: Path) -> int:
-    spec = json.loads(source.read_text())
-    stock = spec["options"].get("implementation") == STOCK
-    kept = None
-    if spec.get("tokenizer"):
-        from emoe_core.tokenizer import load_tokenizer
-
-        kept = load_tokenizer(spec["tokenizer"])
-    try:
-        result = _run_stock(spec) if stock else _run_emoe(spec)
-    except EmoeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    import torch
-
-    result["device_peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    result["serving_peak_bytes"] = process_peak_bytes()
-    result["peak_bytes"] = max(result["serving_peak_bytes"], result["load_peak_bytes"])
-    del kept
-    target.write_text(json.dumps(result))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(answer_job(serve))

@@ -6,11 +6,11 @@ A row is exact; nothing is read out of the letters of a name. A logged name is o
 * a pattern, with ``*`` for what varies: ``predicted_loss_*`` stands for one metric a task;
 * ``LABEL_NAME`` or ``LABEL/NAME`` of a row that is ``labelled``: what notebooks and benches that compare several
   configurations log of each (``every_prompt_kl_nats``);
-* ``fresh_NAME`` or ``stock_NAME``: measured in a process of its own (`metric_words`);
+* ``fresh_NAME`` or ``stock_NAME``: measured in a process of its own;
 * one of these with ``_low`` or ``_high``: the ends of its interval or range.
 
 Tables use the same names for their columns. What the catalogue does not know (a user's own metric) has the unit that
-its name ends with (`quantities`), and no direction.
+its name ends with, no direction and no meaning; it is about time where that unit is.
 """
 
 from __future__ import annotations
@@ -25,6 +25,23 @@ FRESH, STOCK = "fresh", "stock"
 GROUPS = (MEMORY, QUALITY, TIME, OTHER)  # in the order in which tables show them
 ENDS = {"_low": "lower end", "_high": "upper end"}
 INTERVAL = "of the 95% interval over prompts"
+GROUP_MEANINGS = {
+    MEMORY: "Slots, experts and dense weights are computed, peaks are the operating system's.",
+    QUALITY: "Against the same model with every expert resident.",
+    TIME: "Of a clock, on the machine named below.",
+    OTHER: "How expert requests were served, and counts. A request is one expert that a layer wants in one pass.",
+}
+# How names end, and the unit that this says; the longer first. Shares keep the word.
+ENDINGS = {
+    "_tokens_per_s": "tokens/s",
+    "_bytes_per_s": "bytes/s",
+    "_per_s": "1/s",
+    "_bytes": "bytes",
+    "_nats": "nats",
+    "_s": "s",
+}
+_SHARES = ("_share", "_rate", "_agreement", "_mass")
+_TIME_UNITS = ("s", "tokens/s", "bytes/s", "1/s")
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,11 @@ class Metric:
     meaning: str
     labelled: bool = False
     measured: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The place of its group in tables."""
+        return GROUPS.index(self.group)
 
 
 CATALOGUE = (
@@ -213,13 +235,17 @@ _LABELLED = sorted((row for row in CATALOGUE if row.labelled), key=lambda row: -
 
 
 @lru_cache(maxsize=4096)
-def metric_of(name: str) -> Metric | None:
-    """Return the row that a logged name or a column belongs to, None for what the catalogue does not know."""
+def metric_of(name: str) -> Metric:
+    """Return the row that a logged name or a column belongs to; for what the catalogue does not know one like it."""
+    return _row(name) or _unknown(name)
+
+
+def _row(name: str) -> Metric | None:
     if name in _EXACT:
         return _EXACT[name]
     for place in (FRESH, STOCK):
         plain = name.removeprefix(f"{place}_")
-        if plain != name and (found := metric_of(plain)) is not None:
+        if plain != name and (found := _row(plain)) is not None:
             return found
     for row in _LABELLED:
         if name.endswith((f"_{row.name}", f"/{row.name}")):
@@ -229,12 +255,12 @@ def metric_of(name: str) -> Metric | None:
             return row
     for end, words in ENDS.items():
         plain = name.removesuffix(end)
-        if plain != name and (found := metric_of(plain)) is not None:
+        if plain != name and (found := _row(plain)) is not None:
             return replace(found, meaning=f"{words} {INTERVAL if found.group == QUALITY else 'of its range'}")
     return None
 
 
-def meaning_of(name: str) -> str:
-    """Return what a metric is, an empty text when that is not known."""
-    row = metric_of(name)
-    return "" if row is None else row.meaning
+def _unknown(name: str) -> Metric:
+    unit = next((unit for ending, unit in ENDINGS.items() if name.endswith(ending)), "")
+    unit = "%" if name.endswith(_SHARES) else unit
+    return Metric(name, unit, TIME if unit in _TIME_UNITS else OTHER, NEITHER, "")

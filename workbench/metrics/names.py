@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
-from emoe_core.errors import ExperimentError
+from emoe_core.errors import ExperimentError, did_you_mean
 from workbench.metrics.show import words_of
 
 SUGGESTED = 6
@@ -37,22 +37,20 @@ def _named(text: str, known: Collection[str]) -> str:
             return found[0]
         if found:
             raise ExperimentError(f"{text!r} stands for {' and '.join(found)}: give one of these names.")
-    raise ExperimentError(f"no metric {text!r} is in both. {_suggestion(wanted, known)}")
+    raise ExperimentError(f"no metric {text!r} is in both.{_suggestion(wanted, known)}")
 
 
 def _suggestion(wanted: str, known: Collection[str]) -> str:
     names = sorted(known)
     if len(names) <= SUGGESTED:
-        return f"Metrics of both: {', '.join(names) or 'none'}."
+        return f" Metrics of both: {', '.join(names) or 'none'}."
     words = {word for name in names for word in _plain(name).split()}
     parts = [wanted, *difflib.get_close_matches(wanted, words)]
     holding = [name for name in names if wanted and any(part in _plain(name) for part in parts)]
     spellings = {spelled(name): name for spelled in (_shown, _plain) for name in names}
     alike = [spellings[found] for found in difflib.get_close_matches(wanted, spellings, n=SUGGESTED)]
     close = list(dict.fromkeys([*alike, *holding]))[:SUGGESTED]
-    if close:
-        return f"Close: {', '.join(close)}."
-    return f"{len(names)} others are: leave out --metric and give --all to see them."
+    return did_you_mean(close) or f" {len(names)} others are: leave out --metric and give --all to see them."
 
 
 def _plain(name: str) -> str:

@@ -1,50 +1,27 @@
-"""Numbers with units as people read them.
+"""Metrics and their values as people read them: names as words, numbers with units, in the order of tables.
 
-`words_of` and `unit_of` split a metric's name, `show` formats one value, `column_texts` many in the same unit,
-`metric_table` a choice of metrics. The unit is the catalogue's (`metric_catalogue`); names say it too, at their end,
-and that counts where the catalogue lacks a name. Bytes are decimal (1 MB = 1,000,000 bytes), as storage is sold and as
-budgets are given.
+`show` formats one value, `column_texts` many in the same unit, `metric_table` a choice of metrics. Bytes are decimal
+(1 MB = 1,000,000 bytes), as storage is sold and as budgets are given.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from workbench.metrics.catalogue import metric_of
+from workbench.metrics.catalogue import ENDINGS, MEMORY, QUALITY, metric_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-TIME_UNITS = ("s", "tokens/s", "bytes/s", "1/s")
-# How names end, and the unit that this says; the longer first. Shares keep the word.
-_ENDINGS = {
-    "_tokens_per_s": "tokens/s",
-    "_bytes_per_s": "bytes/s",
-    "_per_s": "1/s",
-    "_bytes": "bytes",
-    "_nats": "nats",
-    "_s": "s",
-}
-_SHARES = ("_share", "_rate", "_agreement", "_mass")
-
-
-def unit_of(name: str) -> str:
-    """Return the unit of a metric, an empty text when it has none."""
-    row = metric_of(name)
-    if row is not None:
-        return row.unit
-    if name.endswith(_SHARES):
-        return "%"
-    return next((unit for ending, unit in _ENDINGS.items() if name.endswith(ending)), "")
 
 
 def words_of(name: str) -> str:
     """Return a metric's name as words, without its unit."""
-    unit = unit_of(name)
-    ending = next((ending for ending, said in _ENDINGS.items() if said == unit), "")
+    unit = metric_of(name).unit
+    ending = next((ending for ending, said in ENDINGS.items() if said == unit), "")
     # "tokens per second" may be the whole name behind a label: LABEL/tokens_per_s.
     plain = name.removesuffix(ending).removesuffix(f"/{ending.removeprefix('_')}") if ending else name
     return plain.replace("_", " ")
@@ -52,14 +29,14 @@ def words_of(name: str) -> str:
 
 def title_of(name: str) -> str:
     """Return a metric's name as words that stand alone: "slot bytes", because "slot" does not say what of it."""
-    return name.replace("_", " ") if unit_of(name) == "bytes" else words_of(name)
+    return name.replace("_", " ") if metric_of(name).unit == "bytes" else words_of(name)
 
 
 def show(name: str, value: float | None) -> str:
     """Return a value as text with the unit of its name; a missing value is a dash."""
     if value is None or not math.isfinite(value):
         return _not_finite(value)
-    unit = unit_of(name)
+    unit = metric_of(name).unit
     if unit in ("bytes", "bytes/s"):
         return show_bytes(value) + unit.removeprefix("bytes")
     if unit == "s":
@@ -75,6 +52,27 @@ def _not_finite(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else str(float(value))
 
 
+def in_order(metrics: Iterable[str], named: Sequence[str]) -> list[str]:
+    """Return metrics by group; within one, those that the sweep file names come first, in its order."""
+    places = {name: place for place, name in enumerate(named)}
+    return sorted(metrics, key=lambda name: (metric_of(name).rank, places.get(name, len(named)), name))
+
+
+def main_metrics(named: Sequence[str], every: Sequence[str]) -> list[str]:
+    """Return the metrics of the main table, in the order of `every`.
+
+    These are the ones that the sweep file named (all when it named none), and every quality metric when one of them is
+    about memory and none about quality.
+    """
+    chosen = set(named) & set(every)
+    if not chosen:
+        return list(every)
+    groups = {metric_of(name).group for name in chosen}
+    if MEMORY in groups and QUALITY not in groups:
+        chosen |= {name for name in every if metric_of(name).group == QUALITY}
+    return [name for name in every if name in chosen]
+
+
 def metric_table(metrics: Mapping[str, float], names: Sequence[str]) -> pd.DataFrame:
     """Return some metrics as a table of words and values with units, for people; a missing one is a dash."""
     import pandas as pd
@@ -86,7 +84,7 @@ def column_texts(name: str, values: Sequence[float | None]) -> tuple[str, list[s
     """Return a unit and the values as texts in it, with the same number of decimals, so that they can be compared."""
     known = [abs(value) for value in values if value is not None and math.isfinite(value)]
     largest = max(known, default=0.0)
-    unit, scale = unit_of(name), 1.0
+    unit, scale = metric_of(name).unit, 1.0
     if unit in ("bytes", "bytes/s"):
         size, prefix = next(((size, prefix) for size, prefix in BYTE_UNITS if largest >= size), (1.0, "B"))
         unit, scale = prefix + unit.removeprefix("bytes"), 1 / size
@@ -127,3 +125,8 @@ def show_number(value: float) -> str:
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def show_count(number: int, noun: str) -> str:
+    """Return ``1 thread`` or ``2 threads``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

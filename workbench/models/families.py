@@ -2,8 +2,8 @@
 
 `prove` is the proof: it writes a checkpoint of the family, loads it with stock transformers and through an engine that
 holds too few experts, and compares logits, and the answers of four simultaneous requests with ``generate``. The table
-that `emoe models` shows is a record of its answers (``families.json``), which the tests repeat family by family; it
-says nothing that a test does not.
+that `emoe model families` shows is a record of its answers (``families.json``), which the tests repeat family by
+family; it says nothing that a test does not.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def as_markdown(rows: tuple[FamilyRow, ...]) -> str:
         "wrote: prefill and a decode step with a KV cache in float32, slots for 30% of the experts, the routing rule "
         "compared with the "
         "family's own router, and four simultaneous requests with the answers of `generate`. "
-        "`emoe models --check TYPE` repeats the proof; this file is `emoe models --markdown`.",
+        "`emoe model families --check TYPE` repeats the proof; this file is `emoe model families --markdown`.",
         "",
         '*Experts on disk*: "one by one" is a tensor for each expert, "fused" one for all experts of a layer. '
         "*Rerouting* names what weights are proportional to, and what is added: a correction of the choice (bias), a "

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from emoe_core.checkpoint.hub import HUB_ID
-from emoe_core.errors import CheckpointError
+from emoe_core.errors import CheckpointError, did_you_mean
 from workbench.models.reference import EMBEDDED
 
 # Random weights of 1 MB: shows in seconds that everything runs, and measures nothing.
@@ -46,8 +46,7 @@ def require_model(name: str | Path) -> None:
     text = str(name)
     if text in known or HUB_ID.fullmatch(text) or Path(name).expanduser().exists():
         return
-    close = get_close_matches(text, known, n=1)
-    meant = f" Did you mean {close[0]!r}?" if close else ""
+    meant = did_you_mean(get_close_matches(text, known, n=1))
     raise CheckpointError(
         f"{text} does not exist.{meant} Give the folder of a Hugging Face checkpoint, a hub id (OWNER/NAME), or "
         f"one of {', '.join(map(repr, known))}."

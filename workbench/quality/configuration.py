@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from emoe_core.config import EngineConfig
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, require_known
 from emoe_core.planning.tasks import TASK_TYPES
-from emoe_core.predictor import PREDICTORS, TRAINED
+from emoe_core.predictor import TRAINED
+from workbench.predictors import PREDICTORS
+from workbench.systems.option_names import resolve_options
 from workbench.workloads import StreamConfig
 from workbench.workloads.labels import check_labels
 
@@ -63,15 +65,14 @@ class ExperimentConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise OptionError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+        require_known(self.strategy, STRATEGIES, "strategy")
         if self.warm_prompts < 0 or self.answers < 0 or self.max_new_tokens < 1:
             raise OptionError("warm_prompts and answers must be 0 or more, max_new_tokens 1 or more")
         if self.strategy == ORACLE and self.answers:
             raise OptionError("the oracle knows the scored prompts only: set answers to 0")
         check_labels(self.labels, self.label_error)
         self.stream()
-        EngineConfig(**self.engine_options())
+        EngineConfig(**resolve_options(self.engine_options()))
 
     def stream(self, split: str | None = None, n_prompts: int | None = None) -> StreamConfig:
         """Return the prompt stream of this run, or one like it on another split."""
@@ -86,7 +87,7 @@ class ExperimentConfig:
         )
 
     def engine_options(self) -> dict[str, Any]:
-        """Return the options of `emoe_core.load`, without the profile and the target that it is needed for."""
+        """Return options for `resolve_options`, without the profile and the target that it is needed for."""
         return {
             "budget": self.budget,
             "tolerance": self.tolerance,

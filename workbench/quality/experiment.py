@@ -26,14 +26,17 @@ from emoe_core.config import resolve_device
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.planning.tasks import Profile
-from emoe_core.predictor import TRAINED, OraclePredictor
+from emoe_core.predictor import TRAINED
 from workbench.measure.memory import MemoryMeasurement, as_metrics, measure
 from workbench.models.names import resolve_model
+from workbench.predictors.bounds import OraclePredictor
 from workbench.quality.configuration import ORACLE, ExperimentConfig
 from workbench.quality.token_quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio
 from workbench.replay.predictor_training import stored_predictor
 from workbench.replay.references import Reference, reference_outputs
 from workbench.replay.residency import ResidencyWatch, replayed_hit_rates
+from workbench.replay.scoring import score
+from workbench.systems.option_names import resolve_options
 from workbench.tracking.run import Run
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 from workbench.workloads.labels import told_tasks
@@ -122,16 +125,16 @@ def run_experiment(
     warm = warm_trace(config, checkpoint, progress)
     options = config.engine_options()
     if config.skipping or config.max_quality_loss is not None:
-        options["profile"] = profile or _stored_profile(checkpoint)
+        options["profile"] = profile or _stored_profile(config.model)
         options["max_quality_loss"] = config.max_quality_loss
     if config.strategy == TRAINED:
-        options["predictor_path"] = str(stored_predictor(checkpoint))
+        options["predictor_path"] = str(stored_predictor(config.model))
     told = told_tasks(prompts, config.labels, config.label_error, config.seed)
-    with emoe_core.load(checkpoint, **options) as engine:
-        if config.strategy == ORACLE:
-            future = [(task, reference.trace.counts(place)) for place, task in enumerate(told)]
-            window = config.interval if isinstance(config.interval, int) else 1
-            engine.control.predictor = OraclePredictor(future, window)
+    if config.strategy == ORACLE:
+        future = [(task, reference.trace.counts(place)) for place, task in enumerate(told)]
+        window = config.interval if isinstance(config.interval, int) else 1
+        options["predictor"] = lambda *shape: OraclePredictor(future, window)
+    with emoe_core.load(checkpoint, **resolve_options(options)) as engine:
         if warm is not None:
             engine.warm_start(warm)
         watch = ResidencyWatch(engine)
@@ -218,7 +221,7 @@ def score_prompts(
     for place, (prompt, task, expected) in enumerate(zip(prompts, told, reference.outputs, strict=True)):
         before = engine.stats().counters
         started = time.perf_counter()
-        scored = engine.score([(expected.prompt_ids, expected.token_ids)], [task], stepwise=stepwise)[0]
+        scored = score(engine, [(expected.prompt_ids, expected.token_ids)], [task], stepwise=stepwise)[0]
         elapsed_s = time.perf_counter() - started
         if watch is not None:
             watch.after_prompt()

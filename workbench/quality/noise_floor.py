@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pandas as pd
-from transformers import AutoModelForCausalLM
 
 from emoe_core.errors import OptionError
 from workbench.models.names import resolve_model
@@ -21,7 +19,7 @@ from workbench.quality.configuration import ExperimentConfig
 from workbench.quality.experiment import all_resident
 from workbench.quality.similarity import similarity
 from workbench.quality.token_quality import bootstrap_interval
-from workbench.systems.stock import greedy_answers
+from workbench.systems.stock import greedy_answers, load_stock
 from workbench.workloads import prompt_stream
 
 VARIANTS = {"grouped products": ("grouped_mm", None), "bfloat16": ("eager", "bfloat16")}
@@ -52,9 +50,7 @@ def noise_floor(config: ExperimentConfig, progress: Progress | None = None) -> p
     rows = []
     for label, (implementation, dtype) in VARIANTS.items():
         report = None if progress is None else partial(progress, label)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=dtype or config.dtype, experts_implementation=implementation
-        ).eval()
+        model = load_stock(checkpoint, dtype or config.dtype, implementation)
         given = greedy_answers(model, checkpoint, asked, config.max_new_tokens, report)
         found = similarity(expected, given)
         low, high = bootstrap_interval(found, seed=config.seed)

@@ -16,13 +16,12 @@ import numpy as np
 import pandas as pd
 import torch
 from gguf import GGMLQuantizationType, quants
-from transformers import AutoModelForCausalLM
 
 from emoe_core.checkpoint.index import open_checkpoint
-from emoe_core.errors import OptionError
+from emoe_core.errors import require_known
 from workbench.quality.token_quality import compare
 from workbench.replay.references import Reference
-from workbench.systems.stock import greedy_answers
+from workbench.systems.stock import greedy_answers, load_stock
 from workbench.workloads import Prompt
 
 FORMATS = {"q8_0": GGMLQuantizationType.Q8_0, "q4_0": GGMLQuantizationType.Q4_0}
@@ -41,8 +40,7 @@ def round_trip(matrix: torch.Tensor, name: str) -> torch.Tensor:
     name : str
         One of `FORMATS`.
     """
-    if name not in FORMATS:
-        raise OptionError(f"unknown expert format {name!r}: choose one of {', '.join(FORMATS)}")
+    require_known(name, FORMATS, "expert format")
     columns = matrix.shape[1]
     padded = torch.nn.functional.pad(matrix.detach().float(), (0, -columns % BLOCK)).contiguous().numpy()
     expanded = quants.dequantize(quants.quantize(padded, FORMATS[name]), FORMATS[name])
@@ -63,7 +61,7 @@ def quantized_model(checkpoint: str | Path, name: str, dtype: str = "float32", p
         Called with (MoE layers done, all).
     """
     index = open_checkpoint(checkpoint, dtype)
-    model = AutoModelForCausalLM.from_pretrained(index.path, dtype=index.dtype, experts_implementation="eager").eval()
+    model = load_stock(index.path, index.dtype)
     model.requires_grad_(False)
     for done, layer in enumerate(index.layers, start=1):
         module = model.get_submodule(layer.name)

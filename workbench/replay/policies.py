@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import require_known
 from emoe_core.loader.eviction import POLICY_NAMES as ENGINE_POLICIES
 from emoe_core.loader.eviction import make_table
 from emoe_core.loader.slots import Entry, SlotTable
@@ -51,5 +51,4 @@ POLICY_NAMES = (*TABLES, PINNED, BOUND)
 
 def require_policy(name: str) -> None:
     """Raise OptionError, naming the known ones, unless a policy can be simulated."""
-    if name not in POLICY_NAMES:
-        raise OptionError(f"unknown policy {name!r}: choose one of {', '.join(POLICY_NAMES)}")
+    require_known(name, POLICY_NAMES, "policy")

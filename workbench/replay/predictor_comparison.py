@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from emoe_core.errors import OptionError
-from emoe_core.predictor.training import TrainingOptions
+from workbench.predictors.training import TrainingOptions
 from workbench.replay.prediction import compare, factories, next_element_scores
 from workbench.replay.predictor_training import predictor_path, train_predictor
 from workbench.replay.recording import Progress, RecordingConfig, record

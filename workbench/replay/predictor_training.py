@@ -8,8 +8,9 @@ from pathlib import Path
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import PredictorError
 from emoe_core.loader.cache_folder import cache_dir
-from emoe_core.predictor.training import Progress, TrainingOptions, train
 from emoe_core.predictor.transformer import TransformerPredictor
+from workbench.models.names import resolve_model
+from workbench.predictors.training import Progress, TrainingOptions, train
 from workbench.replay.recording import Recording
 
 # The paper's largest predictor takes 1.3% of its model's memory; ours must not take more.
@@ -21,19 +22,24 @@ def predictor_path(model_hash: str, variant: str = "A") -> Path:
     return cache_dir() / "predictors" / f"{model_hash[:24]}-{variant}.safetensors"
 
 
-def stored_predictor(checkpoint: str | Path, variant: str = "A") -> Path:
+def stored_predictor(model: str | Path, variant: str = "A") -> Path:
     """Return the file of a model's trained predictor.
+
+    Parameters
+    ----------
+    model : str or Path
+        As for `resolve_model`; errors name it so.
+    variant : str
 
     Raises
     ------
     PredictorError
         When there is none; the message says how to train it.
     """
-    path = predictor_path(open_checkpoint(checkpoint).source_hash, variant)
+    path = predictor_path(open_checkpoint(resolve_model(model)).source_hash, variant)
     if not path.exists():
         raise PredictorError(
-            f"{checkpoint} has no trained predictor yet: train one with "
-            f"`emoe predictor train {shlex.quote(str(checkpoint))}`"
+            f"{model} has no trained predictor yet: train one with `emoe predictor train {shlex.quote(str(model))}`"
         )
     return path
 

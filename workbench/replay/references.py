@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +27,11 @@ import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.files import whole_file
 from emoe_core.loader.cache_folder import cache_dir
+from workbench.measure.job import answer_job, report_progress
+from workbench.measure.launch import launch
+from workbench.replay.scoring import Scored, score
 
 FORMAT = 2
 BATCH = 24
@@ -125,25 +127,9 @@ def reference_outputs(
 
 def _compute_in_own_process(spec: ReferenceSpec, prompts: Sequence[str], progress: ProgressCallback | None) -> None:
     spec.folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        job = Path(scratch) / "job.json"
-        job.write_text(json.dumps({"spec": asdict(spec), "prompts": list(prompts)}))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "workbench.replay.references", str(job)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            if progress is not None and line.startswith("done "):
-                _, done, total = line.split()
-                progress(int(done), int(total))
-        _, errors = process.communicate()
-        if process.returncode != 0:
-            last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-            raise ExperimentError(f"the all-resident reference could not be computed: {last[0]}")
+    job = {"spec": asdict(spec), "prompts": list(prompts)}
+    launched = launch("workbench.replay.references", job, progress=progress)
+    launched.answer("the all-resident reference could not be computed")
 
 
 def read_output(path: Path) -> tuple[ReferenceOutput, dict[str, torch.Tensor]]:
@@ -173,8 +159,7 @@ def _trace(rows: Sequence[dict[str, torch.Tensor]], tasks: Sequence[str]) -> Rou
     )
 
 
-def _compute(job: Path) -> None:
-    raw = json.loads(job.read_text())
+def _compute(raw: dict[str, Any]) -> dict[str, Any]:
     spec, prompts = ReferenceSpec(**raw["spec"]), raw["prompts"]
     # Prompts of similar length share a batch, so that little of it is padding.
     prompts.sort(key=len)
@@ -187,12 +172,13 @@ def _compute(job: Path) -> None:
             answers = engine.generate(texts, max_new_tokens=spec.max_new_tokens, batch_size=BATCH)
             for place, (prompt, answer) in enumerate(zip(texts, answers, strict=True)):
                 engine.forget_trace()
-                scored = engine.score([(answer.prompt_ids, answer.token_ids)])[0]
+                scored = score(engine, [(answer.prompt_ids, answer.token_ids)])[0]
                 _write(spec.path(prompt), answer, scored, engine.trace())
-                print("done", start + place + 1, len(prompts), flush=True)
+                report_progress(start + place + 1, len(prompts))
+    return {}
 
 
-def _write(path: Path, answer: emoe_core.Generation, scored: emoe_core.Scored, trace: RoutingTrace) -> None:
+def _write(path: Path, answer: emoe_core.Generation, scored: Scored, trace: RoutingTrace) -> None:
     columns = {name: np.asarray(getattr(trace, name)) for name in TRACE_COLUMNS}
     columns["chosen"] = columns["chosen"].astype(np.int16)
     row = {
@@ -204,10 +190,9 @@ def _write(path: Path, answer: emoe_core.Generation, scored: emoe_core.Scored, t
         "trace": {name: torch.from_numpy(column) for name, column in columns.items()}
         | {"experts": torch.tensor(trace.experts)},
     }
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    torch.save(row, partial)
-    partial.replace(path)
+    with whole_file(path) as scratch:
+        torch.save(row, scratch)
 
 
 if __name__ == "__main__":
-    _compute(Path(sys.argv[1]))
+    sys.exit(answer_job(_compute))

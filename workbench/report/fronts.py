@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from workbench.machine.busy import busy_warning
-from workbench.report.points import ALL_RESIDENT, BOUNDS, HINDSIGHT, ON_DEMAND, RANDOM
+from workbench.quality.configuration import ORACLE
+from workbench.report.points import ALL_RESIDENT, BOUNDS, ON_DEMAND, RANDOM
 
 MARKERS = "osDv^P*<>X"
-BOUND_MARKERS = {ALL_RESIDENT: "h", ON_DEMAND: "s", RANDOM: "x", HINDSIGHT: "*"}
+BOUND_MARKERS = {ALL_RESIDENT: "h", ON_DEMAND: "s", RANDOM: "x", ORACLE: "*"}
 SIZE = (4.7, 3.9)
 
 
@@ -29,7 +30,7 @@ def quality_front(points: pd.DataFrame) -> Figure | None:
     if table["memory_share"].nunique() < 2 or not (table["memory_share"] < 1).any():
         return None
     figure, axis = _axis()
-    lossy = table[~table["bound"].isin([RANDOM, HINDSIGHT, ON_DEMAND])]
+    lossy = table[~table["bound"].isin([RANDOM, ORACLE, ON_DEMAND])]
     _front(axis, lossy, "memory_share", "perplexity_ratio", "Pareto front, lossy")
     for name, look, group in _series(table):
         mean = group.groupby("memory_share")[["perplexity_ratio"]].mean()
@@ -55,7 +56,7 @@ def time_front(points: pd.DataFrame) -> Figure | None:
     if table.empty:
         return None
     figure, axis = _axis()
-    _front(axis, table[~table["bound"].isin([RANDOM, HINDSIGHT])], "memory_ratio", "tpot_ratio")
+    _front(axis, table[~table["bound"].isin([RANDOM, ORACLE])], "memory_ratio", "tpot_ratio")
     for name, look, group in _series(table):
         group = group.sort_values("memory_ratio")
         axis.plot(group["memory_ratio"], group["tpot_ratio"], label=name, **look)

@@ -1,16 +1,30 @@
-"""The metrics of a run as tables, one a group: a line for what was measured, a column for where it was measured."""
+"""The metrics of a run as tables, one a group: a line for what was measured, a column for where it was measured.
+
+A run of the bench measures up to three times, and names tell which: without a prefix it is the *quality measurement*,
+in the notebook's own process; ``fresh_`` is the same configuration alone in a new process, ``stock_`` transformers with
+every expert resident in another. The last two have a data type of their own, so that their bytes are not those of the
+first. What holds the two against each other (`COMPARED`) is of neither.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.metrics.catalogue import FRESH, STOCK, meaning_of
-from workbench.metrics.groups import group_of, rank_of
+from workbench.metrics.catalogue import FRESH, GROUP_MEANINGS, STOCK, metric_of
 from workbench.metrics.show import show, title_of
-from workbench.metrics.words import BOTH, GROUP_MEANINGS, OWN, PLACES, place_of
 
+OWN, BOTH = "own", "both"
+PLACES = (OWN, FRESH, STOCK, BOTH)
+
+# A metric that compares the two fresh processes, and the one whose two values it compares.
+COMPARED = {
+    "memory_ratio": "serving_bytes",
+    "tpot_ratio": "tpot_s",
+    "ttft_ratio": "ttft_s",
+    "others_cpu_share": "others_cpu_share",
+}
 QUALITY = "perplexity_ratio"  # what every quality measurement tells
 CHECKPOINT_DTYPE = "the checkpoint's dtype"
 HEADINGS = {OWN: "quality measurement", FRESH: "fresh process", STOCK: "stock", BOTH: "compared"}
@@ -54,9 +68,9 @@ def metric_tables(
         Of the run; its ``dtype`` is what ``auto`` came to in the quality measurement.
     """
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for name in sorted(metrics, key=lambda name: (rank_of(name), place_of(name, metrics)[1])):
+    for name in sorted(metrics, key=lambda name: (metric_of(name).rank, place_of(name, metrics)[1])):
         place, measured = place_of(name, metrics)
-        found.setdefault(group_of(name), {}).setdefault(measured, {})[place] = name
+        found.setdefault(metric_of(name).group, {}).setdefault(measured, {})[place] = name
     headings = _headings(metrics, params, environment)
     tables = []
     for group, rows in found.items():
@@ -64,7 +78,7 @@ def metric_tables(
         lines = [
             MetricRow(
                 title_of(measured),
-                meaning_of(measured),
+                metric_of(measured).meaning,
                 [(show(row[place], metrics[row[place]]), row[place]) if place in row else ("", "") for place in places],
             )
             for measured, row in rows.items()
@@ -83,3 +97,22 @@ def _headings(
     dtypes = {OWN: own, FRESH: timed, STOCK: timed}
     found = {place: f"{words} ({dtypes[place]})" if dtypes.get(place) else words for place, words in HEADINGS.items()}
     return found if QUALITY in metrics else found | {OWN: "value"}
+
+
+def place_of(metric: str, metrics: Collection[str]) -> tuple[str, str]:
+    """Return where a metric was measured (one of `PLACES`) and the name of what was measured there.
+
+    Parameters
+    ----------
+    metric : str
+    metrics : collection of str
+        All metrics of its run: what compares two fresh processes needs them.
+    """
+    for place in (FRESH, STOCK):
+        measured = metric.removeprefix(f"{place}_")
+        if measured != metric and metric_of(measured).meaning and not measured.endswith("_ratio"):
+            return place, measured
+    compared = COMPARED.get(metric)
+    if compared is not None and {f"{FRESH}_{compared}", f"{STOCK}_{compared}"} <= set(metrics):
+        return BOTH, compared
+    return OWN, metric

@@ -2,8 +2,8 @@
 
 A point comes from a run's metrics, or from one row of the table ``summary`` of a notebook that compares several
 configurations. The *bounds* are points too: everything resident, experts on demand by LRU, a random subset, and
-hindsight, which knows every prompt to come. A point is *on the front* when no other point that a system could choose is
-at least as good in memory, quality and time and better in one; unknown times are left out of the judgement.
+the oracle, which knows every prompt to come. A point is *on the front* when no other point that a system could choose
+is at least as good in memory, quality and time and better in one; unknown times are left out of the judgement.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from workbench.tracking.store import decode
 if TYPE_CHECKING:
     from workbench.tracking.record import RunRecord
 
-ALL_RESIDENT, ON_DEMAND, HINDSIGHT, RANDOM = "all resident", "LRU on demand", "hindsight", "random subset"
-BOUNDS = (ALL_RESIDENT, ON_DEMAND, RANDOM, HINDSIGHT)
+ALL_RESIDENT, ON_DEMAND, RANDOM = "all resident", "LRU on demand", "random subset"
+BOUNDS = (ALL_RESIDENT, ON_DEMAND, RANDOM, ORACLE)
 COLUMNS = (
     *("notebook", "run_id", "run_name", "model", "mix", "configuration", "strategy", "budget", "tolerance", "interval"),
     *("bound", "memory_share", "memory_ratio", "measured_bytes", "stock_bytes"),
@@ -52,7 +52,7 @@ def points_of(record: RunRecord) -> pd.DataFrame:
 def judge(points: pd.DataFrame) -> pd.DataFrame:
     """Return comparable points (of one model and stream) with ``on_front`` filled in."""
     values = points[list(OBJECTIVES)].astype(float).to_numpy()
-    eligible = ~points["bound"].isin([HINDSIGHT, RANDOM]).to_numpy()
+    eligible = ~points["bound"].isin([ORACLE, RANDOM]).to_numpy()
     on_front = [bool(eligible[place]) and not _beaten(values, eligible, place) for place in range(len(points))]
     return points.assign(on_front=on_front)
 
@@ -63,7 +63,7 @@ def bound_of(strategy: str, tolerance: float, memory_share: float, kind: str = "
         return ALL_RESIDENT
     if strategy == "lru" and tolerance == 0:
         return ON_DEMAND
-    return {ORACLE: HINDSIGHT, "random": RANDOM}.get(strategy, "")
+    return {ORACLE: ORACLE, "random": RANDOM}.get(strategy, "")
 
 
 def label_of(strategy: str, tolerance: float, bound: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from workbench.metrics.groups import group_of
+from workbench.metrics.catalogue import metric_of
 from workbench.report.files import ID_LETTERS, RUNS, Download, copy_artifacts
 from workbench.report.metric_tables import MetricTable, metric_tables
 from workbench.report.parameters import parameter_text
@@ -67,7 +67,7 @@ def read_run_page(client: MlflowClient, record: RunRecord, sweep: str, site: Pat
     """Gather one run, and copy its files into the site."""
     files, images = copy_artifacts(client, record.run_id, site)
     maps, hidden = _residency(record, site)
-    groups = {group_of(name) for name in record.metrics}
+    groups = {metric_of(name).group for name in record.metrics}
     environment = record.environment
     tables, places = metric_tables(record.metrics, record.params, environment)
     return RunPage(

@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workbench.metrics.catalogue import meaning_of
-from workbench.metrics.groups import group_of, in_order, main_metrics
-from workbench.metrics.show import column_texts, words_of
+from workbench.metrics.catalogue import metric_of
+from workbench.metrics.show import column_texts, in_order, main_metrics, words_of
 from workbench.paper.figures import REPORT_FIGURES
 from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
@@ -101,7 +100,7 @@ def read_section(notebook: str, runs: list[MlflowRun], pages: list[RunPage], sit
     every = in_order({name for item in runs for name in item.data.metrics}, named)
     chosen = main_metrics(named, every)
     columns = {name: _metric_column(name, runs) for name in every}
-    groups = {group_of(name) for name in every}
+    groups = {metric_of(name).group for name in every}
     return Section(
         notebook=notebook,
         rows=pages,
@@ -116,7 +115,7 @@ def read_section(notebook: str, runs: list[MlflowRun], pages: list[RunPage], sit
 def _metric_column(name: str, runs: list[MlflowRun]) -> Column:
     unit, texts = column_texts(name, [recorded_metrics(item).get(name) for item in runs])
     heading = f"{words_of(name)} ({unit})" if unit else words_of(name)
-    return Column(name, heading, group_of(name), texts, meaning_of(name))
+    return Column(name, heading, metric_of(name).group, texts, metric_of(name).meaning)
 
 
 def _pictures(runs: list[MlflowRun], site: Path, name: str) -> list[Picture]:

@@ -7,13 +7,12 @@ one as it was. A folder that is not a report is never replaced.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe_core.errors import ExperimentError
+from emoe_core.files import whole_folder
 from workbench.paper.figures import set_style
 from workbench.report.files import as_tables, write_table
 from workbench.report.front_part import HEADINGS
@@ -57,10 +56,7 @@ def write_report(
     _refuse_other(out)
     client = open_store()
     chosen = parents(client) if sweeps is None else [_named(client, name) for name in sweeps]
-    with store_errors():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with store_errors(), whole_folder(out) as scratch:
         set_style()
         pages = [read_sweep_page(client, parent, scratch, tell) for parent in chosen]
         by_hand = read_by_hand(client, scratch, tell) if sweeps is None else None
@@ -70,13 +66,6 @@ def write_report(
                 f"the store at {store_name()} holds no sweep and no run of a notebook. Run `emoe sweep FILE` first."
             )
         write_pages(pages, scratch)
-        with store_errors():
-            scratch.chmod(0o755)  # temporary folders are private, a report is there to be shown
-            if out.exists():
-                shutil.rmtree(out)
-            scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return out / FIRST_PAGE
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from emoe_core.errors import ExperimentError
+from emoe_core.errors import ExperimentError, did_you_mean
 from workbench.sweep.schema import Needs, NeedsWhere, Search, Stage, SweepFile
 from workbench.sweep.yaml_file import read_yaml
 
@@ -108,6 +108,6 @@ def describe(problem: Any, source: Source) -> str:
     """Return one of pydantic's complaints as a line: place in the file, keys, and what is wrong."""
     keys = source.written(problem["loc"])
     what = REPHRASED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-    if problem["type"] == "extra_forbidden" and (close := get_close_matches(str(keys[-1]), KEYS, n=1)):
-        what += f": did you mean {close[0]!r}?"
+    if problem["type"] == "extra_forbidden":
+        what += f".{did_you_mean(get_close_matches(str(keys[-1]), KEYS, n=1))}"
     return f"  {source.place(*problem['loc'])}: {'.'.join(str(key) for key in keys) or 'top level'}: {what}"

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emoe_core.errors import did_you_mean
 from workbench.sweep.file import read_sweep
 from workbench.sweep.points import Point, StagePlan, plan_stages
 from workbench.sweep.schema import SweepFile
@@ -83,9 +84,8 @@ class Expectation:
             wanted = [*plan.stage.metrics, *(plan.stage.search.objectives if plan.stage.search else ())]
             for name in wanted if recorded else ():
                 if name not in recorded:
-                    close = get_close_matches(name, recorded, n=3)
-                    hint = f": did you mean {' or '.join(close)}?" if close else "."
-                    told[f"No finished run of {plan.notebook.stem} recorded the metric {name!r}{hint}"] = None
+                    meant = did_you_mean(get_close_matches(name, recorded))
+                    told[f"No finished run of {plan.notebook.stem} recorded the metric {name!r}.{meant}"] = None
         return list(told)
 
     def _runs_like(self, of: Point | StagePlan) -> list[MlflowRun]:

@@ -109,7 +109,7 @@ def run_sweep(
     """
     most = MAX_SERVER_WRITERS if server_uri() else MAX_WRITERS
     if jobs is not None and not 1 <= jobs <= most:
-        more = "" if server_uri() else "; more writers than that need an MLflow server (`emoe tracking-server`)"
+        more = "" if server_uri() else "; more writers than that need an MLflow server (`mlflow server`)"
         raise OptionError(f"--jobs {jobs}: give 1 to {most}{more}.")
     sweep = read_sweep(path)
     plans = plan_stages(sweep, path.parent)

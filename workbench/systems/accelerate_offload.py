@@ -12,9 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
-from workbench.systems.stock import TorchDecoder
+from workbench.systems.stock import TorchDecoder, load_stock
 
 
 class OffloadedDecoder(TorchDecoder):
@@ -25,14 +23,13 @@ class OffloadedDecoder(TorchDecoder):
         self._cpu_bytes = int(spec["options"]["cpu_bytes"])
         self._folder = tempfile.TemporaryDirectory(prefix="offload-", dir=spec["scratch"])
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(
+            self.model = load_stock(
                 spec["checkpoint"],
-                dtype=spec["dtype"],
+                spec["dtype"],
                 device_map="auto",
                 max_memory={"cpu": self._cpu_bytes},
                 offload_folder=self._folder.name,
-                experts_implementation="eager",
-            ).eval()
+            )
         except BaseException:
             self._folder.cleanup()
             raise

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from emoe_core.checkpoint.index import CheckpointIndex, MoeLayer
 from emoe_core.checkpoint.safetensors_files import TensorRef, byte_view, tensors_by_name
 from emoe_core.errors import DataError, UnsupportedFamilyError
+from emoe_core.files import whole_file
 from emoe_core.loader.cache_folder import cache_dir
 
 ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "mixtral": "llama"}
@@ -95,18 +97,31 @@ def export_gguf(index: CheckpointIndex, dest: str | Path, progress: Progress | N
     """
     architecture = _require_supported(index)
     target = Path(dest)
-    target.parent.mkdir(parents=True, exist_ok=True)
     entries = [*_dense_entries(index), *_expert_entries(index)]
     total = sum(entry.nbytes for entry in entries)
-    free_bytes = shutil.disk_usage(target.parent).free
-    if free_bytes < total + 10**8:
-        raise DataError(
-            f"the GGUF file needs {total:,} bytes, {target.parent} has {free_bytes:,} free. Free space, or leave "
-            f"llama.cpp out of --systems."
-        )
-    unfinished = target.with_suffix(f".{os.getpid()}.part")
-    writer = gguf.GGUFWriter(unfinished, architecture)
     try:
+        with whole_file(target) as scratch:
+            _check_space(target, total)
+            _write(scratch, index, architecture, entries, progress)
+    except OSError as error:
+        raise DataError(f"cannot write {target} ({error.strerror or error}); it needs {total:,} bytes") from error
+    return target
+
+
+def _check_space(target: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < needed_bytes + 10**8:
+        raise DataError(
+            f"the GGUF file needs {needed_bytes:,} bytes, {target.parent} has {free_bytes:,} free. Free space, or "
+            f"leave llama.cpp out of --system."
+        )
+
+
+def _write(
+    path: Path, index: CheckpointIndex, architecture: str, entries: list[_Entry], progress: Progress | None
+) -> None:
+    total = sum(entry.nbytes for entry in entries)
+    with closing(gguf.GGUFWriter(path, architecture)) as writer:
         _write_metadata(writer, index, architecture)
         for entry in entries:
             # A 16-bit numpy type stands for either 16-bit format; the raw type names it.
@@ -128,14 +143,6 @@ def export_gguf(index: CheckpointIndex, dest: str | Path, progress: Progress | N
         writer.write_padding(stream, stream.tell())
         stream.flush()
         os.fsync(stream.fileno())
-        writer.close()
-        unfinished.replace(target)
-    except OSError as error:
-        raise DataError(f"cannot write {target} ({error.strerror or error}); it needs {total:,} bytes") from error
-    finally:
-        writer.close()
-        unfinished.unlink(missing_ok=True)
-    return target
 
 
 def _require_supported(index: CheckpointIndex) -> str:
@@ -143,7 +150,7 @@ def _require_supported(index: CheckpointIndex) -> str:
     if index.model_type not in ARCHITECTURES:
         raise UnsupportedFamilyError(
             f"model type {index.model_type!r} has no GGUF export here (there is one for {', '.join(ARCHITECTURES)}): "
-            f"leave llama.cpp out of --systems"
+            f"leave llama.cpp out of --system"
         )
     architecture = ARCHITECTURES[index.model_type]
     differing = []
@@ -161,7 +168,7 @@ def _require_supported(index: CheckpointIndex) -> str:
         differing.append("scaled rotary embeddings")
     if differing:
         raise UnsupportedFamilyError(
-            f"llama.cpp computes {index.model_type} otherwise with {', '.join(differing)}: leave it out of --systems"
+            f"llama.cpp computes {index.model_type} otherwise with {', '.join(differing)}: leave it out of --system"
         )
     return architecture
 

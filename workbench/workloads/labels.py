@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, require_known
 from emoe_core.planning.classifier import classify
 from emoe_core.planning.tasks import TASK_TYPES, UNKNOWN
 from workbench.workloads import Prompt
@@ -21,8 +21,7 @@ LABELS = ("given", "none", "keywords")
 
 def check_labels(labels: str, label_error: float) -> None:
     """Raise OptionError when the two do not make sense."""
-    if labels not in LABELS:
-        raise OptionError(f"unknown labels {labels!r}: choose one of {', '.join(LABELS)}")
+    require_known(labels, LABELS, "labels")
     if not 0.0 <= label_error <= 1.0:
         raise OptionError(f"label_error is {label_error}: it is a share, between 0 and 1")
     if label_error and labels == "none":

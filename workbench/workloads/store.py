@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +28,7 @@ from filelock import FileLock
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from emoe_core.errors import DataError
+from emoe_core.files import whole_folder
 from emoe_core.planning.tasks import TASK_TYPES
 from workbench.fetch import cache_dir, sha256_file
 from workbench.workloads import embedded, hub
@@ -162,10 +161,7 @@ def build(task: str, source: str, records: Iterable[Record]) -> Path:
         }
     )
     target = task_folder(task, source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{task}."))
-    discarded = scratch.with_name(f"{scratch.name}.old")
-    try:
+    with whole_folder(target) as scratch:
         with _silent_datasets():
             content.save_to_disk(str(scratch))
         manifest = {
@@ -178,13 +174,6 @@ def build(task: str, source: str, records: Iterable[Record]) -> Path:
             "use": "evaluation and profiling of routing only; never fit language-model weights on these prompts",
         }
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-        scratch.chmod(0o755)
-        if target.exists():
-            target.rename(discarded)
-        scratch.replace(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(discarded, ignore_errors=True)
     return target
 
 
@@ -256,7 +245,9 @@ def _read_manifest(task: str, source: str) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         recipe = manifest["recipe"]
     except FileNotFoundError:
-        raise DataError(f"the prompts of task {task!r} are not prepared; run {again}.") from None
+        raise DataError(
+            f"the prompts of task {task!r} are not prepared; run {again}, or take the source 'fixture'."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / MANIFEST} is damaged; run `emoe data prepare --force`.") from error
     if recipe != recipe_hash(task, source):

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import runpy
 import socket
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import typer
 from sweep_bench import NOTEBOOK, Bench
 
 from emoe_core.errors import EmoeError
 from workbench import cli
+from workbench.commands.groups import RENAMED
+
+SCRIPTS = Path(__file__).parents[3] / "scripts"
+
+
+def tree(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the words of every command and group, and what they name."""
+    yield path, command
+    for name, part in getattr(command, "commands", {}).items():
+        yield from tree(part, (*path, name))
+
+
+TREE = dict(tree(typer.main.get_command(cli.app)))
+
+
+def choices(command: str, parameter: str) -> tuple[str, ...]:
+    """Return what may be given for a parameter of a command."""
+    (found,) = [part for part in TREE[tuple(command.split())].params if part.name == parameter]
+    return get_args(found.type_descriptor.annotation)
 
 
 def emoe(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -22,15 +45,86 @@ def emoe(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[], ["model"], ["data"], ["run"], ["pack"], ["estimate"], ["sweep"], ["report"], ["compare"], ["verify"]],
-)
-def test_every_command_explains_itself(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("path", TREE, ids=" ".join)
+def test_every_command_explains_itself_and_each_of_its_options(
+    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert emoe(monkeypatch, *command, "--help") == 0
-    assert "Usage: emoe" in capsys.readouterr().out
+    assert emoe(monkeypatch, *path, "--help") == 0
+    assert " ".join(("Usage: emoe", *path)) in capsys.readouterr().out
+    command = TREE[path]
+    assert command.help and not [part.name for part in command.params if not part.help]
+
+
+@pytest.mark.parametrize("path", TREE, ids=" ".join)
+def test_an_unknown_option_is_one_line_that_names_the_help(
+    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert emoe(monkeypatch, *path, "--no-such-option") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: No such option: --no-such-option")
+    assert line.endswith(f"See `{' '.join(('emoe', *path))} --help`.")
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_answers_with_the_new_one(
+    old: str, new: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert emoe(monkeypatch, *old.split(), "tiny", "--some-option") == 2
+    assert capsys.readouterr().err == f"Error: `emoe {old}` is now `{new}`.\n"
+
+
+def test_choices_on_the_command_line_are_those_of_the_code() -> None:
+    from emoe_core.checkpoint.index import EXPERT_DTYPES, parse_dtype
+    from emoe_core.planning.control import REPLANS
+    from emoe_core.planning.tasks import TASK_TYPES
+    from emoe_core.predictor.network import VARIANTS
+    from emoe_core.scheduler import SCHEDULERS
+    from workbench.compare.verify.plan import SOURCES
+    from workbench.models.reference import EMBEDDED
+    from workbench.serving.simulation.router import ROUTERS
+    from workbench.workloads.store import SOURCES as PREPARED
+
+    assert all(parse_dtype(name) for name in choices("run", "dtype"))
+    for offered, known in (
+        (choices("run", "expert_dtype"), EXPERT_DTYPES),
+        (choices("run", "task"), TASK_TYPES),
+        (choices("serve", "scheduler"), SCHEDULERS),
+        (choices("serve", "router"), ROUTERS),
+        (choices("simulate serving", "router"), ROUTERS),
+        (choices("simulate serving", "replan"), REPLANS),
+        (choices("predictor train", "variant"), VARIANTS),
+        (choices("verify", "source"), SOURCES),
+        (choices("model build", "model"), EMBEDDED),
+        (choices("data prepare", "source"), PREPARED),
+        (choices("predictor train", "source"), (*PREPARED, "fixture")),
+    ):
+        assert sorted(offered) == sorted(known)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("emoe mod", "model"), ("emoe model fam", "families"), ("emoe run --dtype bf", "bfloat16")]
+)
+def test_the_shell_completes_commands_options_and_choices(
+    typed: str, offered: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_EMOE_COMPLETE", "source_bash")
+    assert emoe(monkeypatch) == 0
+    assert "_EMOE_COMPLETE=complete_bash" in capsys.readouterr().out
+    monkeypatch.setenv("_EMOE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    assert emoe(monkeypatch) == 0
+    assert capsys.readouterr().out.split() == [offered]
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.name)
+def test_every_script_explains_itself(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not ended.value.code and f"Usage: {script.name}" in capsys.readouterr().out
 
 
 def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,12 +144,13 @@ def test_help_loads_none_of_the_heavy_libraries(bench: Bench) -> None:
     [
         (["run", "/no/such/model", "Hello"], "/no/such/model"),
         (["estimate", "/no/such/model"], "/no/such/model"),
-        (["pack", "/no/such/model"], "/no/such/model"),
+        (["model", "pack", "/no/such/model"], "/no/such/model"),
         (["sweep", "/no/such.yaml"], "no sweep file at /no/such.yaml"),
-        (["cache", "shred"], "give 'list' or 'clear'"),
+        (["cache", "shred"], "No such command 'shred'"),
         (["run", "reference", "Hello", "--max-new-tokens", "0"], "give at least 1"),
         (["run", "reference", " "], "the prompt is empty"),
-        (["run", "reference", "Hello", "--task", "poetry"], "the task types are qa"),
+        (["run", "reference", "Hello", "--task", "poetry"], "'poetry' is not one of 'qa'"),
+        (["serve", "tiny", "--gpus", "1"], "--gpus goes with --replicas"),
         (["report"], "holds no sweep"),
         (["compare", "one", "two"], "has no run or sweep 'one'"),
         (["verify", "one"], "has no run or sweep 'one'"),
@@ -94,11 +189,24 @@ def test_debug_lets_the_traceback_through_wherever_it_stands(
         cli.main()
 
 
-def test_an_unknown_option_is_a_usage_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        (["simulate", "serving"], "tiny has no serving costs yet: measure them with `emoe model costs tiny`"),
+        (["serve", "--scheduler", "emoe"], "tiny has no serving costs yet: measure them with `emoe model costs tiny`"),
+        (["run", "--max-quality-loss", "0.01"], "tiny has no task profile yet: measure one with `emoe model profile "),
+    ],
+)
+def test_a_model_is_named_as_it_was_given(
+    command: list[str],
+    advice: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert emoe(monkeypatch, "sweep", "--no-such-option") == 2
-    assert "--no-such-option" in capsys.readouterr().err
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
+    assert emoe(monkeypatch, *command, "tiny", *(["Why?"] if "run" in command else [])) == 2
+    assert advice in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -108,9 +216,9 @@ def test_an_unknown_option_is_a_usage_error(
         (("run", "/nonexistent/model", "hi"), "/nonexistent/model does not exist. Give the folder"),
         (("serve", "reference", "--port", "99999"), "--port 99999: give 0 to 65535"),
         (("serve", "reference", "--port", "-5"), "--port -5: give 0 to 65535"),
-        (("serve", "reference", "--scheduler", "nosuch"), "unknown scheduler 'nosuch': choose one of fcfs"),
-        (("pack", "reference", "--out", "."), "--out . is a folder: name the file to write"),
-        (("bench", "reference", "--limit", "abc"), "cannot understand the limit 'abc': give bytes"),
+        (("serve", "reference", "--scheduler", "nosuch"), "'nosuch' is not one of 'fcfs'"),
+        (("model", "pack", "reference", "--out", "."), "--out . is a folder: name the file to write"),
+        (("bench", "reference", "--limit", "abc"), "cannot understand the amount of memory 'abc'"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(
@@ -157,7 +265,7 @@ def test_the_cache_is_listed_and_cleared(
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache" / "packs").mkdir(parents=True)
     (tmp_path / "cache" / "packs" / "one.emoe").write_bytes(bytes(2000))
-    assert emoe(monkeypatch, "cache") == 0
+    assert emoe(monkeypatch, "cache", "list") == 0
     assert "packs" in (shown := capsys.readouterr().out) and "2 kB" in shown
     assert emoe(monkeypatch, "cache", "clear", "--yes") == 0
     assert "Removed 2 kB" in capsys.readouterr().out
@@ -173,7 +281,7 @@ def test_a_tiny_model_is_estimated_packed_verified_and_run(
     model = str(tiny_moe(tmp_path / "model"))
     assert emoe(monkeypatch, "estimate", model, "--budget", "50%") == 0
     assert "smallest exact budget" in (shown := capsys.readouterr().out) and "KV cache" in shown
-    assert emoe(monkeypatch, "pack", model, "--verify") == 0
+    assert emoe(monkeypatch, "model", "pack", model, "--verify") == 0
     assert "every checksum verified" in capsys.readouterr().out
     packs = list((tmp_path / "cache").rglob("*.emoe"))
     assert emoe(monkeypatch, "run", model, "Hello", "--budget", "60%", "--max-new-tokens", "3") == 0

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from emoe_core.errors import DataError, PredictorError
+from workbench.cli import app
 from workbench.models.reference.tiny import tiny_moe
 from workbench.quality.profile.profiling import stored_profile
 from workbench.replay.predictor_training import stored_predictor
@@ -18,7 +22,10 @@ from workbench.serving.costs.measure import stored_costs
 from workbench.tracking.place import HOME_VARIABLE, store_uri, ui_command
 
 NAMES = ("two words", "it's", "a;b & $HOME `x` (y) [bold]")
-MAKEFILE = Path(__file__).parents[3] / "Makefile"
+ROOT = Path(__file__).parents[3]
+MAKEFILE = ROOT / "Makefile"
+# What people read, messages included; the changelog tells of names as they were.
+NAMING = ("*.py", "*.md", "*.yaml", "*.ipynb", "*.j2", ":!CHANGELOG.md", ":!tests")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,14 +53,29 @@ def test_a_command_that_names_a_model_can_be_pasted(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
     model = tiny_moe(tmp_path / name)
     for ask, words in (
-        (stored_profile, ["profile"]),
-        (stored_costs, ["costs"]),
+        (stored_profile, ["model", "profile"]),
+        (stored_costs, ["model", "costs"]),
         (stored_predictor, ["predictor", "train"]),
     ):
         with pytest.raises((DataError, PredictorError)) as error:
             ask(model)
         command = str(error.value).split("with `")[1].rsplit("`", 1)[0]
         assert shlex.split(command) == ["emoe", *words, str(model)]
+
+
+def test_every_command_that_is_named_anywhere_exists_with_its_options() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z", *NAMING], cwd=ROOT, capture_output=True, text=True, check=True)
+    unknown = []
+    for file in filter(None, tracked.stdout.split("\0")):
+        for named in re.findall(r"`(?:\.venv/bin/)?emoe ([a-z][^`]*)`", (ROOT / file).read_text()):
+            command: Any = typer.main.get_command(app)
+            words = named.replace("\\n", " ").split()
+            while words and hasattr(command, "commands"):
+                command = command.commands.get(words.pop(0))
+            options = {word.split("=")[0] for word in words if word.startswith("--")}
+            if command is None or options - {name for part in command.params for name in part.opts} - {"--help"}:
+                unknown.append(f"{file}: emoe {named}")
+    assert not unknown
 
 
 @pytest.mark.parametrize("name", NAMES)

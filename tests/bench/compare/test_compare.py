@@ -333,11 +333,11 @@ def test_metrics_are_named_as_tables_show_them(bench: Bench) -> None:
     with pytest.raises(ExperimentError, match="'load' stands for load_bytes and load_s: give one"):
         named("load")
     assert named("load", without_times=True) == {"load_bytes"}
-    with pytest.raises(ExperimentError, match=r"no metric 'evicitons' is in both\. Close: evictions\.$"):
+    with pytest.raises(ExperimentError, match=r"no metric 'evicitons' is in both\. Did you mean 'evictions'\?$"):
         named("evicitons")
-    with pytest.raises(ExperimentError, match=r"Close: fresh_ttft_s, stock_ttft_s\.$"):
+    with pytest.raises(ExperimentError, match=r"Did you mean 'fresh_ttft_s' or 'stock_ttft_s'\?$"):
         named("ttft")
-    with pytest.raises(ExperimentError, match=r"Close: fresh_ttft_s, stock_ttft_s\.$"):
+    with pytest.raises(ExperimentError, match=r"Did you mean 'fresh_ttft_s' or 'stock_ttft_s'\?$"):
         named("tfft")
     with pytest.raises(ExperimentError, match="give --all to see them"):
         named("qqq")

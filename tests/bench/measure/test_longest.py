@@ -9,25 +9,13 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from emoe_core.errors import ExperimentError, LimitError, OptionError
-from workbench.machine.control_groups import Controller, find_controller
-from workbench.measure.hard_limit import LimitedRun
-from workbench.measure.limit_trials import (
-    KILLED,
-    NO_MEMORY,
-    STOCK,
-    SURVIVED,
-    TOO_SLOW,
-    Configuration,
-    Trial,
-    Trials,
-    outcome_of,
-)
+from emoe_core.errors import ExperimentError, OptionError
+from workbench.machine.control_groups import Controller
+from workbench.measure.launch import FAILED, KILLED, MEASURED, NO_MEMORY, TOO_SLOW, Launched
+from workbench.measure.limit_trials import STOCK, SURVIVED, Configuration, Trial, Trials, trial_outcome
 from workbench.measure.longest import MEGABYTE, SearchConfig, configurations, resolve_limit, search
 from workbench.models.names import TINY, resolve_model
 from workbench.paper.longest import beside_paper, limits_figure
-
-CLEAN = LimitedRun(10**9, 10**8, 0, False, False, 0, "", "", 1.0)
 
 
 class Computed:
@@ -91,29 +79,28 @@ def test_a_configuration_that_never_fits_is_shown_as_such() -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "outcome"),
+    ("launched", "outcome"),
     [
-        (CLEAN, SURVIVED),
-        (replace(CLEAN, returncode=-9, killed_by_limit=True, limit_hits=1), KILLED),
-        (replace(CLEAN, returncode=3), NO_MEMORY),
-        (replace(CLEAN, returncode=-9, timed_out=True, limit_hits=5), TOO_SLOW),
+        (Launched(MEASURED, {"load_s": 1.0}), SURVIVED),
+        (Launched(KILLED, {}, limit_hits=1), KILLED),
+        (Launched(NO_MEMORY, {}), NO_MEMORY),
+        (Launched(TOO_SLOW, {}, limit_hits=5), TOO_SLOW),
     ],
 )
-def test_only_want_of_memory_counts_against_a_configuration(run: LimitedRun, outcome: str) -> None:
-    assert outcome_of(run, answered=True) == outcome
+def test_only_want_of_memory_counts_against_a_configuration(launched: Launched, outcome: str) -> None:
+    assert trial_outcome(launched) == outcome
 
 
 @pytest.mark.parametrize(
-    "run",
+    ("launched", "message"),
     [
-        replace(CLEAN, returncode=2, errors="the budget is too small\n"),
-        replace(CLEAN, returncode=-9),
-        replace(CLEAN, returncode=-9, timed_out=True),
+        (Launched(FAILED, {}, error="the budget is too small"), "another reason than memory: the budget is too small"),
+        (Launched(TOO_SLOW, {}, duration_s=9.0), "longer than 9 s without reaching its limit"),
     ],
 )
-def test_any_other_failure_is_an_error(run: LimitedRun) -> None:
-    with pytest.raises(ExperimentError):
-        outcome_of(run, answered=False)
+def test_any_other_failure_is_an_error(launched: Launched, message: str) -> None:
+    with pytest.raises(ExperimentError, match=message):
+        trial_outcome(launched)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +125,7 @@ def test_unknown_configurations_are_refused() -> None:
 
 
 @pytest.fixture
-def trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trials:
-    try:
-        controller: Controller = find_controller()
-    except LimitError as error:
-        pytest.skip(str(error))
+def trials(controller: Controller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trials:
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
     return Trials(str(resolve_model(TINY)), controller, new_tokens=2)
 
@@ -153,14 +136,18 @@ def test_trials_under_a_real_limit_end_as_they_should_and_are_remembered(
 ) -> None:
     emoe = configurations("50%", ["exact"])[0]
     fits = trials.run(emoe, 32, 2, 1500 * MEGABYTE)
-    assert fits.survived and fits.decode_tokens_per_s and (fits.peak_bytes is None or fits.peak_bytes > 50 * MEGABYTE)
+    assert (
+        fits.survived
+        and fits.decode_tokens_per_s
+        and (fits.group_peak_bytes is None or fits.group_peak_bytes > 50 * MEGABYTE)
+    )
     killed = trials.run(emoe, 32, 2, 64 * MEGABYTE)
     assert killed.outcome == KILLED and killed.decode_tokens_per_s is None
 
-    def forbidden(*_: object, **__: object) -> LimitedRun:
+    def forbidden(*_: object, **__: object) -> Launched:
         raise AssertionError("a finished trial must not run again")
 
-    monkeypatch.setattr("workbench.measure.limit_trials.run_limited", forbidden)
+    monkeypatch.setattr("workbench.measure.limit_trials.launch", forbidden)
     assert trials.run(emoe, 32, 2, 1500 * MEGABYTE) == fits
     assert trials.frame()["outcome"].tolist() == [SURVIVED, KILLED]
     assert isinstance(trials.frame(), pd.DataFrame) and len(trials.done) == 2

@@ -19,8 +19,7 @@ from workbench.compare.change import paired_change
 from workbench.explore.explorer import Explorer
 from workbench.measure.longest import with_ratios
 from workbench.metrics.catalogue import CATALOGUE, GROUPS, HIGHER, LOWER, NEITHER, metric_of
-from workbench.metrics.groups import better_direction, group_of, is_measured_memory
-from workbench.metrics.show import column_texts, show, unit_of, words_of
+from workbench.metrics.show import column_texts, show, words_of
 from workbench.models.reference.tiny import tiny_moe
 from workbench.paper.longest import as_metrics
 from workbench.quality.configuration import ExperimentConfig
@@ -46,7 +45,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentConfig:
 
 
 def unknown(names: Any) -> list[str]:
-    return sorted(name for name in names if metric_of(name) is None)
+    return sorted(name for name in names if not metric_of(name).meaning)
 
 
 def logged_names(source: Path) -> Iterator[str]:
@@ -147,7 +146,7 @@ def test_every_metric_of_a_service_and_of_a_search_under_a_limit_is_in_the_catal
     ],
 )
 def test_direction_and_group_are_the_rows_and_never_guessed(metric: str, direction: int, group: str) -> None:
-    assert (better_direction(metric), group_of(metric)) == (direction, group)
+    assert (metric_of(metric).better, metric_of(metric).group) == (direction, group)
 
 
 def test_a_longer_prompt_and_a_larger_batch_get_a_verdict() -> None:
@@ -175,15 +174,15 @@ def test_rows_are_complete_and_say_the_unit_that_their_name_ends_with() -> None:
 
 
 def test_rates_are_not_seconds() -> None:
-    assert (unit_of("goodput_per_s"), words_of("goodput_per_s"), show("goodput_per_s", 2.5)) == (
+    assert (metric_of("goodput_per_s").unit, words_of("goodput_per_s"), show("goodput_per_s", 2.5)) == (
         "1/s",
         "goodput",
         "2.5/s",
     )
     assert column_texts("fcfs_goodput_per_s", [0.25, 1.0]) == ("1/s", ["0.250", "1.000"])
-    assert (unit_of("emoe/tokens_per_s"), words_of("emoe/tokens_per_s")) == ("tokens/s", "emoe")
+    assert (metric_of("emoe/tokens_per_s").unit, words_of("emoe/tokens_per_s")) == ("tokens/s", "emoe")
 
 
 def test_measured_memory_is_what_the_system_reports() -> None:
-    assert is_measured_memory("stock_serving_peak_bytes") and is_measured_memory("memory_ratio")
-    assert not is_measured_memory("slot_bytes") and not is_measured_memory("bytes_loaded")
+    assert metric_of("stock_serving_peak_bytes").measured and metric_of("memory_ratio").measured
+    assert not metric_of("slot_bytes").measured and not metric_of("bytes_loaded").measured

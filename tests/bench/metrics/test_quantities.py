@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from workbench.metrics.show import column_texts, metric_table, show, show_seconds, unit_of, words_of
+from workbench.metrics.catalogue import metric_of
+from workbench.metrics.show import column_texts, metric_table, show, show_seconds, words_of
 
 
 @pytest.mark.parametrize(
@@ -38,9 +39,9 @@ def test_long_durations_are_in_minutes_and_hours(seconds: float, text: str) -> N
 
 
 def test_a_name_is_words_and_a_unit() -> None:
-    assert (words_of("peak_bytes"), unit_of("peak_bytes")) == ("peak", "bytes")
-    assert (words_of("top1_agreement"), unit_of("top1_agreement")) == ("top1 agreement", "%")
-    assert (words_of("loads"), unit_of("loads")) == ("loads", "")
+    assert (words_of("peak_bytes"), metric_of("peak_bytes").unit) == ("peak", "bytes")
+    assert (words_of("top1_agreement"), metric_of("top1_agreement").unit) == ("top1 agreement", "%")
+    assert (words_of("loads"), metric_of("loads").unit) == ("loads", "")
 
 
 @pytest.mark.parametrize(

@@ -1,86 +1,149 @@
-"""The upcycled reference model: reading the parent, training, building, verifying."""
+"""The embedded reference models, each kind alike: computing a recipe, building from it, verifying what was built."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_parent import HIDDEN, VOCAB, TinyParent, tiny_dense
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from emoe_core.errors import CheckpointError, DataError, OptionError
 from workbench.fetch import sha256_file
-from workbench.models import reference as reference_model
-from workbench.models.reference import dense
-from workbench.models.reference.recipe import ADAPTERS, MANIFEST
+from workbench.models import reference
+from workbench.models.names import resolve_model
+from workbench.models.reference import EMBEDDED, dense
+from workbench.models.reference.carved import carving
+from workbench.models.reference.carved import train as carved_train
+from workbench.models.reference.carved.build import ASSEMBLY as CARVED
+from workbench.models.reference.carved.layer import assemble
+from workbench.models.reference.checkpoint import Assembly
+from workbench.models.reference.recipe import ADAPTERS, DESCRIPTION, MANIFEST
 from workbench.models.reference.summary import normalised_mutual_information, summarise
-from workbench.models.reference.tiny import tiny_tokenizer
-from workbench.models.reference.upcycled import build as builder
-from workbench.models.reference.upcycled.mixture import Shape
-from workbench.models.reference.upcycled.recipe import Recipe, save_recipe
-from workbench.models.reference.upcycled.train import Plan, Trainer, next_token_loss
-
-SHAPE = Shape(experts=4, top_k=2, rank=2)
-PLAN = Plan(branch_steps=3, mix_steps=4, branch_batch=2, branch_length=16, mix_length=16, probe_tokens=32, save_every=2)
-
-
-def tiny_dense() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
-
-
-class TinySource:
-    """A dense parent in memory, with the interface of `DenseSource` that the builder uses."""
-
-    def __init__(self, path: Path) -> None:
-        self.loaded = tiny_dense()
-        self.config = self.loaded.config
-        self.path = path
-        path.write_bytes(b"the tiny parent")
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.loaded.state_dict()[name].float()
-
-    def tokenizer(self):
-        return tiny_tokenizer()
+from workbench.models.reference.upcycled import mixture
+from workbench.models.reference.upcycled import train as upcycled_train
+from workbench.models.reference.upcycled.build import ASSEMBLY as UPCYCLED
+from workbench.models.reference.upcycled.recipe import save_recipe
 
 
 def texts() -> list[torch.Tensor]:
+    """Return token ids of four domains, each with words of its own."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(d * 16, d * 16 + 16, (200,), generator=generator) for d in range(SHAPE.experts)]
+    return [torch.randint(domain * 16, domain * 16 + 16, (200,), generator=generator) for domain in range(4)]
 
 
-def trainer(folder: Path, plan: Plan = PLAN) -> Trainer:
-    return Trainer(tiny_dense(), texts(), SHAPE, plan, seed=0, folder=folder)
+def described(parent: TinyParent) -> dict[str, Any]:
+    return {"parent": {"gguf_sha256": sha256_file(parent.path)}, "seed": 0}
 
 
-@pytest.fixture(scope="module")
-def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, TinySource, Path]:
-    """A trained tiny mixture, its parent and its recipe folder."""
-    folder = tmp_path_factory.mktemp("recipe")
-    source = TinySource(folder / "parent.gguf")
-    trained = trainer(folder / "state")
-    trained.run()
-    sha256 = sha256_file(source.path)
-    save_recipe(folder, trained.mixtures, {"parent": {"gguf_sha256": sha256}, "seed": 0})
-    return trained, source, folder
+class Upcycling:
+    """Training steps that can be stopped inside branch stages, between them, and inside the joint phase."""
+
+    assembly: Assembly = UPCYCLED
+    stop_after = 4
+    shape = mixture.Shape(experts=4, top_k=2, rank=2)
+    plan = upcycled_train.Plan(
+        branch_steps=3, mix_steps=4, branch_batch=2, branch_length=16, mix_length=16, probe_tokens=32, save_every=2
+    )
+    other_plan = replace(plan, mix_steps=9)
+    committed_bytes = 26_000_000
+
+    def work(self, folder: Path, plan: upcycled_train.Plan | None = None) -> upcycled_train.Trainer:
+        return upcycled_train.Trainer(tiny_dense(), texts(), self.shape, plan or self.plan, seed=0, folder=folder)
+
+    def tensors(self, made: upcycled_train.Trainer) -> list[torch.Tensor]:
+        return [*made.adapters, *made.routers]
+
+    def save(self, folder: Path, made: upcycled_train.Trainer, parent: TinyParent) -> Path:
+        return save_recipe(folder, made.mixtures, described(parent)).folder
+
+    def check(self, built: PreTrainedModel, made: upcycled_train.Trainer, parent: TinyParent, recipe: Path) -> None:
+        """See that the built model is the trained mixture: storing it moves the loss far less than training did."""
+        assert built.config.model_type == "mixtral"
+        ids = torch.stack([text[:32] for text in texts()])
+        for layer in made.mixtures:
+            layer.fixed_expert = None
+        with torch.no_grad():
+            models = (built, made.model, parent.model)
+            found, expected, plain = (upcycled_train.next_token_loss(model, ids) for model in models)
+        assert abs(found - expected) < 0.1 * abs(plain - expected)
+
+    def is_whole(self, layer: dict[str, torch.Tensor]) -> bool:
+        """Whether a committed layer has its router, and two factors for each of three matrices."""
+        return len(layer) == 7
+
+
+class Carving:
+    """Layers that are carved, and repaired, one after the other."""
+
+    assembly: Assembly = CARVED
+    stop_after = 1
+    shape = carving.Shape(experts=4, top_k=2, shared=16)
+    plan = carved_train.Plan(block_tokens=16, blocks=4, cluster_tokens=100, repairable=10.0)
+    other_plan = replace(plan, ridge=1.0)
+    committed_bytes = 20_000_000
+
+    def work(self, folder: Path, plan: carved_train.Plan | None = None) -> carved_train.Carver:
+        blocks = torch.randint(0, VOCAB, (40, 16), generator=torch.Generator().manual_seed(1))
+        return carved_train.Carver(tiny_dense(), blocks, self.shape, plan or self.plan, seed=0, folder=folder)
+
+    def tensors(self, made: carved_train.Carver) -> list[torch.Tensor]:
+        return [parts[name] for parts in made.finished for name in sorted(parts)]
+
+    def save(self, folder: Path, made: carved_train.Carver, parent: TinyParent) -> Path:
+        return self.assembly.recipe.save(folder, made.finished, vars(made.shape), described(parent)).folder
+
+    def check(self, built: PreTrainedModel, made: carved_train.Carver, parent: TinyParent, recipe: Path) -> None:
+        """See that a layer of the built model computes what was fitted."""
+        assert built.config.model_type == "qwen2_moe"
+        matrices = tuple(parent.tensor(f"model.layers.1.mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
+        fitted = assemble(self.shape, matrices, self.assembly.recipe.open(recipe).layer(1))
+        x = torch.randn(1, 50, HIDDEN, generator=torch.Generator().manual_seed(7))
+        with torch.no_grad():
+            assert torch.allclose(built.model.layers[1].mlp(x)[0], fitted(x[0]), rtol=1e-4, atol=1e-5)
+
+    def is_whole(self, layer: dict[str, torch.Tensor]) -> bool:
+        """Whether a committed layer orders every neuron of the parent."""
+        return sorted(layer["order"].tolist()) == list(range(1536))
+
+
+KINDS: dict[str, Any] = {"upcycled": Upcycling(), "carved": Carving()}
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A finished tiny recipe of a kind, and what it was computed with."""
+
+    kind: Any
+    made: Any
+    parent: TinyParent
+    recipe: Path
+
+    def build(self, folder: Path) -> Path:
+        return self.kind.assembly.build(folder, self.recipe, source=self.parent)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Any:
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def grown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Grown:
+    kind, folder = KINDS[request.param], tmp_path_factory.mktemp(request.param)
+    parent, made = TinyParent(folder / "parent.gguf"), kind.work(folder / "state")
+    assert made.run()
+    return Grown(kind, made, parent, kind.save(folder / "recipe", made, parent))
+
+
+def test_every_kind_is_tested_here() -> None:
+    assert set(KINDS) == set(EMBEDDED.values()) == {kind.assembly.recipe.kind for kind in KINDS.values()}
 
 
 def test_rotary_rows_are_restored_to_the_order_of_transformers() -> None:
@@ -99,85 +162,70 @@ def test_an_altered_parent_file_is_refused(tmp_path: Path) -> None:
         dense.check_gguf(path)
 
 
-def test_stopped_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    straight = trainer(tmp_path / "straight")
+def test_stopped_work_resumes_to_the_same_bits(kind: Any, tmp_path: Path) -> None:
+    straight, stops = kind.work(tmp_path / "straight"), 0
     assert straight.run()
-    for _ in range(4):  # stops inside branch stages, between them, and inside the joint phase
-        stopped = trainer(tmp_path / "stopped")
-        if stopped.run(stop_after=4):
-            break
-    assert stopped.run()
-    pairs = zip(straight.adapters + straight.routers, stopped.adapters + stopped.routers, strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    while not (stopped := kind.work(tmp_path / "stopped")).run(stop_after=kind.stop_after):
+        stops += 1
+    assert 1 <= stops < 9
+    pairs = zip(kind.tensors(straight), kind.tensors(stopped), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
     assert straight.losses == stopped.losses
 
 
-def test_a_saved_state_of_another_plan_is_refused(tmp_path: Path) -> None:
-    trainer(tmp_path).run(stop_after=2)
-    with pytest.raises(OptionError, match="another plan or seed"):
-        trainer(tmp_path, replace(PLAN, mix_steps=9)).run()
+def test_work_that_was_saved_of_another_plan_is_refused(kind: Any, tmp_path: Path) -> None:
+    kind.work(tmp_path).run(stop_after=kind.stop_after)
+    with pytest.raises(OptionError, match="another plan"):
+        kind.work(tmp_path, kind.other_plan).run()
 
 
-def test_the_built_checkpoint_is_the_trained_mixture(grown, tmp_path: Path) -> None:
-    trained, source, folder = grown
-    path = builder.build(tmp_path / "built", folder, source=source)
-    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    assert stock.config.model_type == "mixtral"
-    ids = torch.stack([text[:32] for text in texts()])
-    for mixture in trained.mixtures:
-        mixture.fixed_expert = None
-    with torch.no_grad():
-        expected = next_token_loss(trained.model, ids)
-        found = next_token_loss(stock, ids)
-        plain = next_token_loss(source.loaded, ids)
-    # Storage in bfloat16 moves the loss far less than training did.
-    assert abs(found - expected) < 0.1 * abs(plain - expected)
+def test_the_built_checkpoint_is_what_was_computed(grown: Grown, tmp_path: Path) -> None:
+    built = AutoModelForCausalLM.from_pretrained(grown.build(tmp_path / "built"), dtype=torch.float32).eval()
+    grown.kind.check(built, grown.made, grown.parent, grown.recipe)
 
 
-def test_building_twice_gives_the_same_bytes_and_verify_agrees(grown, tmp_path: Path) -> None:
-    _, source, folder = grown
-    first = builder.build(tmp_path / "a", folder, source=source)
-    second = builder.build(tmp_path / "b", folder, source=source)
-    assert builder.verify(first) == builder.verify(second)
-    assert builder.build(first, folder, source=source) == first
+def test_building_twice_gives_the_same_bytes_and_verify_agrees(grown: Grown, tmp_path: Path) -> None:
+    first, second = grown.build(tmp_path / "a"), grown.build(tmp_path / "b")
+    assert grown.kind.assembly.verify(first) == grown.kind.assembly.verify(second)
+    assert grown.build(first) == first, "what is built is not built again"
 
 
-def test_verify_names_an_altered_file(grown, tmp_path: Path) -> None:
-    _, source, folder = grown
-    path = builder.build(tmp_path / "built", folder, source=source)
-    shard = sorted(path.glob("*.safetensors"))[-1]
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+def test_verify_names_an_altered_file(grown: Grown, tmp_path: Path) -> None:
+    shard = sorted(grown.build(tmp_path / "built").glob("*.safetensors"))[-1]
+    flip_last_bit(shard)
     with pytest.raises(CheckpointError, match=shard.name):
-        builder.verify(path)
+        grown.kind.assembly.verify(shard.parent)
 
 
-def test_an_altered_recipe_is_refused(grown, tmp_path: Path) -> None:
-    _, _, folder = grown
-    for name in (ADAPTERS, "recipe.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    content = bytearray((tmp_path / ADAPTERS).read_bytes())
-    content[-1] ^= 1
-    (tmp_path / ADAPTERS).write_bytes(content)
+def test_an_altered_recipe_and_one_of_another_kind_are_refused(grown: Grown, tmp_path: Path) -> None:
+    for name in (ADAPTERS, DESCRIPTION):
+        shutil.copy(grown.recipe / name, tmp_path)
+    name = grown.kind.assembly.recipe.kind
+    other = next(kind for kind in KINDS if kind != name)
+    with pytest.raises(CheckpointError, match=f"kind '{name}', not '{other}'"):
+        reference.build(tmp_path / "built", tmp_path, kind=other)
+    flip_last_bit(tmp_path / ADAPTERS)
     with pytest.raises(CheckpointError, match="the recipe was altered"):
-        Recipe.open(tmp_path)
+        grown.kind.assembly.recipe.open(tmp_path)
 
 
-def test_a_recipe_of_another_parent_is_refused(grown, tmp_path: Path) -> None:
-    _, _, folder = grown
-    other = TinySource(tmp_path / "other.gguf")
-    other.path.write_bytes(b"other weights")
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_recipe_of_another_parent_is_refused(grown: Grown, tmp_path: Path) -> None:
+    other = TinyParent(tmp_path / "other.gguf", b"other weights")
     with pytest.raises(CheckpointError, match="belongs to other dense weights"):
-        builder.build(tmp_path / "built", folder, source=other)
+        grown.kind.assembly.build(tmp_path / "built", grown.recipe, source=other)
     assert not (tmp_path / "built").exists()
 
 
-def test_a_folder_with_other_content_is_left_alone(grown, tmp_path: Path) -> None:
-    _, source, folder = grown
+def test_a_folder_with_other_content_is_left_alone(grown: Grown, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(CheckpointError, match="not empty"):
-        builder.build(tmp_path, folder, source=source)
+        grown.build(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
@@ -200,21 +248,23 @@ def test_summary_counts_shares_and_ratios() -> None:
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(OptionError, match="upcycled"):
-        reference_model.build(kind="carved-in-stone")
+        reference.build(kind="carved-in-stone")
 
 
-def test_the_committed_recipe_is_whole_and_small() -> None:
-    recipe = Recipe.open()
-    assert recipe.layers == 30 and recipe.shape == Shape()
-    assert sum(entry.stat().st_size for entry in recipe.folder.iterdir()) < 26_000_000
-    with safe_open(recipe.folder / ADAPTERS, "pt") as file:
-        assert len(file.keys()) == 30 * 7
+def test_the_committed_recipe_is_whole_and_small(kind: Any) -> None:
+    recipe = kind.assembly.recipe.open()
+    assert recipe.layers == 30 and recipe.shape == type(kind.shape)()
+    assert sum(entry.stat().st_size for entry in recipe.folder.iterdir()) < kind.committed_bytes
+    assert all(kind.is_whole(recipe.layer(layer)) for layer in range(recipe.layers))
 
 
 @pytest.mark.reference
-def test_the_built_reference_model_has_the_checksums_of_the_recipe() -> None:
-    if not reference_model.is_built():
-        pytest.skip("the reference model is not built here")
-    found = reference_model.verify()
-    manifest = json.loads((Recipe.open().folder / MANIFEST).read_text())["files"]
-    assert {name: found[name] for name in manifest} == manifest
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_built_model_has_the_checksums_of_its_recipe(name: str) -> None:
+    kind = EMBEDDED[name]
+    if not reference.is_built(kind=kind):
+        pytest.skip(f"the {kind} model is not built here")
+    found, assembly = reference.verify(kind=kind), KINDS[kind].assembly
+    manifest = json.loads((assembly.recipe.open().folder / MANIFEST).read_text())["files"]
+    assert {file: found[file] for file in manifest} == manifest
+    assert str(resolve_model(name)) == str(assembly.default_destination(assembly.recipe.open()))

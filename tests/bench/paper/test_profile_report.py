@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from emoe_core.checkpoint.index import open_checkpoint
@@ -53,14 +54,22 @@ def test_the_table_beside_the_paper_holds_this_profiles_figures() -> None:
 
 
 @pytest.mark.parametrize("profile", [PROFILE, replace(PROFILE, tasks={"qa": QA})])
-def test_every_figure_has_labelled_axes(profile: Profile) -> None:
-    for figure in (
-        profile_report.lengths_figure(profile),
-        profile_report.curves_figure(profile),
-        profile_report.divergence_figure(profile),
-        profile_report.masks_figure(profile, 0.01),
-    ):
-        assert figure.axes[0].get_xlabel()
+def test_figures_show_the_profile_of_every_task(profile: Profile) -> None:
+    tasks = profile.tasks
+    lengths = profile_report.lengths_figure(profile).axes[0]
+    assert [text.get_text() for text in lengths.get_yticklabels()] == list(tasks)
+    spans = [list(line.get_xdata()) for line in lengths.lines if line.get_linewidth() < 2][: len(tasks)]
+    assert spans == [[task.length_quantiles_tokens[0], task.length_quantiles_tokens[-1]] for task in tasks.values()]
+    curves = {line.get_label(): line for line in profile_report.curves_figure(profile).axes[0].lines}
+    assert {name: list(curves[name].get_ydata()) for name in tasks} == {
+        name: [1.0, *task.similarities] for name, task in tasks.items()
+    }
+    divergence = profile_report.divergence_figure(profile).axes[0].collections[0].get_array()
+    assert 10 ** np.asarray(divergence) == pytest.approx(np.array([task.layer_kl_nats for task in tasks.values()]))
+    for axis, rule in zip(profile_report.masks_figure(profile, 0.01).axes, (PAPER_RULE, OUR_RULE), strict=True):
+        masks = profile_report.with_mask(profile, rule, 0.01).tasks
+        drawn = np.asarray(axis.collections[0].get_array()).astype(bool).tolist()
+        assert drawn == [list(masks[name].sensitive) for name in tasks]
     assert list(profile_report.length_table(profile)["mean"]) == [12.0] * len(profile.tasks)
 
 

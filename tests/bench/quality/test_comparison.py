@@ -107,7 +107,9 @@ def test_quantised_experts_stand_in_the_same_table(base: ExperimentConfig, found
     assert share["q8_0"] == 8.5 / 16 and share["all resident"] == 1.0
     kl = together.summary.set_index("label")["kl_nats"]
     assert 0 < kl["q8_0"] < kl["q4_0"]
-    assert memory_report.accuracy_figure(together.summary).axes[0].get_xlabel()
+    drawn = {line.get_label(): line for line in memory_report.accuracy_figure(together.summary).axes[0].lines}
+    for name, label in (("q8_0", "8-bit experts"), ("q4_0", "4-bit experts")):
+        assert drawn[label].get_xydata().tolist() == [[share[name], kl[name]]]
     table = memory_report.beside_paper(together.summary).set_index("what")
     assert (
         f"x{together.summary.set_index('label').loc['q4_0', 'perplexity_ratio']:.3f}"
@@ -133,11 +135,16 @@ def test_broken_bounds_are_named_at_their_budget() -> None:
     assert memory_report.broken_bounds(summary, swapped) == ["frequency is worse than random at 50%"]
 
 
+def megabytes_a_prompt(summary: pd.DataFrame) -> pd.Series:
+    return summary["bytes_loaded"] / summary["prompts"] / 1e6
+
+
 def test_reports_of_intervals_and_tasks_hold_the_runs_figures(base: ExperimentConfig, found: Comparison) -> None:
     swept = run_variants({f"p={p}": replace(base, interval=p, replan="interval") for p in (1, 2, "adaptive")})
     table = interval_report.beside_paper(swept.summary)
     assert f"p=2: {swept.summary['perplexity_ratio'].iloc[1]:.3f}" in table["here"].iloc[0]
-    assert interval_report.interval_figure(swept.summary).axes[0].get_xlabel()
+    moved = interval_report.interval_figure(swept.summary).axes[1].lines[0]
+    assert list(moved.get_ydata()) == pytest.approx(list(megabytes_a_prompt(swept.summary)))
     overhead = interval_report.overhead_share(swept.summary, swept.requests)
     assert (overhead["overhead_share"] > 0).all() and (overhead["overhead_share"] < 1).all()
 
@@ -146,8 +153,12 @@ def test_reports_of_intervals_and_tasks_hold_the_runs_figures(base: ExperimentCo
     errors = found.summary[found.summary["label"].isin(["frequency", "random"])].assign(
         label_error=[0.0, 0.5], bytes_loaded=[100.0, 150.0]
     )
-    assert task_report.awareness_figure(tasks, "frequency", "agnostic").axes[0].get_xlabel()
-    assert task_report.error_figure(errors).axes[0].get_xlabel()
+    aware, agnostic = task_report.awareness_figure(tasks, "frequency", "agnostic").axes[0].containers
+    assert [bar.get_width() for bar in aware] == list(tasks["frequency_kl_nats"])
+    assert [bar.get_width() for bar in agnostic] == list(tasks["agnostic_kl_nats"])
+    moved = task_report.error_figure(errors).axes[1].lines[0]
+    assert list(moved.get_xdata()) == [0.0, 0.5]
+    assert list(moved.get_ydata()) == pytest.approx(list(megabytes_a_prompt(errors)))
     assert "x1.50" in task_report.beside_paper(tasks, errors)["here"].iloc[1]
 
 

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from transformers import BertConfig, BertModel
 
 from emoe_core.errors import OptionError
-from workbench.models.reference.tiny import tiny_moe
-from workbench.quality import noise_floor as module
+from workbench.models.reference.tiny import tiny_moe, tiny_tokenizer
+from workbench.quality import similarity
 from workbench.quality.configuration import ExperimentConfig
 from workbench.quality.noise_floor import VARIANTS, noise_floor
+from workbench.quality.similarity import SentenceEncoder
 
 
-def test_rounding_alone_leaves_most_texts_of_a_small_model_as_they_are(tmp_path, monkeypatch) -> None:
-    # MiniLM's package is not fetched by tests: equal texts stand in for alike ones.
+def tiny_encoder() -> SentenceEncoder:
+    """Return a random sentence encoder that reads bytes; MiniLM's package is not fetched by tests."""
+    tokenizer = tiny_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SentenceEncoder(BertModel(config), tokenizer, max_tokens=128)
+
+
+def test_rounding_parts_some_texts_and_leaves_the_parted_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(similarity, "encoder", tiny_encoder)
     checkpoint = tiny_moe(tmp_path / "model", family="mixtral", seed=3)
-
-    def same(texts_a, texts_b):
-        return module.pd.Series([float(a == b) for a, b in zip(texts_a, texts_b, strict=True)]).to_numpy()
-
-    monkeypatch.setattr(module, "similarity", same)
     config = ExperimentConfig(
-        model=str(checkpoint), source="fixture", n_prompts=4, answers=3, max_new_tokens=4, warm_prompts=0
+        model=str(checkpoint), source="fixture", n_prompts=8, answers=8, max_new_tokens=24, warm_prompts=0
     )
     found = noise_floor(config).set_index("label")
-    assert list(found.index) == list(VARIANTS)
-    assert (found["prompts"] == 3).all()
-    assert (found["similarity"] == found["identical"]).all()
-    assert found.loc["grouped products", "identical"] == 1.0
-    assert found[["similarity_low", "similarity_high"]].isna().all(axis=None), "three prompts have no interval"
+    assert list(found.index) == list(VARIANTS) and (found["prompts"] == 8).all()
+    grouped, coarse = found.loc["grouped products"], found.loc["bfloat16"]
+    assert (grouped["identical"], grouped["similarity"]) == (1.0, pytest.approx(1.0))
+    assert coarse["identical"] < coarse["similarity"] < 1.0, "texts that part after a while are no strangers"
+    assert coarse["similarity_low"] <= coarse["similarity"] <= coarse["similarity_high"] <= 1.0
 
 
 def test_without_answers_there_is_no_floor() -> None:

@@ -116,7 +116,7 @@ def test_an_old_profile_is_read_and_only_extended(profile: Profile, config: Prof
 
 
 def test_a_profile_is_found_by_its_model_once_it_is_stored(profile: Profile, config: ProfileConfig) -> None:
-    with pytest.raises(DataError, match="emoe profile"):
+    with pytest.raises(DataError, match="emoe model profile"):
         stored_profile(config.model)
     profile.save(profile_path(profile.model_hash))
     assert stored_profile(config.model) == profile

@@ -200,7 +200,7 @@ def test_the_command_prints_every_policy_as_json_and_refuses_an_unknown_one(
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
 
     def emoe(*arguments: str) -> Result:
-        return CliRunner().invoke(app, ["simulate", str(model), *arguments])
+        return CliRunner().invoke(app, ["simulate", "cache", str(model), *arguments])
 
     refused = emoe("--policy", "clock")
     assert isinstance(refused.exception, OptionError) and "choose one of lru" in str(refused.exception)

@@ -15,11 +15,11 @@ from site_pages import Page, add_run
 from sweep_bench import Bench
 
 from emoe_core.errors import ExperimentError
-from workbench.metrics.catalogue import meaning_of
-from workbench.metrics.groups import group_of, main_metrics
-from workbench.metrics.words import GROUP_MEANINGS, place_of
+from workbench.metrics.catalogue import GROUP_MEANINGS, metric_of
+from workbench.metrics.show import main_metrics
 from workbench.paper import figures
 from workbench.report import write_report
+from workbench.report.metric_tables import place_of
 from workbench.report.section import Section
 from workbench.report.sweep_page import read_sweep_page
 from workbench.tracking import run as tracking
@@ -120,7 +120,7 @@ def test_a_saving_without_quality_is_called_out(bench: Bench) -> None:
 def test_savings_stand_beside_quality_time_and_bounds(report_site: Path) -> None:
     index = Page(report_site / "index.html")
     assert "LRU on demand" in index.words and "random subset" in index.words and "all resident" in index.words
-    assert "Bounds that these runs did not measure: hindsight." in index.words
+    assert "Bounds that these runs did not measure: oracle." in index.words
     assert "1.020 (1.010 to 1.030)" in index.words
     drawn = sorted(path.name for path in (report_site / "figures").glob("points-front-1-*-dark.svg"))
     assert drawn == [f"points-front-1-{kind}-dark.svg" for kind in ("hits", "quality", "time")]
@@ -186,7 +186,7 @@ def test_a_named_memory_metric_brings_quality_into_the_main_table() -> None:
     ],
 )
 def test_metrics_are_grouped_by_what_they_are_about(metric: str, group: str) -> None:
-    assert group_of(metric) == group
+    assert metric_of(metric).group == group
 
 
 def test_parameters_that_do_not_vary_are_stated_once(bench: Bench) -> None:
@@ -230,8 +230,8 @@ def test_a_metric_is_of_the_place_that_its_name_says() -> None:
     assert found[:3] == [("fresh", "tpot_s"), ("stock", "tpot_s"), ("both", "tpot_s")]
     assert found[4] == ("own", "stock_tokens_ratio")
     assert place_of("tpot_ratio", ["tpot_ratio"]) == ("own", "tpot_ratio")
-    assert meaning_of("every_prompt_kl_nats") == meaning_of("kl_nats") != ""
-    assert meaning_of("output_tokens") == ""
+    assert metric_of("every_prompt_kl_nats").meaning == metric_of("kl_nats").meaning != ""
+    assert metric_of("output_tokens").meaning == ""
 
 
 def test_superseded_runs_are_left_out(bench: Bench) -> None:

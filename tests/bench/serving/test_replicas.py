@@ -1,4 +1,4 @@
-"""Promises of `emoe serve-cluster`: a real Ray cluster of two nodes with a replica each, asked by OpenAI's client."""
+"""Promises of `emoe serve --replicas`: a real Ray cluster of two nodes, a replica each, asked by OpenAI's client."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ PROMPTS = {"qa": "Why is the sky blue?", "code": "def add(a, b):"}
 
 
 class ClusterService:
-    """`emoe serve-cluster` in a process of its own, and clients of it."""
+    """`emoe serve --replicas` in a process of its own, and clients of it."""
 
     def __init__(self, model: Path, address: str) -> None:
         options = ["--replicas", "2", "--ray-address", address, "--port", "0", "--budget", "3 slots", "--name", "tiny"]
         # What runs at the end may take long on a busy machine.
         options += ["--max-batch", "4", "--max-waiting", "2", "--drain-s", str(PATIENCE_S)]
-        command = [sys.executable, "-m", "workbench.cli", "serve-cluster", str(model), *options]
+        command = [sys.executable, "-m", "workbench.cli", "serve", str(model), *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
         assert self.process.stderr is not None
         said = []
@@ -270,7 +270,6 @@ def test_a_cluster_without_room_is_refused() -> None:
     [
         (["missing"], "missing does not exist"),
         (["MODEL", "--budget", "1KB"], "short"),
-        (["MODEL", "--router", "best"], "unknown router 'best'"),
         (["MODEL", "--device", "cuda"], "--gpus 1"),
         (["MODEL", "--host", "0.0.0.0"], "give a key"),
         (["MODEL", "--ray-address", "127.0.0.1:1"], "ray start --head"),
@@ -278,7 +277,7 @@ def test_a_cluster_without_room_is_refused() -> None:
 )
 def test_what_cannot_work_is_refused_before_a_replica_starts(model: Path, options: list[str], message: str) -> None:
     arguments = [str(model) if option == "MODEL" else option for option in options]
-    result = CliRunner().invoke(app, ["serve-cluster", *arguments])
+    result = CliRunner().invoke(app, ["serve", "--replicas", "2", *arguments])
     assert result.exit_code and message in str(result.exception)
 
 

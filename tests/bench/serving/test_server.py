@@ -273,7 +273,7 @@ def test_a_key_is_required_once_given(model: Path, tmp_path: Path, monkeypatch: 
             read_key(tmp_path / bad)
 
 
-def test_sigterm_lets_the_running_request_finish_and_refuses_others(model: Path, tmp_path: Path) -> None:
+def test_sigterm_lets_the_running_request_finish_and_says_so(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "workbench.cli", "serve", str(model), "--port", "0", "--budget", "3 slots"]
     environment = os.environ | {"EMOE_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
@@ -288,6 +288,8 @@ def test_sigterm_lets_the_running_request_finish_and_refuses_others(model: Path,
         reasons = [chunk.choices[0].finish_reason for chunk in chunks]
         assert reasons[-1] in ("stop", "length")
         assert process.wait(PATIENCE_S) == 0
+        said = process.stderr.read().splitlines()
+        assert said[0].startswith("Stopping: running requests may take 30 s more") and said[-1] == "Stopped."
     finally:
         process.kill()
         process.wait()

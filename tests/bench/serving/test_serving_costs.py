@@ -64,7 +64,7 @@ def test_they_come_back_from_their_file_as_they_were(measured: ServingCosts, tmp
 
 def test_another_models_costs_are_refused(measured: ServingCosts, tmp_path: Path) -> None:
     path = replace(measured, model_hash="f" * 64).save(tmp_path / "costs.json")
-    with pytest.raises(CostsError, match=r"measured on model ffffffffffff.*emoe costs MODEL"):
+    with pytest.raises(CostsError, match=r"measured on model ffffffffffff.*emoe model costs MODEL"):
         ServingCosts.load(path, measured.model_hash)
 
 
@@ -89,7 +89,7 @@ def test_a_model_without_costs_is_told_how_to_get_them(
     model: Path, measured: ServingCosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
-    with pytest.raises(DataError, match=f"emoe costs {model}"):
+    with pytest.raises(DataError, match=f"emoe model costs {model}"):
         stored_costs(model)
     measured.save(costs_path(measured.model_hash))
     assert stored_costs(model) == measured
@@ -202,27 +202,29 @@ def test_the_commands_measure_and_simulate(
             cli.main()
         return int(ended.value.code or 0)
 
-    options = ["--prompt-tokens", "4,16", "--batches", "1,2", "--repeats", "2", "--prompts", "1"]
-    assert emoe("costs", str(model), "--budget", "50%", "--source", "fixture", *options) == 0
+    options = ["--prompt-tokens", "4", "--prompt-tokens", "16", "--batch", "1", "--batch", "2"]
+    options += ["--repeats", "2", "--prompts", "1"]
+    assert emoe("model", "costs", str(model), "--budget", "50%", "--source", "fixture", *options) == 0
     assert "loading an expert" in capsys.readouterr().out
-    assert emoe("simulate-serving", str(model), "--requests", "20", "--load", "0.5", "--json") == 0
+    assert emoe("simulate", "serving", str(model), "--requests", "20", "--load", "0.5", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["variant"] for row in rows] == ["fcfs", "edf", "emoe", "emoe_oracle"]
     assert all(row["requests"] == 20 for row in rows)
-    assert emoe("simulate-serving", str(model), "--requests", "20", "--load", "0.5", "--scheduler", "fcfs") == 0
+    assert emoe("simulate", "serving", str(model), "--requests", "20", "--load", "0.5", "--scheduler", "fcfs") == 0
     assert "FCFS" in capsys.readouterr().out
     for columns in ("80", "40"):
         monkeypatch.setenv("COLUMNS", columns)
         assert (
-            emoe("simulate-serving", str(model), "--requests", "20", "--load", "0.5", "--scheduler", "emoe_oracle") == 0
+            emoe("simulate", "serving", str(model), "--requests", "20", "--load", "0.5", "--scheduler", "emoe_oracle")
+            == 0
         )
         told = capsys.readouterr().out
         assert "…" not in told and told.startswith("\n"), told  # nothing is cut, and progress bars stand apart
         names = next(line.split() for line in told.splitlines() if "latency" in line)
         assert names[:5] == ["TTFT", "TTFT", "TPOT", "latency", "latency"] and "P90, P99:" in told
-    assert emoe("simulate-serving", str(model), "--scheduler", "lottery") == 2
+    assert emoe("simulate", "serving", str(model), "--scheduler", "lottery") == 2
     assert "unknown variant 'lottery'" in capsys.readouterr().err
-    assert emoe("simulate-serving", str(model), "--arrivals", "mooncake") == 2
+    assert emoe("simulate", "serving", str(model), "--arrivals", "mooncake") == 2
     assert "mooncake_trace.jsonl" in capsys.readouterr().err
-    assert emoe("costs", str(model), "--batches", "one") == 2
-    assert "no list of whole numbers" in capsys.readouterr().err
+    assert emoe("model", "costs", str(model), "--prompt-tokens", "4") == 2
+    assert "two or more lengths" in capsys.readouterr().err

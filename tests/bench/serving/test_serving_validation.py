@@ -107,7 +107,7 @@ def test_costs_of_another_budget_are_measured_anew_or_refused(model: str, costs:
     found = validate(config, costs).costs
     assert found.slots_per_layer == (3,) * len(costs.slots_per_layer) != costs.slots_per_layer
     assert found.settings["budget"] == "3 slots"
-    with pytest.raises(CostsError, match=r"expert slots .* here .*emoe costs MODEL"):
+    with pytest.raises(CostsError, match=r"expert slots .* here .*emoe model costs MODEL"):
         validate(replace(config, remeasure=False), costs)
 
 

@@ -1,30 +1,35 @@
-"""Promises of `emoe soak`: a real server process, and a judge that tells rounding from wrong answers."""
+"""A soak: minutes of requests to a real server process, and a judge that tells rounding from wrong answers."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from workbench.cli import app
+import emoe_core
 from workbench.models.reference.tiny import tiny_moe
-from workbench.serving.checks.soak import Reply, Soaked, memory_slope
-from workbench.serving.checks.soak_check import Offline
+from workbench.serving.checks.soak import Reply, SoakConfig, Soaked, memory_slope, questions, soak
+from workbench.serving.checks.soak_check import Offline, judge
 
 
 @pytest.mark.long
-def test_a_short_soak_loses_nobody_and_answers_as_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twelve_minutes_of_requests_in_one_lose_nobody_answer_as_offline_and_fill_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
-    model = tiny_moe(tmp_path / "model", "mixtral", seed=3)
-    options = ["--hours", "0.02", "--minutes", "0.05", "--rate", "0.5", "--distinct", "8", "--budget", "3 slots"]
-    result = CliRunner().invoke(app, ["soak", str(model), *options, "--max-output-tokens", "8", "--json"])
-    found = json.loads(result.stdout[result.stdout.index("{") :])
-    assert result.exit_code == 0 and found["sent"] == found["finished_by_server"] == 36
-    assert found["lost"] == found["doubled"] == found["failed"] == found["wrong"] == 0
-    assert found["equal"] + found["near"] == 36 and found["equal"] >= 30 and found["memory_bytes"] > 10**7
+    config = SoakConfig(
+        str(tiny_moe(tmp_path / "model", "mixtral", seed=3)), "3 slots", simulated_s=720.0, compression=12.0
+    )
+    with emoe_core.load(config.model, budget=config.budget) as engine:
+        asked = questions(engine.model.config.get_text_config().vocab_size, config)
+        found = soak(config, asked)
+        verdicts = judge(engine, asked, found.replies)
+    assert found.sent == found.finished_by_server == 360
+    assert found.lost == found.doubled == found.failed == 0
+    assert verdicts["wrong"] == 0 and verdicts["equal"] >= 300 and verdicts["equal"] + verdicts["near"] == 360
+    slope, half = memory_slope(found.memory)
+    assert 60 * (slope - half) < 0.01 * found.memory[-1][1], "memory grows by less than 1% a minute"
 
 
 def test_growth_is_told_from_noise() -> None:

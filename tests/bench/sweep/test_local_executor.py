@@ -84,7 +84,7 @@ def test_a_run_that_no_machine_here_can_hold_is_refused(project: Path) -> None:
 
 
 def test_unknown_executors_and_stray_addresses_are_refused() -> None:
-    with pytest.raises(OptionError, match="local or ray"):
+    with pytest.raises(OptionError, match="choose one of local, ray"):
         executor_maker("cloud")
     with pytest.raises(OptionError, match="--executor ray"):
         executor_maker("local", "host:1")

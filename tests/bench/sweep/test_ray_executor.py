@@ -87,7 +87,7 @@ def test_nodes_elsewhere_need_a_server(monkeypatch: pytest.MonkeyPatch, bench: B
     from workbench.sweep.executors.ray_cluster import Node, shared_environment
 
     nodes = [Node("a", "10.0.0.1", 1, 1, 0), Node("b", "10.0.0.2", 1, 1, 0)]
-    with pytest.raises(ExperimentError, match="emoe tracking-server"):
+    with pytest.raises(ExperimentError, match="`mlflow server`"):
         shared_environment(nodes, "10.0.0.1")
     monkeypatch.setenv(SERVER_VARIABLE, "http://10.0.0.1:5000/")
     assert shared_environment(nodes, "10.0.0.1") == {SERVER_VARIABLE: "http://10.0.0.1:5000"}

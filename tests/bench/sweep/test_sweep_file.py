@@ -139,7 +139,7 @@ def test_misspelt_keys_are_told_as_they_were_written(project: Path) -> None:
     with pytest.raises(ExperimentError) as error:
         read_sweep(write(project, text))
     said = str(error.value)
-    assert "grd: unknown key: did you mean 'grid'?" in said and "stages.0" not in said
+    assert "grd: unknown key. Did you mean 'grid'?" in said and "stages.0" not in said
     assert "grid.seed: give a list of values" in said and "name: use letters, digits" in said
 
 

@@ -52,7 +52,7 @@ def test_metrics_that_runs_like_these_do_not_record_are_warned_of(bench: Bench) 
     assert describe_plan(path).warnings == [], "other settings may record something else"
     record(1, ("peak_bytes", "slot_bytes"), prompts=16)
     misspelt, absent = describe_plan(path).warnings
-    assert "'peek_bytes': did you mean peak_bytes" in misspelt
+    assert "'peek_bytes'. Did you mean 'peak_bytes'" in misspelt
     assert absent.endswith("recorded the metric 'zzz'.")
 
 

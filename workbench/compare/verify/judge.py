@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workbench.metrics.groups import group_of, is_measured_memory
+from workbench.metrics.catalogue import metric_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,9 +55,9 @@ class Tolerances:
 
     def of(self, metric: str) -> tuple[float, float] | None:
         """Return the relative and the absolute tolerance of a metric, None where it is not judged."""
-        if group_of(metric) == "time":
+        if metric_of(metric).group == "time":
             return None if self.times is None else (self.times, 0.0)
-        return (self.memory, 0.0) if is_measured_memory(metric) else (self.relative, self.absolute)
+        return (self.memory, 0.0) if metric_of(metric).measured else (self.relative, self.absolute)
 
 
 @dataclass(frozen=True)

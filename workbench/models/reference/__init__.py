@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import require_known
 
 # Kinds, by the names that users give.
 REFERENCE = "reference"
@@ -47,6 +47,5 @@ def evaluate(
 
 
 def _verb(kind: str, module: str, name: str | None = None) -> Any:
-    if kind not in KINDS:
-        raise OptionError(f"unknown kind of reference model {kind!r}: choose one of {', '.join(KINDS)}")
+    require_known(kind, KINDS, "kind of reference model")
     return getattr(importlib.import_module(f"workbench.models.reference.{kind}.{module}"), name or module)

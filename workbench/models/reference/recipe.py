@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from emoe_core.errors import CheckpointError
+from emoe_core.files import whole_file
 from workbench.fetch import sha256_file
 from workbench.models.reference import EMBEDDED, RECIPES
 
@@ -47,7 +48,9 @@ class Recipe:
         path = Path(folder) if folder is not None else RECIPES / cls.kind
         if not (path / DESCRIPTION).exists() or not (path / ADAPTERS).exists():
             name = next((name for name, kind in EMBEDDED.items() if kind == cls.kind), cls.kind)
-            raise CheckpointError(f"{path} holds no recipe; `emoe model train {name} --out FOLDER` computes one.")
+            raise CheckpointError(
+                f"{path} holds no recipe; `python scripts/train_reference.py {name} --out FOLDER` computes one."
+            )
         description = json.loads((path / DESCRIPTION).read_text())
         if description["kind"] != cls.kind:
             raise CheckpointError(f"{path} holds a recipe of the kind {description['kind']!r}, not {cls.kind!r}.")
@@ -72,18 +75,18 @@ class Recipe:
         layers : list of dict
             Parts of each layer; floating-point ones are stored in bfloat16.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"layers.{index}.{part}": _stored(tensor)
             for index, parts in enumerate(layers)
             for part, tensor in parts.items()
         }
-        partial = folder / f"{ADAPTERS}.part"
-        save_file(tensors, partial)
-        size_bytes = partial.stat().st_size
-        if size_bytes > cls.limit_bytes:
-            raise CheckpointError(f"the recipe has {size_bytes} bytes, more than {cls.limit_bytes}: lower the rank.")
-        partial.replace(folder / ADAPTERS)
+        with whole_file(folder / ADAPTERS) as scratch:
+            save_file(tensors, scratch)
+            size_bytes = scratch.stat().st_size
+            if size_bytes > cls.limit_bytes:
+                raise CheckpointError(
+                    f"the recipe has {size_bytes} bytes, more than {cls.limit_bytes}: lower the rank."
+                )
         full = {
             "format": 1,
             "kind": cls.kind,

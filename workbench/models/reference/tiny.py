@@ -7,7 +7,6 @@ and files, they do not know any language. The tokenizer works on UTF-8 bytes and
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, require_known
+from emoe_core.files import whole_folder
 from emoe_core.loader.cache_folder import cache_dir
 
 HIDDEN = 64
@@ -185,8 +185,7 @@ def tiny_moe(
     OptionError
         When the family or the dtype is unknown.
     """
-    if family not in _CONFIGS:
-        raise OptionError(f"unknown tiny family {family!r}: choose one of {', '.join(FAMILIES)}")
+    require_known(family, FAMILIES, "tiny family")
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen not in (torch.float32, torch.bfloat16):
         raise OptionError(f"a tiny model is float32 or bfloat16, not {dtype}")
@@ -211,8 +210,8 @@ def cached_tiny_moe() -> Path:
     # Several processes may ask at once, and one of them may be killed: a folder that is there is whole.
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-                tiny_moe(Path(scratch) / "model", family="mixtral", seed=0).rename(path)
+            with whole_folder(path) as scratch:
+                tiny_moe(scratch, family="mixtral", seed=0)
     return path
 
 

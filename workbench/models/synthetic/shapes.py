@@ -16,7 +16,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, require_known
 
 # Byte tokens and the marks of a chat: below this the tokenizer has no room.
 LEAST_VOCABULARY = 259
@@ -132,8 +132,7 @@ SHAPES: dict[str, Shape] = {
 
 def find_shape(name: str) -> Shape:
     """Return a shape by name; OptionError, naming the known ones, when there is none."""
-    if name not in SHAPES:
-        raise OptionError(f"unknown shape {name!r}: choose one of {', '.join(SHAPES)}")
+    require_known(name, SHAPES, "shape")
     return SHAPES[name]
 
 

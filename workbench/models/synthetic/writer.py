@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,9 +24,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from emoe_core.checkpoint.safetensors_files import byte_view
-from emoe_core.errors import DataError, OptionError
+from emoe_core.checkpoint.safetensors_files import byte_view, file_head
+from emoe_core.errors import DataError, OptionError, require_known
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.files import SCRATCH, whole_file, write_whole
 from workbench.models.reference.tiny import tiny_tokenizer
 from workbench.models.synthetic.shapes import Shape
 from workbench.models.synthetic.written_routing import RESIDUAL_SHARE, WrittenRouting
@@ -107,8 +107,7 @@ def write_synthetic(
     DataError
         When the disk has too little space; nothing is written then.
     """
-    if dtype not in _DTYPES:
-        raise OptionError(f"unknown dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
+    require_known(dtype, _DTYPES, "dtype")
     folder, tensors = Path(out), tensors_of(shape)
     written = None if trace is None else _written(trace, tensors, shape, seed)
     record = {
@@ -132,10 +131,9 @@ def write_synthetic(
         path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if path.exists():
             continue
-        partial = path.with_suffix(".part")
         try:
-            with partial.open("wb") as stream:
-                stream.write(_header(shard, dtype))
+            with whole_file(path) as scratch, scratch.open("wb") as stream:
+                stream.write(_head(shard, dtype))
                 for tensor in shard:
                     for piece in _pieces(tensor, written, shape.layers, seed):
                         _write_piece(stream, piece, dtype)
@@ -146,12 +144,10 @@ def write_synthetic(
                 os.fsync(stream.fileno())
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise DataError(
                 f"cannot write {path} ({error.strerror or error}). Free space and give the same command again: "
                 f"finished shards are kept."
             ) from error
-        partial.replace(path)
     _finish(folder, shape, shards, dtype, total, record)
     return folder
 
@@ -197,8 +193,8 @@ def _prepare(folder: Path, record: dict[str, Any]) -> bool:
             raise OptionError(f"{folder} holds another synthetic checkpoint: give another --out, or remove the folder")
         if (folder / INDEX_FILE).exists():
             return True
-        for partial in folder.glob("*.part"):
-            partial.unlink()
+        for left in folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(left)
         return False
     if folder.exists() and any(folder.iterdir()):
         raise OptionError(f"{folder} is not empty and holds no synthetic checkpoint: give another --out")
@@ -236,16 +232,10 @@ def _finished_bytes(folder: Path, shards: list[list[Tensor]], dtype: str) -> int
     return sum(size for name, size in zip(names, sizes, strict=True) if (folder / name).exists())
 
 
-def _header(shard: list[Tensor], dtype: str) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset, (name, kind) = 0, _DTYPES[dtype]
-    for tensor in shard:
-        end = offset + tensor.values * kind.itemsize
-        entries[tensor.name] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+def _head(shard: list[Tensor], dtype: str) -> bytes:
+    name, kind = _DTYPES[dtype]
+    tensors = {tensor.name: (name, tensor.shape, tensor.values * kind.itemsize) for tensor in shard}
+    return file_head(tensors, {"format": "pt"})
 
 
 def _pieces(tensor: Tensor, written: WrittenRouting | None, layers: int, seed: int) -> Iterator[torch.Tensor]:
@@ -295,9 +285,8 @@ def _finish(
         for number, shard in enumerate(shards, start=1)
         for tensor in shard
     }
-    partial = folder / f"{INDEX_FILE}.part"
-    partial.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
-    partial.replace(folder / INDEX_FILE)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_whole(folder / INDEX_FILE, json.dumps(index, indent=1))
 
 
 def _card(shape: Shape, dtype: str, total: int, record: dict[str, Any]) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +29,7 @@ import numpy as np
 import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import DataError, OptionError
+from emoe_core.files import write_whole
 from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.planning.tasks import DEFAULT_SIMILARITY_THRESHOLD, LENGTH_QUANTILES, TASK_TYPES, Profile, TaskProfile
 from workbench.models.names import resolve_model
@@ -276,10 +276,7 @@ class _Cells:
         except (OSError, ValueError, TypeError):
             pass  # absent, or damaged: measured again
         values = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}.part")
-        scratch.write_text(json.dumps(values))
-        scratch.replace(path)
+        write_whole(path, json.dumps(values))
         return values
 
 
@@ -288,8 +285,13 @@ def profile_path(model_hash: str) -> Path:
     return cache_dir() / "profiles" / f"{model_hash[:24]}.json"
 
 
-def stored_profile(checkpoint: str | Path) -> Profile:
+def stored_profile(model: str | Path) -> Profile:
     """Return a model's profile: the one measured here, else the one that comes with an embedded model.
+
+    Parameters
+    ----------
+    model : str or Path
+        As for `resolve_model`; errors name it so.
 
     Raises
     ------
@@ -298,12 +300,10 @@ def stored_profile(checkpoint: str | Path) -> Profile:
     ProfileError
         When the one measured here is damaged or of an older format.
     """
-    model_hash = open_checkpoint(checkpoint).source_hash
+    model_hash = open_checkpoint(resolve_model(model)).source_hash
     for path in (profile_path(model_hash), *sorted(RECIPES.glob("*/profile.json"))):
         if path.exists():
             profile = Profile.load(path)
             if profile.model_hash == model_hash:
                 return profile
-    raise DataError(
-        f"{checkpoint} has no task profile yet: measure one with `emoe profile {shlex.quote(str(checkpoint))}`"
-    )
+    raise DataError(f"{model} has no task profile yet: measure one with `emoe model profile {shlex.quote(str(model))}`")

@@ -95,7 +95,7 @@ def warning(costs: ServingCosts, used: Conditions) -> str | None:
         return None
     return (
         f"the serving costs were measured under other conditions ({'; '.join(found)}), so what goes by them goes by "
-        "wrong times. Measure them on this machine, alone, with `emoe costs MODEL --budget BUDGET`"
+        "wrong times. Measure them on this machine, alone, with `emoe model costs MODEL --budget BUDGET`"
     )
 
 

@@ -130,8 +130,13 @@ def costs_path(model_hash: str) -> Path:
     return profile_path(model_hash).with_suffix(".costs.json")
 
 
-def stored_costs(checkpoint: str | Path) -> ServingCosts:
+def stored_costs(model: str | Path) -> ServingCosts:
     """Return a model's costs: those measured here, else those that come with an embedded model.
+
+    Parameters
+    ----------
+    model : str or Path
+        As for `resolve_model`; errors name it so.
 
     Raises
     ------
@@ -140,7 +145,7 @@ def stored_costs(checkpoint: str | Path) -> ServingCosts:
     CostsError
         When those measured here are damaged or of another format.
     """
-    model_hash = open_checkpoint(checkpoint).source_hash
+    model_hash = open_checkpoint(resolve_model(model)).source_hash
     here = costs_path(model_hash)
     if here.exists():
         return ServingCosts.load(here, model_hash)
@@ -148,9 +153,7 @@ def stored_costs(checkpoint: str | Path) -> ServingCosts:
         costs = ServingCosts.load(path)
         if costs.model_hash == model_hash:
             return costs
-    raise DataError(
-        f"{checkpoint} has no serving costs yet: measure them with `emoe costs {shlex.quote(str(checkpoint))}`"
-    )
+    raise DataError(f"{model} has no serving costs yet: measure them with `emoe model costs {shlex.quote(str(model))}`")
 
 
 def _settings(config: CostsConfig, engine: emoe_core.Engine) -> dict[str, Any]:
@@ -174,12 +177,11 @@ def costs_of(model: str, progress: Progress | None = None) -> ServingCosts:
     progress : callable, optional
         Called with (stage, done, total).
     """
-    checkpoint = resolve_model(model)
     if model != TINY:
-        return stored_costs(checkpoint)
+        return stored_costs(model)
     try:
-        return stored_costs(checkpoint)
+        return stored_costs(model)
     except DataError:
-        found = measure_costs(CostsConfig(str(checkpoint), source="fixture", prompts=3), progress)
+        found = measure_costs(CostsConfig(model, source="fixture", prompts=3), progress)
         found.save(costs_path(found.model_hash))
         return found

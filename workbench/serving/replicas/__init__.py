@@ -1,4 +1,4 @@
-"""One service on many engines: `emoe serve-cluster`, on Ray Serve (extra ``ray``).
+"""One service on many engines: `emoe serve --replicas`, on Ray Serve (extra ``ray``).
 
 ``replica`` an engine and its worker, as a Serve deployment; ``residency`` what it tells of its experts; ``routing``
 which replica gets a request; ``front`` what stands between them and the routes of `workbench.serving.server`;

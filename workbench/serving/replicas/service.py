@@ -76,7 +76,7 @@ def running_replicas(
     ExperimentError
         When no cluster answers, or the replicas do not start.
     """
-    ray = connect(address, "emoe serve-cluster")
+    ray = connect(address, "emoe serve --replicas")
     try:
         require_room(ray.nodes(), placement)
         from ray import serve

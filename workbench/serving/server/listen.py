@@ -41,6 +41,8 @@ class DrainingServer(uvicorn.Server):
         How long accepted requests may take after the first signal.
     on_listening : callable, optional
         Called with the port once connections are taken.
+    on_stopping : callable, optional
+        Called without arguments after the first signal, on the thread that drains.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class DrainingServer(uvicorn.Server):
         drain: Callable[[float], object],
         drain_s: float,
         on_listening: Callable[[int], None] | None = None,
+        on_stopping: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(app, host, port, log_level="warning", lifespan="off", timeout_graceful_shutdown=LAST_BYTES_S)
@@ -58,6 +61,7 @@ class DrainingServer(uvicorn.Server):
         self._drain = drain
         self._drain_s = drain_s
         self._on_listening = on_listening
+        self._on_stopping = on_stopping
         self._drainer: threading.Thread | None = None
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
@@ -77,6 +81,8 @@ class DrainingServer(uvicorn.Server):
 
     def _drain_and_exit(self) -> None:
         try:
+            if self._on_stopping is not None:
+                self._on_stopping()
             self._drain(self._drain_s)
         finally:
             self.should_exit = True
@@ -102,6 +108,8 @@ class EmoeServer(DrainingServer):
         How long accepted requests may take after the first signal.
     on_listening : callable, optional
         Called with the port once connections are taken.
+    on_stopping : callable, optional
+        Called without arguments after the first signal, on the thread that drains.
 
     Raises
     ------
@@ -122,12 +130,13 @@ class EmoeServer(DrainingServer):
         costs: ServingCosts | None = None,
         drain_s: float = 30.0,
         on_listening: Callable[[int], None] | None = None,
+        on_stopping: Callable[[], None] | None = None,
     ) -> None:
         require_safe_host(host, api_key)
         metrics = ServerMetrics()
         self.worker = Worker(engine, served_model(engine, model), scheduler, limits, batch, metrics, costs)
         app = make_app(OneEngine(self.worker, metrics), limits, api_key)
-        super().__init__(app, host, port, self.worker.drain, drain_s, on_listening)
+        super().__init__(app, host, port, self.worker.drain, drain_s, on_listening, on_stopping)
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         """Start the worker, then listen."""

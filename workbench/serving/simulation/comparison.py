@@ -19,7 +19,7 @@ from functools import partial
 
 import pandas as pd
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, require_known
 from emoe_core.scheduler.costs import ServingCosts
 from workbench.serving.simulation.cluster import Progress
 from workbench.serving.simulation.experiment import ServingConfig, ServingResult, simulate_serving
@@ -39,8 +39,7 @@ HALVINGS = 9
 
 def variant(base: ServingConfig, name: str) -> ServingConfig:
     """Return a configuration under another variant; `OptionError` when there is none of the name."""
-    if name not in VARIANTS:
-        raise OptionError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
+    require_known(name, VARIANTS, "variant")
     _, scheduler, lengths = VARIANTS[name]
     return replace(base, scheduler=scheduler, lengths=lengths)
 

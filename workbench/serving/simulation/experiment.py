@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, require_known
 from emoe_core.scheduler import MAX_BYPASSED, SCHEDULERS, BatchLimits, Objective, ServiceRequest, make_scheduler
 from emoe_core.scheduler.costs import ServingCosts
 from workbench.serving.simulation import request_traces
@@ -98,13 +98,9 @@ class ServingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("scheduler", self.scheduler, SCHEDULERS),
-            ("lengths", self.lengths, LENGTHS),
-            ("router", self.router, ROUTERS),
-        ):
-            if value not in known:
-                raise OptionError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        require_known(self.scheduler, SCHEDULERS, "scheduler")
+        require_known(self.lengths, LENGTHS, "lengths")
+        require_known(self.router, ROUTERS, "router")
         if self.n_requests < 2 or self.replicas < 1:
             raise OptionError("n_requests must be 2 or more, and replicas 1 or more")
         if self.load is not None and self.rate_per_s is not None:
@@ -146,7 +142,7 @@ def simulate_serving(
         Called with (stage, done, total).
     """
     if not costs.tasks:
-        raise OptionError("these costs describe no task: measure them with `emoe costs MODEL`")
+        raise OptionError("these costs describe no task: measure them with `emoe model costs MODEL`")
     coming = make_arrivals(config, costs) if arrivals is None else list(arrivals)
     promised = objectives(coming, costs, config.ttft_factor, config.tpot_factor)
     replicas = [make_replica(config, costs, place) for place in range(config.replicas)]

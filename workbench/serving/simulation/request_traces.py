@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from emoe_core.errors import DataError
-from emoe_core.json_file import parse
+from emoe_core.files import parse
 from emoe_core.loader.cache_folder import cache_dir
 from workbench.serving.simulation.arrivals import Arrival
 

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, require_known
 
 ROUTERS = ("round_robin", "least_loaded", "affinity")
 Replica = TypeVar("Replica", bound=Hashable)
@@ -46,8 +46,7 @@ class Router(Generic[Replica]):
     """
 
     def __init__(self, kind: str, slack: float = 0.0, batch: int = 1, most: float = math.inf) -> None:
-        if kind not in ROUTERS:
-            raise OptionError(f"unknown router {kind!r}: choose one of {', '.join(ROUTERS)}")
+        require_known(kind, ROUTERS, "router")
         if not slack >= 0:
             raise OptionError(f"a slack of {slack} makes no sense; give 0 or more of a full batch")
         self.kind = kind

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import OptionError, require_known
 from workbench.sweep.executors.local import LocalExecutor
 from workbench.sweep.executors.protocol import Executor
+
+EXECUTORS = ("local", "ray")
 
 
 class ExecutorMaker(Protocol):
@@ -26,6 +28,7 @@ def executor_maker(name: str = "local", ray_address: str | None = None) -> Execu
     OptionError
         When there is no such executor, or an address is given to one that has none.
     """
+    require_known(name, EXECUTORS, "executor")
     if name == "ray":
 
         def on_ray(scratch: Path, *, most: int, jobs: int | None, tell: Callable[[str], object]) -> Executor:
@@ -34,8 +37,6 @@ def executor_maker(name: str = "local", ray_address: str | None = None) -> Execu
             return RayExecutor(scratch, most=jobs or most, address=ray_address, tell=tell)
 
         return on_ray
-    if name != "local":
-        raise OptionError(f"--executor {name}: give local or ray.")
     if ray_address is not None:
         raise OptionError("--ray-address goes with --executor ray.")
     return LocalExecutor

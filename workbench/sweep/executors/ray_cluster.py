@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
-from workbench.machine.ray_connection import code_hash, connect
+from workbench.machine.environment import code_hash
+from workbench.machine.ray_connection import connect
 from workbench.sweep.executors.protocol import Ending, Job, Kind
 from workbench.sweep.executors.ray_task import Parcel, carry_out
 from workbench.sweep.schema import Needs
@@ -233,6 +234,6 @@ def shared_environment(nodes: list[Node], here: str) -> dict[str, str]:
     if any(node.address not in (here, "127.0.0.1") for node in nodes):
         raise ExperimentError(
             "the cluster has nodes on other hosts, which cannot write to the store on this disk. Start an MLflow "
-            f"server that they reach (`emoe tracking-server`) and set {SERVER_VARIABLE} to its address."
+            f"server that they reach (`mlflow server`, docs/how-to/write-a-sweep.md) and set {SERVER_VARIABLE} to it."
         )
     return {HOME_VARIABLE: str(project_root())}

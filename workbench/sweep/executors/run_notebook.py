@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from emoe_core.files import write_whole
+
 KERNEL = "python3"
 ORPHAN_POLL_S = 0.5
 KERNEL_START_S = 300  # papermill's minute is short on a busy machine; a kernel that dies is noticed at once
@@ -84,10 +86,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         use_this_interpreter(Path(folder))
         outcome = execute(job)
-    # Whole or not at all: whoever is killed here leaves no half of an outcome.
-    unfinished = Path(job["status"] + ".part")
-    unfinished.write_text(json.dumps(outcome))
-    unfinished.replace(job["status"])
+    write_whole(job["status"], json.dumps(outcome))
     return 0 if outcome["ok"] else 1
 
 

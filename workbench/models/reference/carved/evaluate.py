@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from workbench.models.reference import corpora, dense
 from workbench.models.reference.carved.build import ASSEMBLY, build
@@ -31,6 +31,7 @@ from workbench.models.reference.held_out import (
 )
 from workbench.models.reference.recipe import FIGURES
 from workbench.models.reference.summary import summarise
+from workbench.systems.stock import load_stock
 
 KEPT = (19, 14, 10)
 
@@ -66,7 +67,7 @@ def evaluate(
     source = dense.DenseSource.open(dense.fetch_gguf())
     blocks, changed = held_out_blocks(chosen, source, block_tokens)
     base = dense_losses(source, blocks, compute)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, experts_implementation="eager").eval()
+    model = load_stock(folder, compute)
     shape = chosen.shape
     mixed = [losses(model, part, shape.top_k) for part in tqdm(blocks.values(), desc="carved", unit="domain")]
     found = np.array([loss for loss, _ in mixed])

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from emoe_core.errors import OptionError
+from emoe_core.files import whole_file
 from workbench.models.reference import corpora, dense
 from workbench.models.reference.carved.carving import Shape, carve, contributions, router_start
 from workbench.models.reference.carved.layer import assemble, factors, pack
@@ -118,9 +119,8 @@ class Carver:
                 done += 1
                 parts, losses = self._fit(matrices, x, goal, stream.flatten(0, 1).square().sum(dim=1), index)
                 state = {**self._identity(), "parts": parts, "losses": losses, "seconds": time.monotonic() - started}
-                partial = path.with_suffix(".part")
-                torch.save(state, partial)
-                partial.replace(path)
+                with whole_file(path) as scratch:
+                    torch.save(state, scratch)
             self._restore(path)
         return True
 

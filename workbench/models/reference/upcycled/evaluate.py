@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from workbench.models.reference import dense
 from workbench.models.reference.held_out import (
@@ -29,6 +28,7 @@ from workbench.models.reference.recipe import FIGURES
 from workbench.models.reference.summary import summarise
 from workbench.models.reference.upcycled.build import ASSEMBLY, build
 from workbench.models.reference.upcycled.recipe import Recipe
+from workbench.systems.stock import load_stock
 
 HEATMAP = "routing.png"
 
@@ -61,7 +61,7 @@ def evaluate(
     source = dense.DenseSource.open(dense.fetch_gguf())
     blocks, changed = held_out_blocks(chosen, source, block_tokens)
     base = dense_losses(source, blocks, compute)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, experts_implementation="eager").eval()
+    model = load_stock(folder, compute)
     mixed = [losses(model, part, chosen.shape.top_k) for part in tqdm(blocks.values(), desc="mixture", unit="domain")]
     figures = summarise(
         list(blocks),

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from emoe_core.errors import OptionError
+from emoe_core.files import whole_file
 from workbench.models.reference import corpora, dense
 from workbench.models.reference.upcycled.mixture import BASE, MixtureFeedForward, Shape, adapter_parameters, grow
 from workbench.models.reference.upcycled.recipe import Recipe, save_recipe
@@ -202,7 +203,6 @@ class Trainer:
             mixture.router.copy_(_linear_classifier(torch.cat(found), target, mixture.shape.experts))
 
     def _save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "plan": asdict(self.plan),
             "seed": self.seed,
@@ -214,9 +214,8 @@ class Trainer:
             "routers": [p.detach() for p in self.routers],
             "optimizer": self.optimizer.state_dict(),
         }
-        partial = self.folder / f"{STATE}.part"
-        torch.save(state, partial)
-        partial.replace(self.folder / STATE)
+        with whole_file(self.folder / STATE) as scratch:
+            torch.save(state, scratch)
 
     @torch.no_grad()
     def _restore(self) -> None:
