@@ -107,7 +107,7 @@ def test_the_figure_of_memory_stacks_the_computed_terms_and_marks_the_measured_p
         [(name, one.dense_bytes, one.slot_bytes, one.model_bytes) for name, one in rows.items() if one is not None],
         columns=["name", "dense_bytes", "slot_bytes", "measured_bytes"],
     )
-    axis = figures.memory_terms(terms).axes[0]
+    axis = figures.memory_terms(terms, 4).axes[0]
     dense, slots = (list(bars) for bars in axis.containers)
     assert [bar.get_width() for bar in dense] == pytest.approx(list(terms["dense_bytes"] / 1e6))
     assert [bar.get_x() + bar.get_width() for bar in slots] == pytest.approx(
