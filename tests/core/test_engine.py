@@ -41,6 +41,11 @@ def load(model: Path, tmp_path: Path, **options) -> emoe_core.Engine:
     return emoe_core.load(model, **({"budget": "2 slots", "pack_dir": tmp_path} | options))
 
 
+def test_every_public_name_is_there() -> None:
+    # They are imported on first use: a module that moved would not be missed before.
+    assert {getattr(emoe_core, name).__name__ for name in emoe_core.__all__} == set(emoe_core.__all__)
+
+
 IDS = torch.tensor([[5, 80, 9, 200, 31, 77]])
 
 

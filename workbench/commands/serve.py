@@ -216,7 +216,7 @@ def _serve_replicas(service: Service, placement: Placement, ray_address: str | N
     from emoe_core.budget import plan_slots
     from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.scheduler import BatchLimits
-    from workbench.machine.ray_connection import code_hash
+    from workbench.machine.environment import code_hash
     from workbench.models.names import resolve_model
     from workbench.serving.costs import conditions
     from workbench.serving.orders import make_scheduler

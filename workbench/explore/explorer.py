@@ -9,7 +9,7 @@ for times. Then
 2. the first of them is answered freely, token by token: this is timed, and its routing is kept.
 
 Memory is measured within this process: the peak while it serves, minus what it held before the model was loaded.
-Libraries that are first used by the model count for it, so a fresh process (notebook 02) is what claims should rest on.
+Libraries that are first used by the model count for it, so a fresh process (notebook 01) is what claims should rest on.
 """
 
 from __future__ import annotations

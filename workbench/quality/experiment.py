@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from workbench.replay.references import Reference, reference_outputs
 from workbench.replay.residency import ResidencyWatch, replayed_hit_rates
 from workbench.replay.scoring import score
 from workbench.systems.option_names import resolve_options
+from workbench.tracking.run import Run
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 from workbench.workloads.labels import told_tasks
 
@@ -72,7 +73,15 @@ class Result:
     residency: pd.DataFrame
     memory: MemoryMeasurement | None = None
     stock: MemoryMeasurement | None = None
-    tags: dict[str, str] = field(default_factory=dict)
+
+    def log(self, run: Run) -> None:
+        """Log everything that was found, and how files were read where memory was measured."""
+        run.log_metrics(self.metrics)
+        for name, table in (("requests", self.requests), ("residency", self.residency), ("answers", self.answers)):
+            if len(table):
+                run.log_frame(name, table)
+        if self.memory is not None:
+            run.log_tags({"emoe.page_cache": self.memory.page_cache})
 
 
 Progress = Callable[[str, int, int], None]

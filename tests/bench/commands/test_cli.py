@@ -218,7 +218,7 @@ def test_a_model_is_named_as_it_was_given(
         (("serve", "reference", "--port", "-5"), "--port -5: give 0 to 65535"),
         (("serve", "reference", "--scheduler", "nosuch"), "'nosuch' is not one of 'fcfs'"),
         (("model", "pack", "reference", "--out", "."), "--out . is a folder: name the file to write"),
-        (("bench", "reference", "--limit", "abc"), "cannot understand the limit 'abc': give bytes"),
+        (("bench", "reference", "--limit", "abc"), "cannot understand the amount of memory 'abc'"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(
