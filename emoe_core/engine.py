@@ -44,7 +44,9 @@ from emoe_core.loader.storage import HostMemory, PackedFile
 from emoe_core.metrics import RunStats
 from emoe_core.planning.control import ControlLoop
 from emoe_core.planning.interval import make_interval
+from emoe_core.planning.tolerance import MissTolerance
 from emoe_core.predictor import Predictor, make_predictor
+from emoe_core.scheduler.requests import Request
 from emoe_core.serving.kv_cache import obstacle
 from emoe_core.session import ForwardPasses
 from emoe_core.timeline import Timeline
@@ -109,7 +111,7 @@ class Engine:
             self.control = self._new_control(predictor)
             self.recorder = TraceRecorder(len(layers), self._most_experts) if config.record else None
             self.passes = ForwardPasses(
-                self.loader, self.control, self.recorder, self.tolerance, config.cache_bias, self.quality
+                self.loader, self.control, self.recorder, self._miss_tolerance(), config.cache_bias
             )
             experts.register()
             self.model = index.build_model(self.device, config.attn_implementation, experts.IMPLEMENTATION)
@@ -176,7 +178,7 @@ class Engine:
         self.config, self.tolerance = config, config.tolerance
         self.loader.empty(self._new_table())
         self.control = self._new_control(self._new_predictor())
-        self.passes.restart(self.control, config.tolerance, config.cache_bias)
+        self.passes.restart(self.control, self._miss_tolerance(), config.cache_bias)
         self.forget_trace()
         if self.lookahead is not None:
             self.lookahead.trust = 1.0
@@ -282,13 +284,23 @@ class Engine:
         residents = layer_map(resident, None, "which experts are resident", "Filled: resident.")
         return head + self.memory()._repr_html_() + residents + self.stats()._repr_html_()
 
-    def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
-        """Admit requests whose rows the next prefill will hold; see `ForwardPasses.admit`."""
-        return self.passes.admit(tasks, input_tokens)
+    def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[Request]:
+        """Admit the requests of a batch and seat them: the next prefill holds their rows, in order.
 
-    def finish(self, numbers: Sequence[int]) -> None:
+        Raises
+        ------
+        IntegrationError
+            When the engine is closed, or another batch is not finished.
+        """
+        self.passes.require_free()
+        requests = [Request(task, count) for task, count in zip(tasks, input_tokens, strict=True)]
+        self.passes.admit(requests)
+        self.passes.seat(requests)
+        return requests
+
+    def finish(self, requests: Sequence[Request]) -> None:
         """End admitted requests."""
-        self.passes.finish(numbers)
+        self.passes.finish(requests)
 
     @property
     def _compute(self) -> str:
@@ -328,6 +340,9 @@ class Engine:
             profile = profile.without_masks()
         interval = make_interval(config.interval, config.min_coverage)
         return ControlLoop(self.loader, predictor, interval, config.replan, profile)
+
+    def _miss_tolerance(self) -> MissTolerance:
+        return MissTolerance(self.tolerance, self.config.profile, self.quality)
 
     def _attach(self) -> None:
         self._attached = attach_layers(self.model, self.index, self.loader, self.passes)

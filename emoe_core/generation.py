@@ -186,7 +186,7 @@ def score(
         task = (tasks[place] if tasks is not None else None) or UNKNOWN
         started = time.perf_counter()
         ids = torch.tensor([[*prompt, *continuation]], device=engine.device)
-        numbers = engine.admit([task], [ids.shape[1]])
+        requests = engine.admit([task], [ids.shape[1]])
         seen: list[torch.Tensor] = []
         watch = engine.model.get_output_embeddings().register_forward_pre_hook(
             lambda _, args, seen=seen: seen.append(args[0])
@@ -210,11 +210,11 @@ def score(
                         )
         finally:
             watch.remove()
-            engine.finish(numbers)
+            engine.finish(requests)
         logits, hidden = (torch.cat(part)[: len(continuation)] for part in zip(*parts, strict=True))
         targets = torch.tensor(continuation, dtype=torch.long).unsqueeze(-1)
         logprobs = logits.log_softmax(dim=-1).gather(1, targets).squeeze(-1)
-        scored.append(Scored(numbers[0], logprobs, logits, hidden, time.perf_counter() - started))
+        scored.append(Scored(requests[0].engine_number, logprobs, logits, hidden, time.perf_counter() - started))
     return scored
 
 
@@ -234,7 +234,7 @@ def _generate_batch(
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=engine.device)
     watch = TokenWatch(tokenizer, ends, on_token)
     model: Any = engine.model
-    numbers = engine.admit(tasks, [len(row) for row in ids])
+    requests = engine.admit(tasks, [len(row) for row in ids])
     try:
         with torch.no_grad():
             output = model.generate(
@@ -248,17 +248,21 @@ def _generate_batch(
                 stopping_criteria=StoppingCriteriaList([watch]),
             )
     finally:
-        engine.finish(numbers)
+        engine.finish(requests)
     total_s = time.perf_counter() - started
     times = [moment - started for moment in watch.times]
     results = []
-    for row, number in enumerate(numbers):
+    for row, request in enumerate(requests):
         tokens = _until_end(output[row, width:].tolist(), ends)
         text = str(tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True))
         watch.finish(row)
         last = times[len(tokens) - 1]
         tpot_s = (last - times[0]) / (len(tokens) - 1) if len(tokens) > 1 else None
-        results.append(Generation(number, tasks[row], text, tuple(ids[row]), tuple(tokens), times[0], tpot_s, total_s))
+        results.append(
+            Generation(
+                request.engine_number, request.task, text, tuple(ids[row]), tuple(tokens), times[0], tpot_s, total_s
+            )
+        )
     return results
 
 

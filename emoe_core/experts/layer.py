@@ -49,8 +49,8 @@ class Session(Protocol):
     recorder: TraceRecorder | None
     cache_bias: float
 
-    def tolerance_of(self, task: str, layer: int) -> float:
-        """Miss tolerance of a (task, layer) in [0, 1]."""
+    def tolerances(self, layer: int, step: StepContext | None) -> list[float]:
+        """Miss tolerance in [0, 1] of each row of a pass at a layer; one for all where they are nobody's."""
 
     def observe(self, layer: int, chosen: torch.Tensor, demand: Sequence[int], step: StepContext | None) -> None:
         """Take the desired experts int64 [tokens, k] of one layer, and their counts [E], for the requests' history."""
@@ -157,9 +157,7 @@ class LayerHandle:
         step: StepContext | None,
         real: torch.Tensor | None,
     ) -> Rerouted | None:
-        rows = [self.session.tolerance_of("unknown", self.layer)]
-        if step is not None:
-            rows = [self._tolerance(step, row) for row in range(step.batch)]
+        rows = self.session.tolerances(self.layer, step)
         if not any(tolerance > 0 for tolerance in rows):
             return None
         if self.rule is None or logits is None:
@@ -189,10 +187,6 @@ class LayerHandle:
         if not bool(replace.any()):
             return None
         return substitute(choice, replace, present, self.rule)
-
-    def _tolerance(self, step: StepContext, row: int) -> float:
-        own = step.own_tolerance(row)
-        return self.session.tolerance_of(step.tasks[row], self.layer) if own is None else own
 
     def _count(
         self,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from emoe_core.scheduler.admission import MAX_BYPASSED, Situation, admit_in_order, require_bypasses
+from emoe_core.scheduler.admission import MAX_BYPASSED, SchedulingContext, admit_in_order, require_bypasses
 from emoe_core.scheduler.costs import ServingCosts
-from emoe_core.scheduler.requests import ServiceRequest
+from emoe_core.scheduler.requests import Request
 
 
 class FirstComeFirstServed:
@@ -18,9 +18,9 @@ class FirstComeFirstServed:
 
     name = "fcfs"
 
-    def choose(self, situation: Situation) -> list[ServiceRequest]:
+    def choose(self, context: SchedulingContext) -> list[Request]:
         """Admit in order of arrival."""
-        return admit_in_order(situation, situation.queue, 0, skip=False)
+        return admit_in_order(context, context.queue, 0, skip=False)
 
 
 class EarliestDueFirst:
@@ -31,10 +31,10 @@ class EarliestDueFirst:
     def __init__(self, max_bypassed: int = MAX_BYPASSED) -> None:
         self._max_bypassed = require_bypasses(max_bypassed)
 
-    def choose(self, situation: Situation) -> list[ServiceRequest]:
+    def choose(self, context: SchedulingContext) -> list[Request]:
         """Admit by due time."""
-        order = sorted(situation.queue, key=attrgetter("due_s"))
-        return admit_in_order(situation, order, self._max_bypassed, skip=True)
+        order = sorted(context.queue, key=attrgetter("due_s"))
+        return admit_in_order(context, order, self._max_bypassed, skip=True)
 
 
 class ShortestExpectedFirst:
@@ -47,14 +47,14 @@ class ShortestExpectedFirst:
         self._step_s = float(costs.step_table_s(1)[1])
         self._max_bypassed = require_bypasses(max_bypassed)
 
-    def choose(self, situation: Situation) -> list[ServiceRequest]:
+    def choose(self, context: SchedulingContext) -> list[Request]:
         """Admit by expected time."""
         token_s, step_s = self._token_s, self._step_s
         order = sorted(
-            situation.queue,
+            context.queue,
             key=lambda request: request.input_tokens * token_s + request.expected_output_tokens * step_s,
         )
-        return admit_in_order(situation, order, self._max_bypassed, skip=True)
+        return admit_in_order(context, order, self._max_bypassed, skip=True)
 
 
 class TaskAffine:
@@ -65,10 +65,10 @@ class TaskAffine:
     def __init__(self, max_bypassed: int = MAX_BYPASSED) -> None:
         self._max_bypassed = require_bypasses(max_bypassed)
 
-    def choose(self, situation: Situation) -> list[ServiceRequest]:
+    def choose(self, context: SchedulingContext) -> list[Request]:
         """Admit by loading latency. A task counts as resident once one of its requests runs or was admitted."""
-        tasks = {request.task for request in situation.queue}
-        running = {request.task for request in situation.running}
-        loading = {task: 0.0 if task in running else situation.loading_s(task) for task in tasks}
-        order = sorted(situation.queue, key=lambda request: (loading[request.task], request.task, request.place))
-        return admit_in_order(situation, order, self._max_bypassed, skip=True)
+        tasks = {request.task for request in context.queue}
+        running = {request.task for request in context.running}
+        loading = {task: 0.0 if task in running else context.loading_s(task) for task in tasks}
+        order = sorted(context.queue, key=lambda request: (loading[request.task], request.task, request.place))
+        return admit_in_order(context, order, self._max_bypassed, skip=True)

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from emoe_core.errors import OptionError, require_known
-from emoe_core.scheduler import MAX_BYPASSED, SCHEDULERS, BatchLimits, Objective, ServiceRequest, make_scheduler
+from emoe_core.scheduler import MAX_BYPASSED, SCHEDULERS, BatchLimits, Objective, Request, make_scheduler
 from emoe_core.scheduler.costs import ServingCosts
 from workbench.serving.simulation import request_traces
 from workbench.serving.simulation.arrivals import PROCESSES, Arrival, at_rate, draw_arrivals
@@ -220,12 +220,12 @@ def objectives(
 
 def make_request(
     config: ServingConfig, costs: ServingCosts, promised: Mapping[str, Objective], one: Arrival
-) -> tuple[ServiceRequest, int]:
+) -> tuple[Request, int]:
     """Return an arrival as a scheduler sees it, and its true output length."""
     given = min(one.output_tokens, config.max_output_tokens)
     told = float(given) if config.lengths == "oracle" else costs.tasks[one.task].expected_output_tokens
-    request = ServiceRequest(
-        one.number, one.task, one.arrival_s, one.input_tokens, config.max_output_tokens, told, promised[one.task]
+    request = Request(
+        one.task, one.input_tokens, one.number, one.arrival_s, config.max_output_tokens, told, promised[one.task]
     )
     return request, given
 
