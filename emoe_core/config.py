@@ -30,7 +30,7 @@ class EngineConfig:
         Miss tolerance in [0, 1]: 0 is exact, 1 the paper's eMoE.
     cache_bias : float
         0 is off. Above: an absent expert is replaced only where an available one comes close enough, this share of the
-        spread of the router's values (`rerouting.outbid`), and the loss is within the tolerance; else it is loaded.
+        spread of the router's values (`rerouting.outranked`), and the loss is within the tolerance; else it is loaded.
     predictor : str or None
         A name of `predictor.PREDICTORS`, "transformer" (trained for this model), or None for on demand only.
     predictor_path : Path or None

@@ -28,8 +28,8 @@ from emoe_core.config import EngineConfig, resolve_device
 from emoe_core.cpu_memory import trim_during_prompts
 from emoe_core.engine_plan import plan_engine
 from emoe_core.errors import OptionError, UnsupportedFamilyError
-from emoe_core.experts import layer as experts
-from emoe_core.experts.attach import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
+from emoe_core.experts import dispatch
+from emoe_core.experts.attach import Attached, attach_layers, infer_only, refuse_misuse
 from emoe_core.experts.trace import RoutingTrace, TraceRecorder
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
 from emoe_core.html_view import heading, layer_map
@@ -100,7 +100,6 @@ class Engine:
         bound_kernel_caches(short_of_memory=not self.plan.all_resident)
         predictor = self._new_predictor()
         pack = ensure_pack(index, config.pack_dir or cache_dir() / "packs", progress)
-        self.lookahead: Lookahead | None = None
         self._closed = False
         self._attached: Attached
         self.model: PreTrainedModel
@@ -113,8 +112,8 @@ class Engine:
             self.passes = ForwardPasses(
                 self.loader, self.control, self.recorder, self._miss_tolerance(), config.cache_bias
             )
-            experts.register()
-            self.model = index.build_model(self.device, config.attn_implementation, experts.IMPLEMENTATION)
+            dispatch.register()
+            self.model = index.build_model(self.device, config.attn_implementation, dispatch.IMPLEMENTATION)
             self.tokenizer = load_tokenizer(index.path)
             self._attach()
             undo.pop_all()
@@ -123,6 +122,11 @@ class Engine:
     def one_at_a_time(self) -> str | None:
         """Why requests of this model cannot share a batch, or None where they can."""
         return obstacle(self._attached.cache, self.model.config)
+
+    @property
+    def lookahead(self) -> Lookahead | None:
+        """Who guesses what later layers will want, if anybody does."""
+        return self._attached.lookahead
 
     @property
     def reroutable(self) -> bool:
@@ -265,7 +269,7 @@ class Engine:
         self.passes.close()
         self.loader.close()
         for layer in self.index.layers:
-            experts.detach(self.model.get_submodule(layer.name))
+            dispatch.detach(self.model.get_submodule(layer.name))
 
     def __enter__(self) -> Engine:
         return self
@@ -345,11 +349,8 @@ class Engine:
         return MissTolerance(self.tolerance, self.config.profile, self.quality)
 
     def _attach(self) -> None:
-        self._attached = attach_layers(self.model, self.index, self.loader, self.passes)
+        self._attached = attach_layers(self.model, self.index, self.loader, self.passes, self.config.lookahead)
         self._require_reroutable(self.config)
-        if self.config.lookahead:
-            handles = self._attached.handles
-            self.lookahead = attach_lookahead(self.model, self.index, handles, self.config.lookahead)
         if not self.plan.all_resident:
             # Handing memory back costs a tenth of a prompt's time: only where it is short.
             trim_during_prompts([self.model.get_submodule(layer.name) for layer in self.index.layers])
