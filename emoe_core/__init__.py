@@ -10,7 +10,7 @@ from emoe_core.errors import EmoeError
 if TYPE_CHECKING:
     from emoe_core.config import EngineConfig
     from emoe_core.engine import Engine, load
-    from emoe_core.generation import Generation, Scored
+    from emoe_core.generation import Generation
     from emoe_core.metrics import Counters, RunStats
 
 # Imported on first use: torch and transformers take seconds, which the command line's help need not wait for.
@@ -19,12 +19,11 @@ _HOMES = {
     "EngineConfig": "config",
     "load": "engine",
     "Generation": "generation",
-    "Scored": "generation",
     "Counters": "metrics",
     "RunStats": "metrics",
 }
 
-__all__ = ["Counters", "EmoeError", "Engine", "EngineConfig", "Generation", "RunStats", "Scored", "load"]
+__all__ = ["Counters", "EmoeError", "Engine", "EngineConfig", "Generation", "RunStats", "load"]
 
 
 def __getattr__(name: str) -> Any:

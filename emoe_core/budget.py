@@ -17,13 +17,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Literal
 
 from emoe_core.checkpoint.index import CheckpointIndex, MoeLayer
 from emoe_core.errors import BudgetError, OptionError
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
-from emoe_core.html_view import BLUE, GREY, Part, bar, heading, table
 
 __all__ = ["Budget", "MemoryBreakdown", "SlotPlan", "amount_bytes", "memory_breakdown", "plan_layers", "plan_slots"]
 
@@ -206,12 +204,6 @@ class SlotPlan:
 
     def __str__(self) -> str:
         return "\n".join(f"{term}: {value}" for term, value in self.rows())
-
-    def _repr_html_(self) -> str:
-        held = self.resident_share
-        parts = [Part("resident", held, f"{held:.1%}", BLUE), Part("on disk", 1 - held, f"{1 - held:.1%}", GREY)]
-        warned = f"<p>{escape(self.warning)}</p>" if self.warning else ""
-        return heading("Slots") + bar(parts, f"{held:.1%} of experts are resident") + table(self.rows()) + warned
 
     def _bytes_for_top_k(self) -> int:
         pairs = zip(self.num_experts, self.record_bytes, strict=True)

@@ -10,11 +10,13 @@ import torch
 from emoe_core.budget import Budget
 from emoe_core.checkpoint.index import EXPERT_DTYPES, parse_dtype
 from emoe_core.errors import OptionError, require_known
-from emoe_core.loader.eviction import require_policy
+from emoe_core.loader.eviction import LRU, require_policy
+from emoe_core.loader.slots import Policy
 from emoe_core.loader.storage import VERIFY
 from emoe_core.planning.control import REPLANS
 from emoe_core.planning.interval import make_interval
 from emoe_core.planning.tasks import Profile
+from emoe_core.predictor import FREQUENCY, PredictorFactory
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class EngineConfig:
     cache_bias : float
         0 is off. Above: an absent expert is replaced only where an available one comes close enough, this share of the
         spread of the router's values (`rerouting.outranked`), and the loss is within the tolerance; else it is loaded.
-    predictor : str or None
-        A name of `predictor.PREDICTORS`, "transformer" (trained for this model), or None for on demand only.
+    predictor : str, callable or None
+        "frequency", "transformer" (trained for this model), or a function that makes another, called with the number
+        of MoE layers, of experts of the largest layer, and the seed; None for on demand only.
     predictor_path : Path or None
         File of a trained predictor; needed for "transformer".
     interval : int or str
@@ -45,8 +48,9 @@ class EngineConfig:
     lookahead : int
         While a MoE layer computes, fetch what the one this many layers further on is guessed to want (see
         `loader/prefetch.py`); 0 is off.
-    policy : str
-        Eviction on demand: "lru", "lfu", "least_stale", "static", "decayed_demand" (see `loader/eviction.py`).
+    policy : str or callable
+        Eviction on demand: "lru", "decayed_demand" (see `loader/eviction.py`), or a rule that chooses who leaves, as
+        `loader.slots.lru` does.
     profile : Profile or None
         Task profile; given, insensitive (task, layer) pairs take whatever is resident.
     max_quality_loss : float or None
@@ -78,13 +82,13 @@ class EngineConfig:
     budget: str | int | float | None = None
     tolerance: float = 0.0
     cache_bias: float = 0.0
-    predictor: str | None = "frequency"
+    predictor: str | PredictorFactory | None = FREQUENCY
     predictor_path: Path | None = None
     interval: int | str = 40
     min_coverage: float = 0.9
     replan: str = "admission"
     lookahead: int = 0
-    policy: str = "lru"
+    policy: str | Policy = LRU
     profile: Profile | None = None
     max_quality_loss: float | None = None
     device: str = "auto"

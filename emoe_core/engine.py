@@ -19,23 +19,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emoe_core import generation
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.config import EngineConfig, resolve_device
-from emoe_core.cpu_memory import trim_during_prompts
-from emoe_core.engine_plan import plan_engine
+from emoe_core.cpu_memory import bound_kernel_caches, trim_during_prompts
 from emoe_core.errors import OptionError, UnsupportedFamilyError
 from emoe_core.experts import dispatch
 from emoe_core.experts.attach import Attached, attach_layers, infer_only, refuse_misuse
 from emoe_core.experts.trace import RoutingTrace, TraceRecorder
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
-from emoe_core.html_view import heading, layer_map
-from emoe_core.kernel_cache import bound_kernel_caches
+from emoe_core.generation import load_tokenizer
 from emoe_core.loader.cache_folder import cache_dir
-from emoe_core.loader.eviction import make_table
+from emoe_core.loader.eviction import make_table, policy_name
 from emoe_core.loader.loader import ExpertLoader
 from emoe_core.loader.pack import Pack, Progress, ensure_pack
 from emoe_core.loader.prefetch import Lookahead
@@ -44,13 +41,13 @@ from emoe_core.loader.storage import HostMemory, PackedFile
 from emoe_core.metrics import RunStats
 from emoe_core.planning.control import ControlLoop
 from emoe_core.planning.interval import make_interval
+from emoe_core.planning.quality_target import plan_memory
 from emoe_core.planning.tolerance import MissTolerance
-from emoe_core.predictor import Predictor, make_predictor
+from emoe_core.predictor import NO_PREDICTOR, Predictor, make_predictor
 from emoe_core.scheduler.requests import Request
 from emoe_core.serving.kv_cache import obstacle
 from emoe_core.session import ForwardPasses
 from emoe_core.timeline import Timeline
-from emoe_core.tokenizer import load_tokenizer
 
 
 def load(checkpoint: str | Path, *, progress: Progress | None = None, **options: Any) -> Engine:
@@ -95,7 +92,7 @@ class Engine:
         self.config = config
         self.tolerance = config.tolerance
         self.device = resolve_device(config.device)
-        self.plan, self.quality = plan_engine(index, config)
+        self.plan, self.quality = plan_memory(index, config.budget, config.profile, config.max_quality_loss)
         layers = index.layers
         bound_kernel_caches(short_of_memory=not self.plan.all_resident)
         predictor = self._new_predictor()
@@ -145,16 +142,6 @@ class Engine:
     ) -> list[generation.Generation]:
         """Answer prompts greedily; see `generation.generate`."""
         return generation.generate(self, prompts, tasks, max_new_tokens, batch_size, chat, on_token)
-
-    def score(
-        self,
-        sequences: Sequence[generation.TokenPair],
-        tasks: Sequence[str | None] | None = None,
-        *,
-        stepwise: bool = False,
-    ) -> list[generation.Scored]:
-        """Return teacher-forced log-probabilities of given continuations; see `generation.score`."""
-        return generation.score(self, sequences, tasks, stepwise)
 
     def restart(self, **changes: Any) -> None:
         """Begin anew, as a fresh load with changed options would, without reading the model again.
@@ -241,8 +228,8 @@ class Engine:
             dense_bytes=self.index.dense_bytes_total,
             top_k_share=self.plan.top_k_share,
             tolerance=self.tolerance,
-            policy=self.config.policy,
-            predictor=self.config.predictor or "none",
+            policy=policy_name(self.config.policy),
+            predictor=NO_PREDICTOR if self.control.predictor is None else self.control.predictor.name,
             interval=self.config.interval,
             cold_start=self.control.cold,
             storage=self.loader.storage.description,
@@ -278,15 +265,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _repr_html_(self) -> str:
-        told = f"{self.index.path.name}, {self.index.dtype}, {self.device}, budget {self.plan.budget.text}"
-        head = heading(self.index.model_type, f"{told}, tolerance {self.tolerance}")
-        resident = np.zeros((len(self.plan.num_experts), self._most_experts))
-        for entry in self.loader.table.entries():
-            resident[entry.layer, entry.expert] = 1
-        residents = layer_map(resident, None, "which experts are resident", "Filled: resident.")
-        return head + self.memory()._repr_html_() + residents + self.stats()._repr_html_()
 
     def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[Request]:
         """Admit the requests of a batch and seat them: the next prefill holds their rows, in order.

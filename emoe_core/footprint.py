@@ -17,7 +17,6 @@ import torch
 from emoe_core.checkpoint.backbone import meta_model
 from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.errors import OptionError
-from emoe_core.html_view import BLUE, GREEN, GREY, ORANGE, PINK, Part, bar, bytes_text, heading
 
 if TYPE_CHECKING:
     from emoe_core.budget import SlotPlan
@@ -60,19 +59,6 @@ class MemoryBreakdown:
 
     def __str__(self) -> str:
         return "\n".join(f"{term}: {value}" for term, value in self.rows())
-
-    def _repr_html_(self) -> str:
-        total = max(1, self.total_bytes)
-        terms = [
-            ("dense weights", self.dense_bytes, GREY),
-            ("slots", self.slot_bytes, BLUE),
-            ("KV cache", self.kv_bytes, GREEN),
-            ("workspace", self.workspace_bytes, ORANGE),
-            ("logits", self.logits_bytes, PINK),
-        ]
-        parts = [Part(name, count / total, bytes_text(count), color) for name, count, color in terms]
-        told = f"{bytes_text(self.total_bytes)}, computed, for {self.batch} x {self.max_tokens:,} tokens"
-        return heading("Memory", told) + bar(parts, f"memory: {told}")
 
 
 def memory_breakdown(

@@ -1,4 +1,4 @@
-"""Running prompts through an engine: greedy generation with timing, and teacher-forced scoring.
+"""Running prompts through an engine: greedy generation with timing.
 
 Decoding itself is transformers' own ``generate``; this module admits and ends requests around it, measures time to
 the first token (TTFT, from admission, swapping included) and per output token (TPOT), and streams text.
@@ -6,26 +6,25 @@ the first token (TTFT, from admission, swapping included) and per output token (
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from emoe_core.errors import OptionError, UnsupportedFamilyError
+from emoe_core.errors import CheckpointError, OptionError
 from emoe_core.planning.classifier import classify
-from emoe_core.planning.tasks import UNKNOWN
 from emoe_core.serving.generation_rules import GenerationRules, embedded_tokens, end_tokens, require_known_tokens
-from emoe_core.text_stream import TextStream
+from emoe_core.serving.text_stream import TextStream
 
 if TYPE_CHECKING:
     from emoe_core.engine import Engine
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 OnToken = Callable[[int, str], None]
-TokenPair = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -51,28 +50,30 @@ class Generation:
         return len(self.prompt_ids)
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Teacher-forced scores of one continuation of n tokens.
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a checkpoint's directory, or None where there is none.
 
-    Attributes
-    ----------
-    request : int
-    logprobs : torch.Tensor
-        Float32 [n]: natural log-probability of each given token.
-    logits : torch.Tensor
-        Float32 [n, vocabulary] on the CPU: the distribution each was scored under, before softmax.
-    hidden : torch.Tensor
-        What entered the output embedding, [n, hidden] on the CPU in the model's dtype; far smaller than the logits.
-    total_s : float
-        Wall seconds.
+    Code that comes with it is never run, nor is the hub asked.
+
+    Raises
+    ------
+    CheckpointError
+        When its files are damaged, or it exists only as code of its own.
     """
-
-    request: int
-    logprobs: torch.Tensor
-    logits: torch.Tensor
-    hidden: torch.Tensor
-    total_s: float
+    # Asked for first: transformers would look for a missing one on the hub.
+    if not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # damaged files, and those that need code of their own, raise many unrelated types
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"the tokenizer of {path} cannot be loaded ({reason}). emoe never runs code that comes with a checkpoint: "
+            f"save the tokenizer as tokenizer.json, or fetch the files again."
+        ) from error
+    return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = True) -> list[int]:
@@ -154,68 +155,6 @@ def generate(
         relay = None if on_token is None else (lambda row, text, first=start: on_token(first + row, text))
         done += _generate_batch(engine, tokenizer, ids, named[start : start + batch_size], max_new_tokens, relay)
     return done
-
-
-def score(
-    engine: Engine,
-    sequences: Sequence[TokenPair],
-    tasks: Sequence[str | None] | None = None,
-    stepwise: bool = False,
-) -> list[Scored]:
-    """Return the log-probabilities of given continuations.
-
-    Parameters
-    ----------
-    engine : Engine
-    sequences : sequence of (prompt ids, continuation ids)
-        Both non-empty.
-    tasks : sequence of str or None, optional
-        Task type of each sequence; None is "unknown".
-    stepwise : bool
-        False: one forward pass per sequence. True: a pass for the prompt, then one for each token of the continuation,
-        so that experts are asked for as they are while generating.
-    """
-    if tasks is not None and len(tasks) != len(sequences):
-        raise OptionError(f"{len(sequences)} sequences came with {len(tasks)} task types: give one each, or none")
-    accepts = inspect.signature(type(engine.model).forward).parameters
-    scored = []
-    for place, (prompt, continuation) in enumerate(sequences):
-        if not len(prompt) or not len(continuation):
-            raise OptionError(f"sequence {place} needs at least one prompt token and one continuation token")
-        require_known_tokens(engine, [*prompt, *continuation])
-        task = (tasks[place] if tasks is not None else None) or UNKNOWN
-        started = time.perf_counter()
-        ids = torch.tensor([[*prompt, *continuation]], device=engine.device)
-        requests = engine.admit([task], [ids.shape[1]])
-        seen: list[torch.Tensor] = []
-        watch = engine.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, args, seen=seen: seen.append(args[0])
-        )
-        # The first pass ends with the prompt's last token, or with the whole sequence; the last row predicts nothing.
-        first = len(prompt) if stepwise else ids.shape[1]
-        rows, parts, cache = first - len(prompt) + 1, [], None
-        try:
-            with torch.no_grad():
-                for start, end in [(0, first), *((place, place + 1) for place in range(first, ids.shape[1] - 1))]:
-                    extra: dict[str, Any] = {"logits_to_keep": rows} if "logits_to_keep" in accepts else {}
-                    output = engine.model(
-                        input_ids=ids[:, start:end], past_key_values=cache, use_cache=stepwise, **extra
-                    )
-                    parts.append((output.logits[0, -rows:].float().cpu(), seen[-1][0, -rows:].cpu()))
-                    rows, cache = 1, output.past_key_values if stepwise else None
-                    if stepwise and cache is None:
-                        raise UnsupportedFamilyError(
-                            f"{type(engine.model).__name__} keeps no cache, so it cannot be scored step by step: use "
-                            f"stepwise=False"
-                        )
-        finally:
-            watch.remove()
-            engine.finish(requests)
-        logits, hidden = (torch.cat(part)[: len(continuation)] for part in zip(*parts, strict=True))
-        targets = torch.tensor(continuation, dtype=torch.long).unsqueeze(-1)
-        logprobs = logits.log_softmax(dim=-1).gather(1, targets).squeeze(-1)
-        scored.append(Scored(requests[0].engine_number, logprobs, logits, hidden, time.perf_counter() - started))
-    return scored
 
 
 def _generate_batch(

@@ -44,8 +44,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 
-from emoe_core.html_view import bytes_text, folded, heading, served_bar, table
-
 
 @dataclass
 class Counters:
@@ -157,17 +155,3 @@ class RunStats:
         flat["slot_share"] = self.slot_bytes / self.expert_bytes if self.expert_bytes else 0.0
         flat.update(self.extra)
         return flat
-
-    def _repr_html_(self) -> str:
-        counters = self.counters
-        rows = [
-            ("expert slots", f"{bytes_text(self.slot_bytes)} of {bytes_text(self.expert_bytes)}"),
-            ("resident experts", f"{self.resident_experts:,} of {self.experts:,}"),
-            ("read from storage", bytes_text(counters.bytes_loaded)),
-            ("waited for experts", f"{counters.stall_s:.3g} s"),
-            ("requests served", self.requests_served),
-        ]
-        served = served_bar([counters.hits, counters.loads, counters.reroutes], "expert requests")
-        told = "no plan yet (cold start)" if self.cold_start else f"predictor {self.predictor}, policy {self.policy}"
-        everything = folded("all figures", table(self.to_dict().items()))
-        return heading("Run", told) + served + table(rows) + everything

@@ -13,6 +13,8 @@ import hypothesis
 import pytest
 from sweep_bench import Bench
 
+from emoe_core.errors import LimitError
+from workbench.machine.control_groups import Controller, find_controller
 from workbench.tracking.place import HOME_VARIABLE
 from workbench.tracking.store import open_store
 
@@ -37,6 +39,15 @@ SLOWEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture
+def controller() -> Controller:
+    """Return what sets hard memory limits here; skipped where nothing can."""
+    try:
+        return find_controller()
+    except LimitError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

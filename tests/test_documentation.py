@@ -18,7 +18,6 @@ from markdown_it import MarkdownIt
 
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.planning.tasks import Profile, TaskProfile
-from emoe_core.predictor import PREDICTORS
 from workbench.cli import app, main
 from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
 from workbench.quality.profile.profiling import profile_path
@@ -106,8 +105,6 @@ def reader(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(HOME_VARIABLE, str(tiny))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("workbench.models.names.EMBEDDED", {})  # 'reference' is then the folder of that name
-    # A page adds a predictor; other tests shall not meet it.
-    monkeypatch.setattr("emoe_core.predictor.PREDICTORS", dict(PREDICTORS))
     return tiny
 
 

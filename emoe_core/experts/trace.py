@@ -18,7 +18,6 @@ import torch
 
 from emoe_core.errors import DataError
 from emoe_core.experts.step import StepContext
-from emoe_core.html_view import heading, layer_map, served_bar, table
 
 FORMAT = 1
 COLUMNS = {
@@ -88,40 +87,6 @@ class RoutingTrace:
             counts = self.counts(int(request))
             result[int(request)] = counts / counts.sum(axis=1, keepdims=True)
         return result
-
-    def mass_of_best(self, kept: int) -> dict[int, float]:
-        """Return per request the share of choices that its own best ``kept`` experts cover, mean over layers."""
-        return {
-            request: float(np.sort(shares, axis=1)[:, ::-1][:, :kept].sum(axis=1).mean())
-            for request, shares in self.shares().items()
-        }
-
-    def outcomes(self, rows: np.ndarray | None = None) -> np.ndarray | None:
-        """Return how many choices of each layer were hits, loads and reroutes, int64 [L, 3]; None where unknown.
-
-        ``rows`` of the trace; all when missing.
-        """
-        if self.outcome is None:
-            return None
-        outcome = self.outcome if rows is None else self.outcome[rows]
-        return np.stack([(outcome == kind).sum(axis=(0, 2)) for kind in (HIT, LOAD, REROUTE)], axis=1)
-
-    def _repr_html_(self) -> str:
-        layers, choices = self.chosen.shape[1:]
-        rows = [
-            ("tokens", f"{len(self):,}, {int(self.prefill.sum()):,} of them in prompts"),
-            ("requests", f"{len(self.tasks):,} ({', '.join(sorted(set(self.tasks.values())))})"),
-            ("routed", f"{choices} of {self.experts} experts in each of {layers} layers"),
-        ]
-        html = heading("Routing trace") + table(rows)
-        outcomes = self.outcomes()
-        if outcomes is not None:
-            html += served_bar(outcomes.sum(axis=0).tolist(), "choices")
-        if len(self):
-            shares = np.mean(list(self.shares().values()), axis=0)
-            note = f"The fuller, the more often chosen: up to {shares.max():.0%} of a layer's choices."
-            html += layer_map(shares, None, "how often each layer chose each expert", note)
-        return html
 
     def save(self, path: Path) -> Path:
         """Write the trace as compressed npz."""

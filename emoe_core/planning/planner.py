@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emoe_core.html_view import folded, heading, layer_map, table
 from emoe_core.scheduler.requests import Request
 
 DEFAULT_OUTPUT_TOKENS = 64.0
@@ -35,19 +34,6 @@ class Plan:
     def is_empty(self) -> bool:
         """Whether no layer has any demand."""
         return not any(self.experts)
-
-    def _repr_html_(self) -> str:
-        kept = sum(not experts for experts in self.experts)
-        told = f"{sum(map(len, self.experts)):,} experts in {len(self.experts) - kept} layers"
-        html = heading("Plan", f"{told}, {kept} layers keep what they hold" if kept else told)
-        if self.demand.size:
-            planned = np.zeros(self.demand.shape, dtype=bool)
-            for layer, experts in enumerate(self.experts):
-                planned[layer, list(experts)] = True
-            note = f"The fuller, the more tokens expected (up to {self.demand.max():,.0f}). Framed: planned."
-            html += layer_map(self.demand, planned, "expected tokens per expert, planned experts framed", note)
-        rows = [(f"layer {layer}", ", ".join(map(str, who)) or "kept") for layer, who in enumerate(self.experts)]
-        return html + folded("experts by expected tokens", table(rows))
 
 
 def expected_tokens(

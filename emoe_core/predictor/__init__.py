@@ -1,7 +1,8 @@
 """Expert predictors: routing history in, per-layer expert frequencies out (paper, section 3.2).
 
-A predictor never sees text, only how often each expert was chosen by past prompts and their task types. Adding one
-is a class that satisfies `Predictor` and an entry in `PREDICTORS`. The trained one is a file (`transformer.py`).
+A predictor never sees text, only how often each expert was chosen by past prompts and their task types. Two are known
+by name: ``frequency``, and ``transformer``, which is trained for a model and rests in a file (`transformer.py`). Any
+other is a class that satisfies `Predictor`, given to the engine by a function that makes one.
 """
 
 from __future__ import annotations
@@ -13,12 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from emoe_core.errors import OptionError, PredictorError
-from emoe_core.predictor.activation_map import ActivationMapPredictor
 from emoe_core.predictor.frequency import FrequencyPredictor
-from emoe_core.predictor.last_prompt import LastPromptPredictor
-from emoe_core.predictor.oracle import OraclePredictor
-from emoe_core.predictor.random_subset import RandomPredictor
-from emoe_core.predictor.transition import TransitionPredictor
+
+FREQUENCY, TRAINED, NO_PREDICTOR = "frequency", "transformer", "none"
 
 
 class Predictor(Protocol):
@@ -33,35 +31,28 @@ class Predictor(Protocol):
         """Return expected shares of a task's tokens per expert (rows sum to 1), or None without any history."""
 
 
-PREDICTORS: dict[str, Callable[[int, int, int], Predictor]] = {
-    "activation_map": lambda layers, experts, seed: ActivationMapPredictor(),
-    "frequency": lambda layers, experts, seed: FrequencyPredictor(layers, experts),
-    "last_in_stream": lambda layers, experts, seed: LastPromptPredictor(same_task=False),
-    "last_prompt": lambda layers, experts, seed: LastPromptPredictor(),
-    "random": lambda layers, experts, seed: RandomPredictor(layers, experts, seed),
-    "transition": lambda layers, experts, seed: TransitionPredictor(layers, experts),
-}
-TRAINED = "transformer"
+# Makes a predictor without history for a number of MoE layers, of experts of the largest layer, and a seed.
+PredictorFactory = Callable[[int, int, int], Predictor]
 
 
 def make_predictor(
-    name: str | None,
+    wanted: str | PredictorFactory | None,
     layers: int,
     experts: int,
     seed: int = 0,
     path: Path | None = None,
     model_hash: str | None = None,
 ) -> Predictor | None:
-    """Return a predictor by name; None or "none" means on demand only.
+    """Return a predictor without history; None or "none" means on demand only.
 
     Parameters
     ----------
-    name : str or None
-        A name of `PREDICTORS`, or "transformer".
+    wanted : str, callable or None
+        "frequency", "transformer", or what makes another.
     layers, experts : int
         MoE layers, and experts of the largest layer.
     seed : int
-        Of the random predictor.
+        For what draws at random.
     path : Path or None
         File of the trained predictor.
     model_hash : str or None
@@ -74,31 +65,17 @@ def make_predictor(
     PredictorError
         When the trained predictor is missing, damaged or another model's.
     """
-    if name is None or name == "none":
+    if wanted is None or wanted == NO_PREDICTOR:
         return None
-    if name == TRAINED:
-        if path is None:
-            raise PredictorError(
-                f"predictor {TRAINED!r} needs predictor_path: train one with `emoe predictor train MODEL`"
-            )
-        from emoe_core.predictor.transformer import TransformerPredictor
+    if callable(wanted):
+        return wanted(layers, experts, seed)
+    if wanted == FREQUENCY:
+        return FrequencyPredictor(layers, experts)
+    if wanted != TRAINED:
+        known = ", ".join((FREQUENCY, NO_PREDICTOR, TRAINED))
+        raise OptionError(f"unknown predictor {wanted!r}: choose one of {known}, or give a function that makes one")
+    if path is None:
+        raise PredictorError(f"predictor {TRAINED!r} needs predictor_path: train one with `emoe predictor train MODEL`")
+    from emoe_core.predictor.transformer import TransformerPredictor
 
-        return TransformerPredictor.load(path, model_hash)
-    if name not in PREDICTORS:
-        known = ", ".join(sorted([*PREDICTORS, TRAINED, "none"]))
-        raise OptionError(f"unknown predictor {name!r}: choose one of {known}")
-    return PREDICTORS[name](layers, experts, seed)
-
-
-__all__ = [
-    "PREDICTORS",
-    "TRAINED",
-    "ActivationMapPredictor",
-    "FrequencyPredictor",
-    "LastPromptPredictor",
-    "OraclePredictor",
-    "Predictor",
-    "RandomPredictor",
-    "TransitionPredictor",
-    "make_predictor",
-]
+    return TransformerPredictor.load(path, model_hash)

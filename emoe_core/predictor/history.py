@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from emoe_core.predictor.shares import shares_of
+from emoe_core.predictor.frequency import shares_of
 
 HALF_LIVES = (4.0, 20.0)
 KINDS = 1 + len(HALF_LIVES)  # the last prompt, and each half-life

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Explore: what a budget buys, and what happens to each token
 #
-# Move a slider: one engine answers anew, and memory, speed and quality stand beside those of the points before. *Budget*
-# is the share of experts in memory, *tolerance* says whether an absent expert is loaded (0, exact) or replaced by
-# resident ones (up to 1), *interval* how many prompts a choice of experts is kept for, *task* which prompts are asked.
-# These few prompts show how things work; what a setting costs is for notebook 02 and the sweeps to say.
+# Move a slider: one engine answers anew, and memory, speed and quality stand beside those of the points before.
+# *Budget* is the share of experts in memory, *tolerance* says whether an absent expert is loaded (0, exact) or replaced
+# by resident ones (up to 1), *interval* how many prompts a choice of experts is kept for, *task* which prompts are
+# asked. These few prompts show how things work; what a setting costs is for notebook 01 and the sweeps to say.
 
 # %% tags=["parameters"]
 model: str = "reference"  # "reference", a checkpoint directory, or a hub id
@@ -26,26 +26,23 @@ seed: int = 0
 # %matplotlib inline
 from IPython.display import HTML, display
 
-from workbench.tracking import run as tracking
-from workbench.quality.configuration import ExperimentConfig, as_params
 from workbench.explore.panel import Panel
 from workbench.explore.readout import points_frame, readout
 from workbench.explore.token_view import count_steps, step_grid, step_table, steps_table
+from workbench.quality.configuration import ExperimentConfig, as_params
+from workbench.tracking import run as tracking
+from workbench.tracking.parameters import config_from, parameters_of
 
-config = ExperimentConfig(
-    model=model, budget=budget, tolerance=tolerance, strategy=strategy, interval=interval, replan=replan,
-    n_prompts=n_prompts, stepwise=stepwise, source=source, warm_prompts=warm_prompts, max_new_tokens=max_new_tokens,
-    dtype=dtype, device=device, seed=seed,
-)
+config = config_from(ExperimentConfig, parameters_of(globals()))
 
 # %% [markdown]
 # ## The panel
 #
-# The same point twice gives the same figures, times apart: residents, counters and history start anew each time, and the
-# model is only read again when the budget changes. A budget that cannot work says so in one line. In the picture, a
+# The same point twice gives the same figures, times apart: residents, counters and history start anew each time, and
+# the model is only read again when the budget changes. A budget that cannot work says so in one line. In the picture, a
 # column is a token of the answer and a row a layer; a cell shows how the experts that the token wanted there were
-# served. The first column is the pass over the whole prompt. Measured memory is the peak of this kernel while it serves,
-# minus what it held before the model was loaded; libraries that the first model brings along count for it.
+# served. The first column is the pass over the whole prompt. Measured memory is the peak of this kernel while it
+# serves, minus what it held before the model was loaded; libraries that the first model brings along count for it.
 
 # %%
 panel = Panel(config)
@@ -99,7 +96,8 @@ print("exact means equal:", tolerance > 0 or seen.metrics["kl_nats"] == 0.0)
 
 # %%
 seen = panel.latest
-with tracking.run("explore", f"{seen.config.budget} t={seen.config.tolerance:g}", params=as_params(seen.config), **seen.identity) as run:
+name = f"{seen.config.budget} t={seen.config.tolerance:g}"
+with tracking.run("explore", name, params=as_params(seen.config), **seen.identity) as run:
     run.log_metrics(seen.metrics)
     run.log_frame("points", points_frame(panel.observations))
     run.log_frame("requests", seen.requests)

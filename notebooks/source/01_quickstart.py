@@ -1,17 +1,26 @@
 # %% [markdown]
 # # Quickstart: a Mixture-of-Experts model under a memory budget
 #
-# An MoE model keeps many experts in memory and uses a few per token. Here a budget decides how many experts are resident.
-# What is absent is loaded (tolerance 0: exactly the model's own output) or replaced by resident experts (tolerance
-# above 0: less memory traffic, some loss). This notebook loads a model, lets it answer, shows whether the cache worked,
-# and holds quality against the same model with every expert resident.
+# An MoE model keeps many experts in memory and uses a few per token. Here a budget decides how many experts are
+# resident. What is absent is loaded (tolerance 0: exactly the model's own output) or replaced by resident experts
+# (tolerance above 0: less memory traffic, some loss). This notebook lets a model answer under a budget, and measures
+# one configuration: quality against the same model with every expert resident, and, if wanted, memory and time in fresh
+# processes. Sweeps run it over budgets, intervals and strategies; notebooks 04 to 12 compare them.
 
 # %% tags=["parameters"]
-model: str = "reference"  # "reference", a checkpoint directory, or a hub id
+model: str = "reference"  # "reference", "carved", "tiny" (random), a checkpoint directory, or a hub id
 budget: str = "60%"  # expert memory: share, bytes ("300MB") or slots per layer ("3 slots")
 tolerance: float = 1.0  # miss tolerance: 0 is exact, 1 replaces every absent expert
 strategy: str = "frequency"  # who chooses residents: frequency, random, lru (on demand)
-n_prompts: int = 3  # prompts in the stream
+interval: int = 40  # p: predict before every p-th prompt
+replan: str = "admission"  # when to plan: interval or admission
+skipping: bool = False  # use the task profile: insensitive (task, layer) pairs claim no memory
+shown_prompts: int = 2  # prompts that the model answers first, for people to read; 0: none
+measure_memory: bool = False  # also measure memory and time, in fresh processes (about a minute)
+timing_prompts: int = 2  # prompts timed there, after one to warm up
+timing_tokens: int = 24  # tokens generated for each
+timing_dtype: str = "auto"  # dtype there; "auto" is the checkpoint's own
+n_prompts: int = 3  # prompts in the stream that is scored
 mix: str = "uniform"  # order of tasks: uniform or sticky
 source: str = "fixture"  # prompts: fixture (20 of our own), embedded (prepared data sets), hub
 warm_prompts: int = 3  # profile prompts that the predictor learns from first
@@ -23,26 +32,26 @@ seed: int = 0
 
 # %%
 # %matplotlib inline
-import numpy as np
 from IPython.display import Markdown, display
 
 import emoe_core
+from workbench.metrics.show import metric_table
+from workbench.models.names import resolve_model
 from workbench.paper import figures
-from workbench.tracking import run as tracking
+from workbench.paper.memory import memory_table
+from workbench.paper.tables import shown
+from workbench.progress import stage_bars
 from workbench.quality.configuration import ExperimentConfig, as_params
 from workbench.quality.experiment import run_experiment
-from workbench.models.names import resolve_model
-from workbench.progress import stage_bars
-from workbench.metrics.show import metric_table
+from workbench.systems.option_names import resolve_options
+from workbench.tracking import run as tracking
+from workbench.tracking.parameters import config_from, parameters_of
 from workbench.tracking.traces import request_spans
 from workbench.workloads import prompt_stream
 
+parameters = parameters_of(globals())
+config = config_from(ExperimentConfig, parameters)
 figures.set_style()
-
-config = ExperimentConfig(
-    model=model, budget=budget, tolerance=tolerance, strategy=strategy, n_prompts=n_prompts, mix=mix, source=source,
-    warm_prompts=warm_prompts, max_new_tokens=max_new_tokens, answers=answers, dtype=dtype, device=device, seed=seed,
-)
 
 # %% [markdown]
 # ## Load and ask
@@ -51,68 +60,79 @@ config = ExperimentConfig(
 # while it answers (predict, load, compute) is logged below as one trace a request: the tab Traces of the run in MLflow.
 
 # %%
-engine = emoe_core.load(resolve_model(model), **{**config.engine_options(), "interval": 1, "record": True})
-print(engine.plan)
-print(engine.memory(max_tokens=1024))
-
-# %%
-prompts = prompt_stream(config.stream())
-asked, answered = {}, {}
-with engine.timeline() as happened:
-    for prompt in prompts[:3]:
-        answer = engine.generate([prompt.text], [prompt.task], max_new_tokens=max_new_tokens)[0]
-        asked[answer.request], answered[answer.request] = {"task": prompt.task, "prompt": prompt.text}, answer.text
-        display(Markdown(f"**{prompt.task}**: {prompt.text[:160]} ...\n\n> {answer.text or '(no text)'}"))
-
-# %% [markdown]
-# ## Did the cache work?
-#
-# A *request* is one expert that one layer needs in one forward pass. It is a hit, a load on demand, or a reroute.
-
-# %%
-# NBVAL_CHECK_OUTPUT
-counters = engine.stats().counters
-print("hits + loads + reroutes == requests:", counters.hits + counters.loads + counters.reroutes == counters.requests)
-print("slots within the budget:", engine.loader.slot_bytes <= engine.plan.budget_bytes)
-
-# %%
-shares = np.mean(list(engine.trace().shares().values()), axis=0)
-resident = np.zeros(shares.shape, dtype=bool)
-for layer in range(shares.shape[0]):
-    resident[layer, sorted(engine.loader.table.resident(layer))] = True
-residency = figures.residency_heatmap(shares, resident)
-engine.close()
-residency
+spans = []
+if shown_prompts:
+    options = {**resolve_options(config.engine_options()), "interval": 1}
+    with emoe_core.load(resolve_model(model), **options) as engine, engine.timeline() as happened:
+        print(engine.plan)
+        print(engine.memory(max_tokens=1024))
+        asked, answered = {}, {}
+        for prompt in prompt_stream(config.stream())[:shown_prompts]:
+            answer = engine.generate([prompt.text], [prompt.task], max_new_tokens=max_new_tokens)[0]
+            asked[answer.request] = {"task": prompt.task, "prompt": prompt.text}
+            answered[answer.request] = answer.text
+            display(Markdown(f"**{prompt.task}**: {prompt.text[:160]} ...\n\n> {answer.text or '(no text)'}"))
+    spans = request_spans(happened, asked, answered)
 
 # %% [markdown]
-# ## What did it cost?
+# ## What does it cost?
 #
 # Every prompt is scored by teacher forcing on the all-resident model's own continuation. A perplexity ratio of 1 is
-# equal, above 1 is worse.
+# equal, above 1 is worse; its 95% interval over prompts takes 8 of them. An expert *request* is one expert that one
+# layer needs in one forward pass: a hit, a load on demand, or a reroute.
 
 # %%
 with stage_bars() as progress:
-    result = run_experiment(config, progress=progress)
-metric_table(result.metrics, [
-    "hit_rate", "token_hit_rate", "loads", "reroutes", "slot_bytes", "expert_bytes", "perplexity_ratio",
-    "kl_nats", "top1_agreement",
-])
+    result = run_experiment(
+        config,
+        measure_memory=measure_memory,
+        timing_prompts=timing_prompts,
+        timing_tokens=timing_tokens,
+        timing_dtype=timing_dtype,
+        progress=progress,
+    )
+quality = ["perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high", "kl_nats", "top1_agreement"]
+routing = ["requests", "hit_rate", "token_hit_rate", "loads", "reroutes", "bytes_loaded", "predictions", "swaps"]
+metric_table(result.metrics, [*quality, *routing, "slot_bytes", "expert_bytes"])
 
 # %%
-timeline = figures.request_timeline(result.requests)
-timeline
+# NBVAL_CHECK_OUTPUT
+found = result.metrics
+print("hits + loads + reroutes == requests:", found["hits"] + found["loads"] + found["reroutes"] == found["requests"])
+print("slots within the budget:", found["slot_share"] <= 1.0)
+print("predicted every p-th prompt:", strategy == "lru" or found["predictions"] == -(-n_prompts // interval))
+print("exact means equal:", tolerance > 0 or (found["kl_nats"] == 0.0 and found["perplexity_ratio"] == 1.0))
 
 # %%
-result.answers[["task", "all_resident", "answer", "similarity"]] if len(result.answers) else "no free answers asked for"
+drawn = {
+    "residency": figures.residency_heatmap(result.residency, n_prompts),
+    "timeline": figures.request_timeline(result.requests),
+}
+drawn["residency"]
 
 # %%
-name = f"{budget} {strategy} t={tolerance:g}"
-with tracking.run("quickstart", name, params=as_params(config), **result.identity) as run:
-    run.log_metrics(result.metrics)
-    run.log_frame("requests", result.requests)
-    run.log_frame("residency", result.residency)
-    run.log_frame("answers", result.answers)
-    run.log_figure("residency", residency)
-    run.log_traces(request_spans(happened, asked, answered))
-    run.log_figure("timeline", timeline)
+drawn["timeline"]
+
+# %%
+shown(result.answers, ["task", "all_resident", "answer", "similarity"])
+
+# %% [markdown]
+# ## Memory and time
+#
+# Peaks that the operating system reports, minus that of a control process with the same imports and a tiny model; stock
+# transformers with every expert resident are measured the same way. Only where `measure_memory` is set.
+
+# %%
+if result.memory is not None:
+    measured = memory_table({"stock, all resident": result.stock, f"emoe {budget}, t={tolerance:g}": result.memory})
+    drawn["memory"] = figures.memory_terms(measured, timing_prompts)
+    display(shown(measured), drawn["memory"])
+
+# %%
+name = f"{budget} {strategy} t={tolerance:g} p={interval}{' skipping' if skipping else ''}"
+with tracking.run("quickstart", name, params=parameters | as_params(config), **result.identity) as run:
+    result.log(run)
+    for title, figure in drawn.items():
+        run.log_figure(title, figure)
+    run.log_traces(spans)
 print("logged")

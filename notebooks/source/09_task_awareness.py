@@ -1,14 +1,15 @@
 # %% [markdown]
 # # What is it worth to know the task, and what do wrong labels cost?
 #
-# *Task-aware*: the predictor keeps a history for each task and plans for the tasks that run. *Task-agnostic*: every prompt
-# is of unknown task, one history serves all (Fig. 13). Then labels are made wrong on purpose, as a classifier that errs
-# would (Fig. 19; a share of prompts gets another task's label).
+# *Task-aware*: the predictor keeps a history for each task and plans for the tasks that run. *Task-agnostic*: every
+# prompt is of unknown task, one history serves all (Fig. 13). Then labels are made wrong on purpose, as a classifier
+# that errs would (Fig. 19; a share of prompts gets another task's label).
 #
 # The defaults check that everything runs; their figures mean nothing. What was measured is at the end.
 
 # %% tags=["parameters"]
-model: str = "tiny"  # "tiny" (random, only shows that everything runs), "reference", "carved", a checkpoint directory, or a hub id
+measure: bool = True  # False draws the result that ships with the project, where there is one
+model: str = "tiny"  # "tiny" (random), "reference", "carved", a checkpoint directory, or a hub id
 budget: str = "50%"  # expert memory: share, bytes ("300MB") or slots per layer ("3 slots")
 strategy: str = "frequency"  # who predicts
 interval: int = 1  # p: predict before every p-th prompt
@@ -25,82 +26,82 @@ seed: int = 0
 
 # %%
 # %matplotlib inline
-from dataclasses import replace
+from functools import partial
 
 from IPython.display import display
 
-from workbench.paper import figures, tasks as task_report
-from workbench.tracking import run as tracking
-from workbench.quality.variants import listed, run_variants
-from workbench.quality.configuration import ExperimentConfig
-from workbench.progress import stage_bars
+from workbench.paper import figures
+from workbench.paper import tasks as report
+from workbench.paper.tables import closing_table, shown
 from workbench.paper.tasks import AGNOSTIC, AWARE
+from workbench.quality.configuration import ExperimentConfig
+from workbench.quality.variants import measure_variants, variant_metrics
+from workbench.tracking.findings import findings
+from workbench.tracking.parameters import config_from, listed, parameters_of
 
-figures.set_style()
-variants = {}
-for mix in listed(mixes):
-    aware = ExperimentConfig(
-        model=model, budget=budget, tolerance=1.0, strategy=strategy, interval=interval, skipping=skipping, mix=mix,
-        n_prompts=n_prompts, source=source, warm_prompts=warm_prompts, max_new_tokens=max_new_tokens, dtype=dtype,
-        device=device, seed=seed,
+parameters = parameters_of(globals())
+told = {AWARE: {}, AGNOSTIC: {"labels": "none", "skipping": False}, "keywords": {"labels": "keywords"}}
+told |= {f"{float(error):.0%} wrong": {"label_error": float(error)} for error in listed(errors)}
+shown_mix, *more_mixes = listed(mixes)
+variants = {
+    f"{label}{'' if mix == shown_mix else f', {mix}'}": config_from(
+        ExperimentConfig, parameters | options, tolerance=1.0, mix=mix
     )
-    ending = "" if mix == listed(mixes)[0] else f", {mix}"
-    variants[f"{AWARE}{ending}"] = aware
-    variants[f"{AGNOSTIC}{ending}"] = replace(aware, labels="none", skipping=False)
-    variants[f"keywords{ending}"] = replace(aware, labels="keywords")
-    for error in listed(errors):
-        variants[f"{float(error):.0%} wrong{ending}"] = replace(aware, label_error=float(error))
-with stage_bars() as progress:
-    found = run_variants(variants, progress)
-shown = ["label", "perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high", "kl_nats", "token_hit_rate", "bytes_loaded"]
-found.summary[shown].style.format("{:.3f}", subset=shown[1:4]).format("{:.4f}", subset=["kl_nats"]).format("{:.1%}", subset=["token_hit_rate"]).format("{:.3g}", subset=["bytes_loaded"]).hide()
+    for mix in (shown_mix, *more_mixes)
+    for label, options in told.items()
+}
+figures.set_style()
+found = findings("09_task_awareness", measure, partial(measure_variants, variants))
+summary, requests = found["summary"], found["requests"]
+quality = ["label", "perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high", "kl_nats", "token_hit_rate"]
+shown(summary, [*quality, "bytes_loaded"])
 
 # %%
 # NBVAL_CHECK_OUTPUT
-told = found.requests.groupby("label")
-right = told[["task", "told_task"]].apply(lambda rows: float((rows["task"] == rows["told_task"]).mean()))
+right = (requests["task"] == requests["told_task"]).groupby(requests["label"]).mean()
+asked = summary[summary["labels"] == "given"].set_index("label")["label_error"]
 print("task-aware runs are told the truth:", right[AWARE] == 1.0)
-print("wrong labels are as many as asked for:", all(abs(1 - right[f"{float(e):.0%} wrong"] - float(e)) <= 0.5 / n_prompts for e in listed(errors)))
+print(
+    "wrong labels are as many as asked for:",
+    bool(((1 - right[asked.index] - asked).abs() <= 0.5 / found.prompts).all()),
+)
 
 # %% [markdown]
 # ## Task-aware against task-agnostic (Fig. 13)
 
 # %%
-tasks = task_report.task_table(found.requests, AWARE, AGNOSTIC)
-display(tasks.style.format(precision=4).hide())
-awareness = task_report.awareness_figure(tasks)
+tasks = report.task_table(requests, AWARE, AGNOSTIC)
+display(shown(tasks))
+awareness = report.awareness_figure(tasks)
 awareness
 
 # %% [markdown]
 # ## Wrong labels (Fig. 19)
 
 # %%
-errors_seen = found.summary[found.summary["labels"] == "given"]
-wrong = task_report.error_figure(errors_seen)
+errors_seen = summary[summary["labels"] == "given"]
+wrong = report.error_figure(errors_seen)
 wrong
 
 # %%
-closing = task_report.beside_paper(tasks, errors_seen[errors_seen["mix"] == listed(mixes)[0]])
-display(closing.style.hide())
+closing = report.beside_paper(tasks, errors_seen[errors_seen["mix"] == summary["mix"].iloc[0]])
+display(closing_table(closing, found.prompts))
 
 # %%
-params = {"model": model, "budget": budget, "strategy": strategy, "interval": interval, "skipping": skipping, "errors": errors, "mixes": mixes,
-          "n_prompts": n_prompts, "source": source, "warm_prompts": warm_prompts, "max_new_tokens": max_new_tokens}
-with tracking.run("task awareness", f"{model} {budget}{' skipping' if skipping else ''}", params=params, **found.identity) as run:
-    for row in found.summary.to_dict("records"):
-        name = row["label"].replace("%", "pct").replace(", ", "_").replace(" ", "_").replace("-", "_")
-        run.log_metrics({f"{name}_{key}": row[key] for key in ("perplexity_ratio", "kl_nats", "bytes_loaded")})
-    for name, frame in (("summary", found.summary.astype({"interval": str})), ("requests", found.requests), ("residency", found.residency), ("tasks", tasks), ("beside_paper", closing)):
-        run.log_frame(name, frame)
-    run.log_figure("awareness", awareness)
-    run.log_figure("wrong_labels", wrong)
-print("logged")
+found.log(
+    "task awareness",
+    f"{model} {budget}{' skipping' if skipping else ''}",
+    parameters,
+    variant_metrics(summary, ("perplexity_ratio", "kl_nats", "bytes_loaded")),
+    tables={"tasks": tasks, "beside_paper": closing},
+    figures={"awareness": awareness, "wrong_labels": wrong},
+)
 
 # %% [markdown]
 # ## Measured
 #
-# 25 November 2026, 24 uniform test prompts, 24 tokens each, float32, one thread, tolerance 1, p = 1, predictors warmed with 60 prompts.
-# Perplexity ratio to all resident. Not yet the full settings of `sweeps/paper.yaml`.
+# 25 November 2026, 24 uniform test prompts, 24 tokens each, float32, one thread, tolerance 1, p = 1, predictors warmed
+# with 60 prompts. Perplexity ratio to all resident. Not yet the full settings of `sweeps/paper.yaml`.
 #
 # | model, kept | seed | task-aware | task-agnostic | keywords | 10% / 20% / 50% wrong | hindsight (notebook 08) |
 # |---|---|---|---|---|---|---|
@@ -109,7 +110,6 @@ print("logged")
 # | | 1 | 2.130 | 2.450 | 2.130 | - / 2.125 / - | 2.009 |
 # | | 2 | 2.048 | 2.280 | 2.048 | - / 1.964 / - | 2.087 |
 #
-# * On `carved` task labels recover 86% of the gap between one global frequency and hindsight by the medians (2.280, 2.048, 2.009), but a third only
-#   with seed 0, and with seed 2 hindsight is the worse one: 24 prompts are few.
+# * On `carved` task labels recover 86% of the gap between one global frequency and hindsight by the medians (2.280,
+#   2.048, 2.009), but a third only with seed 0, and with seed 2 hindsight is the worse one: 24 prompts are few.
 # * On `reference` labels are worth little, and wrong ones cost little until half of them are wrong.
-#

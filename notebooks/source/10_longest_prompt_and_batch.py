@@ -1,19 +1,24 @@
 # %% [markdown]
 # # Longest prompt and largest batch at equal memory (the paper's Figs 17 and 18)
 #
-# Every trial is a fresh process under a hard memory limit of the kernel (a control group). It reads prompts of random token ids,
-# decodes a few tokens with a KV cache, and survives if it ends by itself. The limit is the same for all: by rule (`limit="stock"`)
-# the smallest one at which stock transformers with every expert resident answers a prompt of `base_tokens`, so that what eMoE
-# frees is spent on longer prompts or more of them. The page cache of files that a trial reads counts in its group; the kernel
-# drops it before it kills. Where no hard limit can be set, this notebook says so and measures nothing.
+# Every trial is a fresh process under a hard memory limit of the kernel (a control group). It reads prompts of random
+# token ids, decodes a few tokens with a KV cache, and survives if it ends by itself. The limit is the same for all: by
+# rule (`limit="stock"`) the smallest one at which stock transformers with every expert resident answers a prompt of
+# `base_tokens`, so that what eMoE frees is spent on longer prompts or more of them. The page cache of files that a
+# trial reads counts in its group; the kernel drops it before it kills. Where no hard limit can be set, this notebook
+# says so and measures nothing.
 #
-# The defaults check that everything runs: a tiny random model has no experts worth freeing, and a limit of 1 GB stops nobody.
+# The defaults check that everything runs: a tiny random model has no experts worth freeing, and a limit of 1 GB stops
+# nobody.
 
 # %% tags=["parameters"]
-model: str = "tiny"  # "tiny" (random, only shows that everything runs), "reference", a checkpoint directory, or a hub id
+measure: bool = True  # False draws the result that ships with the project, where there is one
+model: str = "tiny"  # "tiny" (random), "reference", a checkpoint directory, or a hub id
 budget: str = "50%"  # expert memory of emoe: share, bytes ("300MB") or slots per layer ("3 slots")
 tried: str = "exact"  # of stock, all (emoe, all experts), exact, rerouting (emoe with the budget, tolerance 0 and 1)
-limit: str = "1GB"  # memory of every trial: bytes, "stock" (what stock needs for base_tokens, measured) or "stock + 200MB"
+limit: str = (
+    "1GB"  # memory of every trial: bytes, "stock" (what stock needs for base_tokens, measured) or "stock + 200MB"
+)
 step_mb: int = 16  # stock's limit is found to this many MB
 base_tokens: int = 64  # the prompt that stock's limit is measured with; longer ones are tried from it upwards
 max_tokens: int = 64  # longest prompt tried
@@ -31,47 +36,45 @@ seed: int = 0  # of the prompts' token ids
 from IPython.display import Markdown, display
 
 from emoe_core.errors import LimitError
-from workbench.tracking import run as tracking
-from workbench.machine.control_groups import find_controller
-from workbench.paper.figures import set_style
-from workbench.measure.limit_trials import Trials
-from workbench.measure.longest import MEGABYTE, SearchConfig, configurations, require_host, resolve_limit, search
-from workbench.paper.longest import as_metrics, beside_paper, limits_figure
+from workbench.measure.equal_memory import measure_longest
+from workbench.measure.longest import MEGABYTE, SearchConfig, configurations, require_host
 from workbench.models.names import resolve_model
-from workbench.progress import stage_bars
+from workbench.paper import figures
+from workbench.paper import longest as report
+from workbench.paper.tables import closing_table
+from workbench.tracking.findings import findings
+from workbench.tracking.parameters import config_from, listed, parameters_of
 
-set_style()
+parameters = parameters_of(globals())
 require_host(device)
-config = SearchConfig(
-    limit=limit, base_tokens=base_tokens, max_tokens=max_tokens, max_batch=max_batch, batch_prompt_tokens=batch_prompt_tokens,
-    resolution=resolution, step_bytes=step_mb * MEGABYTE,
-)
-chosen = configurations(budget, [name.strip() for name in tried.split(",")])
-controller = found = trials = None
+config = config_from(SearchConfig, parameters, step_bytes=step_mb * MEGABYTE)
+chosen = configurations(budget, listed(tried))
+processes = {"new_tokens": new_tokens, "timeout_s": timeout_s, "dtype": dtype, "seed": seed}
+figures.set_style()
+found = None
 try:
-    controller = find_controller()
+    found = findings(
+        "10_longest_prompt_and_batch",
+        measure,
+        lambda progress: measure_longest(resolve_model(model), config, chosen, progress, **processes),
+    )
 except LimitError as error:
     display(Markdown(f"**Nothing was measured:** {error}"))
-if controller is not None:
-    trials = Trials(
-        str(resolve_model(model)), controller, new_tokens=new_tokens, timeout_s=timeout_s, dtype=dtype, seed=seed,
-    )
-    with stage_bars() as progress:
-        limit_bytes = resolve_limit(trials, config, progress)
-        found = search(trials, config, chosen, limit_bytes, progress)
-    display(Markdown(f"Limit of every trial: {limit_bytes / 1e6:,.0f} MB ({limit}), {controller.description}."))
-    display(found[["configuration", "longest_tokens", "tokens_ratio", "largest_batch", "batch_ratio", "decode_tokens_per_s",
-                   "speed_ratio", "ttft_s"]].style.format(precision=2, thousands=",").hide())
+if found is not None:
+    longest, trials = found["found"], found["trials"]
+    compared = ["longest_tokens", "tokens_ratio", "largest_batch", "batch_ratio", "decode_tokens_per_s", "speed_ratio"]
+    table = longest[["configuration", "limit_bytes", *compared, "ttft_s"]]
+    display(table.style.format(precision=2, thousands=",").hide())
 
 # %%
 # NBVAL_CHECK_OUTPUT
-rows = [] if trials is None else trials.done
-shown = [] if found is None else list(found.itertuples())
-print("no trial used more than its limit:", all(row.group_peak_bytes is None or row.group_peak_bytes <= row.limit_bytes for row in rows))
-print("results within the caps:", all(row.longest_tokens <= max_tokens and row.largest_batch <= max_batch for row in shown))
+within = found is None or bool((trials["group_peak_bytes"].fillna(0) <= trials["limit_bytes"]).all())
+print("no trial used more than its limit:", within)
+capped = found is None or bool((longest[["longest_tokens", "largest_batch"]] <= [max_tokens, max_batch]).all(axis=None))
+print("results within the caps:", capped)
 
 # %%
-bars = None if found is None else limits_figure(found, batch_prompt_tokens)
+bars = None if found is None else report.limits_figure(longest, batch_prompt_tokens)
 bars
 
 # %% [markdown]
@@ -79,42 +82,44 @@ bars
 # `decode_read_bytes`: what decoding read from the disk.
 
 # %%
-if trials is not None:
-    display(trials.frame().style.format(precision=2, thousands=",", na_rep="–").hide())
-
-# %%
-closing = None if found is None else beside_paper(found)
-if closing is not None:
-    display(closing.style.hide())
+if found is not None:
+    display(trials.drop(columns="limited_by").style.format(precision=2, thousands=",", na_rep="–").hide())
 
 # %%
 if found is not None:
-    params = {"model": model, "budget": budget, "tried": tried, "limit": limit, "step_mb": step_mb, "base_tokens": base_tokens,
-              "max_tokens": max_tokens, "max_batch": max_batch, "batch_prompt_tokens": batch_prompt_tokens,
-              "new_tokens": new_tokens, "resolution": resolution, "timeout_s": timeout_s, "dtype": dtype, "device": device, "seed": seed}
-    with tracking.run("longest", f"{model} {budget} at {limit_bytes / 1e6:,.0f} MB", params=params,
-                      model_hash=trials.index.source_hash, dtype=str(trials.index.dtype).removeprefix("torch.")) as run:
-        run.log_metrics(as_metrics(found))
-        run.log_tags({"emoe.limit": controller.description})
-        for name, frame in (("found", found), ("trials", trials.frame()), ("beside_paper", closing)):
-            run.log_frame(name, frame)
-        run.log_figure("longest", bars)
+    closing = report.beside_paper(longest)
+    display(closing_table(closing, found.prompts, "trials"))
+
+# %%
+if found is not None:
+    limit_mb = longest["limit_bytes"].iloc[0] / MEGABYTE
+    found.log(
+        "longest",
+        f"{model} {budget} at {limit_mb:,.0f} MB",
+        parameters,
+        report.as_metrics(longest),
+        tables={"beside_paper": closing},
+        figures={"longest": bars},
+        tags={"emoe.limit": trials["limited_by"].iloc[0]},
+    )
 print("done")
 
 # %% [markdown]
 # ## Measured
 #
-# 25 November 2026 (engine of commit 7f79c35), model `reference` (bfloat16), limit 2,000 MB by the rule: the least at which stock answers a prompt
-# of 256 tokens. Control group v1, page cache counted, 2 cores of an AMD EPYC; other jobs ran beside it, so the speeds are lower bounds. Results are known to 10%; 8,184 tokens are all that the
-# model's 8,192 positions leave.
+# 25 November 2026 (engine of commit 7f79c35), model `reference` (bfloat16), limit 2,000 MB by the rule: the least at
+# which stock answers a prompt of 256 tokens. Control group v1, page cache counted, 2 cores of an AMD EPYC; other jobs
+# ran beside it, so the speeds are lower bounds. Results are known to 10%; 8,184 tokens are all that the model's 8,192
+# positions leave.
 #
-# | configuration | longest prompt | of stock's | largest batch of 256-token prompts | of stock's | decoding at it, tokens/s |
+# | configuration | longest prompt | of stock's | largest batch (256 tokens) | of stock's | tokens/s at it |
 # |---|---|---|---|---|---|
 # | stock, all experts | 304 | 1 | 1 | 1 | |
 # | emoe, all experts | 3,328 | 11x | 3 | 3x | 7.7 |
 # | emoe, 40%, exact | at least 8,184 | at least 27x | 14 | 14x | 18.5 |
 # | emoe, 40%, tolerance 1 | at least 8,184 | at least 27x | 14 | 14x | 32.8 |
 #
-# The paper has 16x and 40x for prompts, 2x and 4.5x for batches, against the same system with all experts. The rule leaves stock almost nothing to grow into, and some of the ratio to it is its heap, which
-# grows over a prompt; against emoe with all experts, freeing 60% of them buys at least 2.5x the prompt and 4.7x the batch. At 8,184 tokens the 40% process peaks at 1.58 GB (exact): the limit is not reached.
-#
+# The paper has 16x and 40x for prompts, 2x and 4.5x for batches, against the same system with all experts. The rule
+# leaves stock almost nothing to grow into, and some of the ratio to it is its heap, which grows over a prompt; against
+# emoe with all experts, freeing 60% of them buys at least 2.5x the prompt and 4.7x the batch. At 8,184 tokens the 40%
+# process peaks at 1.58 GB (exact): the limit is not reached.

@@ -24,6 +24,7 @@ from emoe_core.experts.compute import ExpertForm
 from emoe_core.generation import encode
 from emoe_core.loader.pack import Pack
 from workbench.models.reference.tiny import FAMILIES, LAYERS, TOP_K, tiny_moe
+from workbench.replay.scoring import score
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,11 @@ def stock(model: Path):
 
 def load(model: Path, tmp_path: Path, **options) -> emoe_core.Engine:
     return emoe_core.load(model, **({"budget": "2 slots", "pack_dir": tmp_path} | options))
+
+
+def test_every_public_name_is_there() -> None:
+    # They are imported on first use: a module that moved would not be missed before.
+    assert {getattr(emoe_core, name).__name__ for name in emoe_core.__all__} == set(emoe_core.__all__)
 
 
 IDS = torch.tensor([[5, 80, 9, 200, 31, 77]])
@@ -55,8 +61,8 @@ def forward(engine: emoe_core.Engine, ids: torch.Tensor = IDS) -> torch.Tensor:
     ("options", "error", "message"),
     [
         ({"bugdet": "40%"}, OptionError, "unknown option bugdet: the options are attn_implementation, budget"),
-        ({"policy": "clock"}, OptionError, "choose one of decayed_demand, least_stale, lfu, lru, static"),
-        ({"predictor": "oracle"}, OptionError, "choose one of activation_map"),
+        ({"policy": "clock"}, OptionError, "choose one of lru, decayed_demand"),
+        ({"predictor": "oracle"}, OptionError, "choose one of frequency"),
         ({"device": "abacus"}, OptionError, "use 'auto', 'cpu' or 'cuda'"),
         ({"device": "meta"}, OptionError, "not supported"),
         ({"tolerance": 1.5}, OptionError, r"must lie in \[0, 1\]"),
@@ -137,6 +143,11 @@ def forward_stock(stock, ids: torch.Tensor = IDS) -> torch.Tensor:
         return stock(input_ids=ids).logits
 
 
+@pytest.mark.parametrize("name", emoe_core.__all__)
+def test_every_exported_name_is_there(name: str) -> None:
+    assert getattr(emoe_core, name).__name__ == name
+
+
 def test_a_closed_engine_says_so(model: Path, tmp_path: Path) -> None:
     engine = load(model, tmp_path)
     forward(engine)
@@ -145,7 +156,7 @@ def test_a_closed_engine_says_so(model: Path, tmp_path: Path) -> None:
     for call in (
         lambda: forward(engine),
         lambda: engine.generate(["hello"]),
-        lambda: engine.score([([1], [2])]),
+        lambda: score(engine, [([1], [2])]),
         lambda: engine.model.generate(IDS, max_new_tokens=2),
     ):
         with pytest.raises(IntegrationError, match="closed"):
@@ -394,7 +405,7 @@ def test_scores_are_the_log_softmax_of_stock_logits(family: str, tmp_path: Path)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager").eval()
     prompt, continuation = [4, 8, 15], [16, 23, 42, 7]
     with load(path, tmp_path) as engine:
-        scored = engine.score([(prompt, continuation)], ["qa"])[0]
+        scored = score(engine, [(prompt, continuation)], ["qa"])[0]
     with torch.no_grad():
         logits = reference(input_ids=torch.tensor([prompt + continuation]), use_cache=False, logits_to_keep=5).logits
     expected = logits[0, :-1].log_softmax(-1)
@@ -409,9 +420,9 @@ def test_scores_are_the_log_softmax_of_stock_logits(family: str, tmp_path: Path)
         (lambda engine: engine.generate(["hello"], ["qa", "code"]), "1 prompts came with 2 task types"),
         (lambda engine: engine.generate(["hello"], max_new_tokens=0), "1 or more"),
         (lambda engine: engine.generate(["hello"], batch_size=0), "1 or more"),
-        (lambda engine: engine.score([([], [1])]), "at least one prompt token"),
-        (lambda engine: engine.score([([1], [])]), "one continuation token"),
-        (lambda engine: engine.score([([1], [2])], ["qa", "qa"]), "1 sequences came with 2"),
+        (lambda engine: score(engine, [([], [1])]), "at least one prompt token"),
+        (lambda engine: score(engine, [([1], [])]), "one continuation token"),
+        (lambda engine: score(engine, [([1], [2])], ["qa", "qa"]), "1 sequences came with 2"),
         (lambda engine: engine.trace(), "record=True"),
     ],
 )

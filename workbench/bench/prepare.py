@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +180,6 @@ def _accelerate_bytes(index: CheckpointIndex, limit_bytes: int, control: int) ->
 
 def _first_request(routing: RoutingPass, path: Path) -> None:
     """Keep the warm-up's routing alone: what a predictor may have seen before the timed tokens."""
-    from dataclasses import replace
-
     trace = routing.trace
     kept = trace.request == trace.request.min()
     columns = ("request", "position", "prefill", "chosen", "served", "weight")

@@ -14,6 +14,7 @@ bench's expert slots could do that computes the same model exactly.
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +77,6 @@ def resident_times(rows: list[dict[str, Any]], systems: list[System]) -> dict[st
 
     llama.cpp has no resident mode of its own: without a limit it is one.
     """
-    import statistics
-
     found: dict[str, float] = {}
     for system in systems:
         whole = system.resident or (system.adapter == "llama.cpp" and not system.limited)

@@ -21,7 +21,7 @@ from workbench.bench.prepare import Prepared
 from workbench.bench.replay import replayed_loads
 from workbench.bench.roofline import Roofline, resident_times, roofline
 from workbench.machine.busy import busy_warning
-from workbench.measure.launch import MEASURED
+from workbench.measure.launch import FAILED, MEASURED
 from workbench.systems.systems import System
 
 # Figures that get a median and a spread.
@@ -192,7 +192,7 @@ def _warnings(
     cut = sorted({row["system"] for row in rows if row["decoded_tokens"] < plan.tokens})
     if cut:
         found.append(f"stopped after {plan.max_seconds:g} s, before all {plan.tokens} tokens: {', '.join(cut)}")
-    failed = sorted({row["system"] for row in results if row["outcome"] == "failed"})
+    failed = sorted({row["system"] for row in results if row["outcome"] == FAILED})
     if failed:
         found.append(f"failed, and tried again by the same command: {', '.join(failed)}")
     return found

@@ -17,9 +17,7 @@ Source = Annotated[Literal["embedded", "hub"], typer.Option(help="Prompts: of pa
 
 @app.command("prepare")
 def prepare_data(
-    tasks: Annotated[
-        list[str] | None, typer.Option("--task", help="Only this task; may be given several times.")
-    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="Only this task; repeatable.")] = None,
     force: Annotated[bool, typer.Option(help="Prepare again what is there.")] = False,
     source: Source = "embedded",
 ) -> None:

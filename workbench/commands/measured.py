@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from workbench.commands.options import Device, Dtype, Model, OutFile, Seed, Source
+from workbench.progress import stage_bars
 
 
 def profile(
@@ -28,7 +29,6 @@ def profile(
 ) -> None:
     """Measure output lengths, and which layers' routing a task depends on (goes on where it stopped)."""
     from emoe_core.planning.tasks import DEFAULT_SIMILARITY_THRESHOLD
-    from workbench.progress import stage_bars
     from workbench.quality.profile.profiling import (
         ProfileConfig,
         extend_profile,
@@ -66,10 +66,10 @@ def costs(
     model: Model = "reference",
     budget: Annotated[str, typer.Option(help="Expert memory to serve under.")] = "60%",
     prompt_tokens: Annotated[
-        list[int] | None, typer.Option(help="Prompt length to time; repeatable. 16, 64, 128, 256 if not given.")
+        list[int] | None, typer.Option(help="Prompt length to time; repeatable; 16, 64, 128 and 256 if not given.")
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Batch size to time; repeatable. 1, 2, 3, 4, 6, 8 if not given.")
+        list[int] | None, typer.Option(help="Batch size to time; repeatable; 1, 2, 3, 4, 6 and 8 if not given.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Repeats of each measurement.")] = 5,
     prompts: Annotated[int, typer.Option(help="Prompts of each task, for lengths and expert shares.")] = 8,
@@ -82,7 +82,6 @@ def costs(
     """Measure what serving costs: prompts, decode steps by batch size, loading experts (alone on the machine)."""
     from workbench.machine.busy import busy_warning
     from workbench.metrics.show import show_seconds
-    from workbench.progress import stage_bars
     from workbench.serving.costs.measure import CostsConfig, costs_path, measure_costs
 
     config = CostsConfig(

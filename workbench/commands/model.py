@@ -13,6 +13,7 @@ from emoe_core.errors import OptionError
 from workbench.commands import families, measured, synthetic
 from workbench.commands.groups import command_group
 from workbench.commands.options import Dtype, Model, OutFile, OutFolder
+from workbench.progress import progress_bar
 
 EmbeddedModel = Annotated[Literal["reference", "carved"], typer.Argument(help="Which of the models that come along.")]
 
@@ -55,7 +56,6 @@ def pack(
     from emoe_core.loader.pack import Pack, ensure_pack, write_pack
     from workbench.metrics.show import show_bytes
     from workbench.models.names import resolve_model
-    from workbench.progress import progress_bar
 
     index = open_checkpoint(resolve_model(model), dtype)
     with progress_bar("writing experts") as progress:

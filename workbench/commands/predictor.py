@@ -11,6 +11,7 @@ from rich.table import Table
 
 from workbench.commands.groups import command_group
 from workbench.commands.options import AnswerTokens, Model, OutFile, Seed, Source
+from workbench.progress import stage_bars
 
 app = command_group("Predictors of expert use.")
 
@@ -29,9 +30,8 @@ def train(
     out: OutFile = None,
 ) -> None:
     """Train the transformer predictor of a model from recorded routing, made if missing."""
-    from emoe_core.predictor.training import TrainingOptions
     from workbench.metrics.show import show_bytes
-    from workbench.progress import stage_bars
+    from workbench.predictors.training import TrainingOptions
     from workbench.replay.predictor_training import predictor_path, train_predictor
     from workbench.replay.recording import RecordingConfig, record
 
@@ -46,7 +46,7 @@ def train(
     table = Table(title=f"Predictor {variant}", show_header=False)
     table.add_row("held-out loss", f"{metrics['held_out_loss_nats']:.4f} nats")
     table.add_row("decayed frequency", f"{metrics['base_loss_nats']:.4f} nats")
-    table.add_row("hindsight", f"{metrics['entropy_nats']:.4f} nats")
+    table.add_row("oracle", f"{metrics['entropy_nats']:.4f} nats")
     table.add_row("epochs", f"{metrics['epochs']:.0f}, best {metrics['best_epoch']:.0f}")
     share = made.parameter_bytes / recording.model_bytes
     table.add_row("size", f"{show_bytes(made.parameter_bytes)}, {share:.3%} of the model")
@@ -58,7 +58,9 @@ def train(
 @app.command("evaluate")
 def evaluate(
     model: Model = "reference",
-    slots: Annotated[list[int] | None, typer.Option(help="Slots a layer; repeatable.")] = None,
+    slots: Annotated[
+        list[int] | None, typer.Option(help="Slots a layer; repeatable; half of the experts if not given.")
+    ] = None,
     interval: Annotated[int, typer.Option(help="p: predict before every p-th prompt.")] = 1,
     prompts: Annotated[int, typer.Option(help="Prompts of each test stream.")] = 120,
     warm_prompts: Annotated[int, typer.Option(help="Prompts that predictors observe first; 0 is a cold start.")] = 240,
@@ -71,7 +73,6 @@ def evaluate(
     from emoe_core.errors import OptionError
     from workbench.metrics.show import show_bytes
     from workbench.models.names import resolve_model
-    from workbench.progress import stage_bars
     from workbench.replay.prediction import compare, factories
     from workbench.replay.predictor_training import predictor_path
     from workbench.replay.recording import RecordingConfig, record

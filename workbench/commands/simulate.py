@@ -15,6 +15,7 @@ from rich.table import Table
 
 from workbench.commands.groups import command_group
 from workbench.commands.options import AnswerTokens, AsJson, KvTokens, MaxBatch, Model, RouterName, Seed, Source
+from workbench.progress import stage_bars
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,9 +34,13 @@ app = command_group("Caches and services, simulated from recorded routing and me
 @app.command("cache")
 def simulate_cache(
     model: Model = "reference",
-    budget: Annotated[list[str] | None, typer.Option(help="Memory for experts; repeatable.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Memory for experts; repeatable; 25%, 50% and 75% if not given.")
+    ] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Policy; repeatable; all if not given.")] = None,
-    mix: Annotated[list[str] | None, typer.Option(help="Task order: 'sticky' or 'uniform'; both if not given.")] = None,
+    mix: Annotated[
+        list[str] | None, typer.Option(help="Task order, 'sticky' or 'uniform'; repeatable; both if not given.")
+    ] = None,
     prompts: Annotated[int, typer.Option(help="Prompts of each stream.")] = 48,
     warm_prompts: Annotated[int, typer.Option(help="Earlier prompts, whose experts 'pinned' holds.")] = 96,
     max_new_tokens: AnswerTokens = 24,
@@ -49,7 +54,6 @@ def simulate_cache(
     from emoe_core.checkpoint.index import open_checkpoint
     from workbench.metrics.show import show_bytes
     from workbench.models.names import resolve_model
-    from workbench.progress import stage_bars
     from workbench.replay.accesses import record_accesses
     from workbench.replay.cache import simulate as replay_all
     from workbench.replay.policies import POLICY_NAMES, require_policy
@@ -110,8 +114,13 @@ def simulate_cache(
 def simulate_serving(
     model: Model = "reference",
     costs_file: Annotated[Path | None, typer.Option("--costs", help="Costs to use; the model's if not given.")] = None,
-    scheduler: Annotated[list[str] | None, typer.Option(help="Variant; repeatable.")] = None,
-    load: Annotated[list[float] | None, typer.Option(help="Rate, as a share of capacity; repeatable.")] = None,
+    scheduler: Annotated[
+        list[str] | None, typer.Option(help="Variant; repeatable; fcfs, edf, emoe and emoe_oracle if not given.")
+    ] = None,
+    load: Annotated[
+        list[float] | None,
+        typer.Option(help="Rate, as a share of capacity; repeatable; 0.3, 0.6 and 0.9 if not given."),
+    ] = None,
     arrivals: Annotated[
         str, typer.Option(help="poisson, gamma, azure, azure_conv, azure_code, mooncake, or a trace's path.")
     ] = "poisson",
@@ -134,7 +143,6 @@ def simulate_serving(
 ) -> None:
     """Simulate a service under several schedulers and rates, by measured costs."""
     from emoe_core.scheduler.costs import ServingCosts
-    from workbench.progress import stage_bars
     from workbench.serving.costs.measure import stored_costs
     from workbench.serving.simulation.comparison import compare_schedulers, variant
     from workbench.serving.simulation.experiment import ServingConfig

@@ -9,7 +9,7 @@ for times. Then
 2. the first of them is answered freely, token by token: this is timed, and its routing is kept.
 
 Memory is measured within this process: the peak while it serves, minus what it held before the model was loaded.
-Libraries that are first used by the model count for it, so a fresh process (notebook 02) is what claims should rest on.
+Libraries that are first used by the model count for it, so a fresh process (notebook 01) is what claims should rest on.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ import emoe_core
 from emoe_core.config import EngineConfig
 from emoe_core.cpu_memory import return_free_memory
 from emoe_core.engine import RESTARTABLE
-from emoe_core.engine_plan import plan_engine
 from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.planning.quality_target import plan_memory
 from workbench.machine.busy import OtherWork
 from workbench.machine.process_counters import status_bytes
 from workbench.measure.peak_memory import process_peak_bytes, reset_peak
 from workbench.models.names import resolve_model
 from workbench.quality.configuration import ORACLE, ExperimentConfig
 from workbench.quality.experiment import all_resident, quality_metrics, score_prompts, warm_trace
+from workbench.systems.option_names import resolve_options
 from workbench.workloads import prompt_stream, prompts_hash
 
 Progress = Callable[[str, int, int], None]
@@ -177,12 +178,12 @@ class Explorer:
 
     def _bring(self, config: ExperimentConfig, checkpoint: str | Path) -> emoe_core.Engine:
         """Return the engine as a fresh load of a configuration would make it."""
-        options = config.engine_options() | {"record": True}
+        options = resolve_options(config.engine_options()) | {"record": True}
         engine = self.engine
         if engine is not None and checkpoint == self._checkpoint:
             wanted = EngineConfig(**options)
             # Refused here, a budget leaves the engine that is there.
-            plan, _ = plan_engine(engine.index, wanted)
+            plan, _ = plan_memory(engine.index, wanted.budget, wanted.profile, wanted.max_quality_loss)
             changes = {name: options[name] for name in RESTARTABLE if name in options}
             if plan == engine.plan and replace(engine.config, **changes) == wanted:
                 engine.restart(**changes)

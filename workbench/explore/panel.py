@@ -20,9 +20,10 @@ import ipywidgets as widgets
 from emoe_core.budget import Budget, plan_slots
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import EmoeError, ExperimentError
-from emoe_core.html_view import heading
 from emoe_core.planning.tasks import TASK_TYPES
+from workbench.explore.displays import show_in_notebooks
 from workbench.explore.explorer import Explorer, Observation
+from workbench.explore.html_view import heading
 from workbench.explore.readout import ALL_TASKS, name_of, points_table, readout
 from workbench.explore.token_view import count_steps, step_grid, step_table, steps_table
 from workbench.models.names import resolve_model
@@ -51,6 +52,7 @@ class Panel:
     """
 
     def __init__(self, start: ExperimentConfig, explorer: Explorer | None = None) -> None:
+        show_in_notebooks()
         self.start = start
         self.explorer = explorer or Explorer()
         self.observations: list[Observation] = []

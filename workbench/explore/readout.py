@@ -7,9 +7,9 @@ from html import escape
 
 import pandas as pd
 
-from emoe_core.html_view import BLUE, GREY, ORANGE, Part, bar, heading, served_bar
 from emoe_core.planning.tasks import TASK_TYPES
 from workbench.explore.explorer import Observation
+from workbench.explore.html_view import BLUE, GREY, ORANGE, Part, bar, heading, served_bar
 from workbench.machine.busy import busy_warning
 from workbench.metrics.show import column_texts, show, show_bytes, words_of
 from workbench.quality.configuration import ExperimentConfig

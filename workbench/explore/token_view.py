@@ -20,7 +20,8 @@ import pandas as pd
 
 from emoe_core.errors import DataError
 from emoe_core.experts.trace import HIT, LOAD, REROUTE, RoutingTrace
-from emoe_core.html_view import SERVED, served_bar
+from workbench.explore.html_view import SERVED, served_bar
+from workbench.replay.trace_statistics import outcomes
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _LETTER = 30, 13, 62, 78, 9
 _HEAD = "text-anchor='start' font-size='11'"
@@ -46,7 +47,7 @@ def count_steps(trace: RoutingTrace, request: int | None = None) -> np.ndarray:
     DataError
         No outcomes in the trace, or it is not clear whose steps are meant.
     """
-    found = [trace.outcomes(step) for step in _steps(trace, request)]
+    found = [outcomes(trace, step) for step in _steps(trace, request)]
     return np.stack([counts for counts in found if counts is not None])
 
 

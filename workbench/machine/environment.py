@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 import psutil
 
+PROJECT = Path(__file__).parents[2]
 ENVIRONMENT_TAGS = "env."
 IDENTITY = ("seed", "dtype", "model_hash", "data_hash", "reference_hash")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "datasets", "mlflow", "papermill")
@@ -113,7 +115,7 @@ def describe_environment(**identity: Any) -> Environment:
         python=platform.python_version(),
         executable=sys.executable,
         platform=platform.platform(),
-        packages=package_versions(),
+        packages=installed_versions(PACKAGES),
         cpu=name,
         cpu_flags=flags,
         cores=available_cores(),
@@ -128,10 +130,10 @@ def describe_environment(**identity: Any) -> Environment:
     )
 
 
-def package_versions() -> dict[str, str]:
-    """Return the installed versions of `PACKAGES`, without importing them."""
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the version of each distribution that is installed, without importing it."""
     versions = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -205,6 +207,16 @@ def driver_gpus() -> list[str]:
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+
+
+def code_hash(folders: Iterable[Path] = (PROJECT / "workbench", PROJECT / "emoe_core")) -> str:
+    """Return a hash of the Python sources of some folders: those of both packages when none are named."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(str(file.relative_to(folder)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def git_revision() -> tuple[str | None, bool | None]:

@@ -6,7 +6,6 @@ and nothing is left changed: the file that is measured with is gone afterwards.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -21,15 +20,17 @@ from workbench.machine.control_groups import find_controller, memory_limit_bytes
 from workbench.machine.disk import DiskSpeed, measure_disk
 from workbench.machine.environment import (
     PACKAGES,
+    PROJECT,
     available_cores,
     compute_threads,
     describe_cpu,
     driver_gpus,
     gpu_names,
+    installed_versions,
 )
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
-CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+CONSTRAINTS = PROJECT / "constraints.txt"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def read_machine(progress: Callable[[int, int], None] | None = None) -> MachineF
         available_bytes=memory.available,
         memory_limit_bytes=limit_bytes if limit_bytes is not None and limit_bytes < memory.total else None,
         free_disk_bytes=shutil.disk_usage(folder).free,
-        packages=installed_versions([*PACKAGES, *pinned]),
+        # Without torch's build label.
+        packages={name: found.partition("+")[0] for name, found in installed_versions([*PACKAGES, *pinned]).items()},
         pinned=pinned,
     )
 
@@ -133,17 +135,6 @@ def physical_cores(topology: Path = TOPOLOGY) -> int:
         except OSError:
             siblings.add(str(core))
     return len(siblings)
-
-
-def installed_versions(names: list[str]) -> dict[str, str]:
-    """Return the installed version of each distribution that is installed, without torch's build label."""
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def read_constraints(path: Path) -> dict[str, str]:

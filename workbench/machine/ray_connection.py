@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import socket
-from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError, OptionError
 
 KNOCK_PATIENCE_S = 10.0
-PACKAGES = (Path(__file__).parents[1], Path(__file__).parents[2] / "emoe_core")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -57,13 +54,3 @@ def knock(address: str | None) -> None:
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_PATIENCE_S).close()
-
-
-def code_hash() -> str:
-    """Return a hash of the Python sources of both packages."""
-    digest = hashlib.sha256()
-    for package in PACKAGES:
-        for file in sorted(package.rglob("*.py")):
-            digest.update(str(file.relative_to(package)).encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -10,18 +10,14 @@ import hashlib
 import json
 import sys
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import emoe_core
 from emoe_core.loader.cache_folder import cache_dir
+from workbench.machine.environment import PROJECT, code_hash, installed_versions
 
 LIBRARIES = ("torch", "transformers", "safetensors")
-CODE = (
-    Path(emoe_core.__file__).parent,
-    *(Path(__file__).parents[1] / room for room in ("measure", "machine", "systems")),
-)
+CODE = [PROJECT / folder for folder in ("emoe_core", "workbench/measure", "workbench/machine", "workbench/systems")]
 
 
 def result_file(kind: str, question: dict[str, Any]) -> Path:
@@ -33,14 +29,10 @@ def result_file(kind: str, question: dict[str, Any]) -> Path:
         Folder of the cache: "controls", "limit-trials".
     question : dict
     """
-    content = json.dumps([question, _code_digest()], sort_keys=True)
+    content = json.dumps([question, *_answered_by()], sort_keys=True)
     return cache_dir() / kind / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
 
 
 @cache
-def _code_digest() -> str:
-    digest = hashlib.sha256(" ".join([sys.version, *map(version, LIBRARIES)]).encode())
-    for folder in CODE:
-        for source in sorted(folder.rglob("*.py")):
-            digest.update(source.read_bytes())
-    return digest.hexdigest()
+def _answered_by() -> list[Any]:
+    return [sys.version, installed_versions(LIBRARIES), code_hash(CODE)]

@@ -20,6 +20,7 @@ from emoe_core.experts.trace import RoutingTrace
 from workbench.machine.busy import OtherWork
 from workbench.measure.job import answer_job
 from workbench.measure.peak_memory import mapped_checkpoint_bytes, process_peak_bytes, reset_peak
+from workbench.systems.option_names import resolve_options
 
 STOCK = "stock"
 
@@ -28,7 +29,7 @@ def serve(spec: dict[str, Any]) -> dict[str, Any]:
     """Answer a spec of `memory.py` and return what it needed."""
     kept = None
     if spec.get("tokenizer"):
-        from emoe_core.tokenizer import load_tokenizer
+        from emoe_core.generation import load_tokenizer
 
         # A control process has the tokenizer of the model that it is held against.
         kept = load_tokenizer(spec["tokenizer"])
@@ -42,7 +43,7 @@ def serve(spec: dict[str, Any]) -> dict[str, Any]:
 def _serve_emoe(spec: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     options = {name: value for name, value in spec["options"].items() if name != "implementation"}
-    with emoe_core.load(spec["checkpoint"], **options) as engine:
+    with emoe_core.load(spec["checkpoint"], **resolve_options(options)) as engine:
         if spec["warm_trace"]:
             engine.warm_start(RoutingTrace.load(Path(spec["warm_trace"])))
         load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()

@@ -31,6 +31,11 @@ def set_style() -> None:
     )
 
 
+def say_n(axis: Axes, n: float, unit: str = "prompts") -> None:
+    """Write above the right end of an axis how many prompts its figure rests on."""
+    axis.set_title(f"n = {n:,.0f} {unit}", loc="right", fontsize=9, color="0.35")
+
+
 def served_shares(runs: pd.DataFrame) -> Figure | None:
     """Draw how each run served its expert requests: hit, loaded on demand, rerouted."""
     if not _has(runs, "hits", "loads", "reroutes", "requests", "strategy", "budget"):
@@ -50,11 +55,8 @@ def interval_and_skipping(runs: pd.DataFrame) -> Figure | None:
     """Draw what the prediction interval costs: quality and bytes moved, with task skipping off and on (Fig. 10)."""
     if not _has(runs, "interval", "skipping", "perplexity_ratio", "bytes_loaded", "prompts"):
         return None
-    table = runs.dropna(subset=["perplexity_ratio"])
-    if table["interval"].nunique() < 2:
-        return None
-    table = table[table["notebook"].astype(str).str.contains("interval")].sort_values("interval")
-    if table["interval"].nunique() < 2:
+    table = _varied(runs.dropna(subset=["perplexity_ratio", "interval"]))
+    if table.empty:
         return None
     figure, axes = _subplots(1, 2, figsize=(11, 4.2))
     palette = sns.color_palette("colorblind")
@@ -74,6 +76,7 @@ def interval_and_skipping(runs: pd.DataFrame) -> Figure | None:
         ticks = sorted(table["interval"].unique())
         axis.set_xticks(ticks, [str(int(tick)) for tick in ticks])
         axis.set_xlabel("prediction interval p (prompts)")
+    say_n(axes[1], table["prompts"].max())
     axes[0].set_ylabel("perplexity ratio to all-resident")
     axes[1].set_ylabel("expert bytes loaded per prompt (MB)")
     axes[1].set_ylim(bottom=0)
@@ -86,11 +89,12 @@ def request_timeline(requests: pd.DataFrame) -> Figure:
     figure, axes = _subplots(2, 1, figsize=(9, 5.2), sharex=True)
     place = np.arange(len(requests))
     axes[0].plot(place, requests["token_hit_rate"], marker="o", markersize=4, color=sns.color_palette("colorblind")[0])
-    axes[0].set_ylabel("hit rate (token-weighted)")
+    axes[0].set_ylabel("hit rate\n(token-weighted)")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[0].set_ylim(0, 1.04)
+    say_n(axes[0], len(requests))
     sns.scatterplot(x=place, y=requests["kl_nats"].to_numpy(), hue=requests["task"].to_numpy(), ax=axes[1], s=45)
-    axes[1].set_ylabel("KL to all-resident (nats/token)")
+    axes[1].set_ylabel("KL to all-resident\n(nats per token)")
     axes[1].set_xlabel("prompt in the stream")
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1].set_ylim(bottom=min(0.0, float(requests["kl_nats"].min())))
@@ -108,16 +112,19 @@ def task_quality(requests: pd.DataFrame) -> Figure:
     axes[0].set_xlabel("KL to all-resident (nats per token)")
     axes[0].set_ylabel("")
     axes[0].legend(frameon=False, loc="lower right")
+    say_n(axes[0], len(requests))
     return figure
 
 
-def memory_terms(terms: pd.DataFrame) -> Figure:
+def memory_terms(terms: pd.DataFrame, prompts: int) -> Figure:
     """Draw stacked memory terms per configuration with the measured peak as a mark.
 
     Parameters
     ----------
     terms : DataFrame
         Columns ``name, dense_bytes, slot_bytes, measured_bytes``.
+    prompts : int
+        Answered while the peak was measured.
     """
     figure, axes = _subplots(1, 1, figsize=(8.5, 0.7 * len(terms) + 1.8))
     palette = sns.color_palette("colorblind")
@@ -137,39 +144,44 @@ def memory_terms(terms: pd.DataFrame) -> Figure:
     axes[0].set_yticks(place, list(terms["name"]))
     axes[0].invert_yaxis()
     axes[0].set_xlabel("memory (MB)")
+    say_n(axes[0], prompts)
     _legend_below(figure, axes[0])
     return figure
 
 
-def residency_heatmap(frequencies: np.ndarray, resident: np.ndarray) -> Figure:
-    """Draw how often experts were wanted and, framed, which ones are resident.
+def residency_heatmap(residency: pd.DataFrame, prompts: int) -> Figure:
+    """Draw how often experts were wanted and, framed, which ones were resident for at least half of the prompts.
 
     Parameters
     ----------
-    frequencies : np.ndarray
-        Share of routed (token, choice) pairs per expert, [layers, experts].
-    resident : np.ndarray
-        Bool [layers, experts].
+    residency : DataFrame
+        Of a `Result`: ``layer, expert, resident_share, wanted_share``.
+    prompts : int
     """
-    layers, experts = frequencies.shape
+    wanted = residency.pivot(index="expert", columns="layer", values="wanted_share")
+    experts, layers = wanted.shape
     figure, axes = _subplots(1, 1, figsize=(0.32 * layers + 2.2, 0.36 * experts + 1.6))
-    sns.heatmap(
-        frequencies.T,
-        ax=axes[0],
-        cmap="cividis",
-        cbar_kws={"label": "share of routed tokens"},
-        vmin=0,
-        xticklabels=range(layers),
-        yticklabels=range(experts),
-    )
-    for layer, expert in zip(*np.nonzero(resident), strict=True):
-        axes[0].add_patch(
-            mpl.patches.Rectangle((layer + 0.06, expert + 0.06), 0.88, 0.88, fill=False, ec="white", lw=1.4)
-        )
+    label = {"label": "share of routed tokens"}
+    sns.heatmap(wanted, ax=axes[0], cmap="cividis", cbar_kws=label, vmin=0, xticklabels=1, yticklabels=1)
+    for row in residency[residency["resident_share"] >= 0.5].itertuples():
+        corner = (row.layer + 0.06, row.expert + 0.06)
+        axes[0].add_patch(mpl.patches.Rectangle(corner, 0.88, 0.88, fill=False, ec="white", lw=1.4))
+    say_n(axes[0], prompts)
     axes[0].set_xlabel("MoE layer")
     axes[0].set_ylabel("expert (framed: resident)")
     axes[0].tick_params(axis="both", labelsize=8, rotation=0)
     return figure
+
+
+def _varied(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that differ in interval and skipping alone; of several groups the one with most intervals."""
+    same = [
+        name
+        for name in ("model", "budget", "tolerance", "strategy", "replan", "mix", "prompts", "seed")
+        if name in runs
+    ]
+    groups = [group for _, group in runs.groupby(same, dropna=False) if group["interval"].nunique() > 1]
+    return max(groups, key=lambda group: group["interval"].nunique(), default=runs[:0]).sort_values("interval")
 
 
 def _stacked(axis: Axes, names: list[str], shares: list[pd.Series]) -> None:

@@ -10,24 +10,26 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from workbench.paper.figures import MEGABYTE
+from workbench.paper.figures import MEGABYTE, say_n
 
 MARKERS = "os^D"
 
 
 def interval_figure(summary: pd.DataFrame) -> Figure:
-    """Draw quality and bytes moved over the prediction interval, one line a task order.
+    """Draw quality and bytes moved over the prediction interval, one line a task order, with and without skipping.
 
     Parameters
     ----------
     summary : DataFrame
-        Of a `Comparison` whose variants differ in ``interval`` and ``mix``; "adaptive" stands apart at the right.
+        Of a `Comparison` whose variants differ in ``interval``, ``mix`` and ``skipping``; "adaptive" stands apart at
+        the right.
     """
     fixed = sorted({int(value) for value in summary["interval"] if str(value).isdigit()})
     ticks = [str(value) for value in fixed] + (["adaptive"] if (summary["interval"] == "adaptive").any() else [])
     figure = Figure(layout="constrained", dpi=96, figsize=(11, 4.2))
     axes = figure.subplots(1, 2)
-    for number, (mix, group) in enumerate(summary.groupby("mix")):
+    lines = summary.groupby(["mix", "skipping"])
+    for number, ((mix, skipping), group) in enumerate(lines):
         rows = group.assign(tick=group["interval"].astype(str)).set_index("tick").reindex(ticks)
         look = {"color": sns.color_palette("colorblind")[number], "marker": MARKERS[number % 4]}
         ratio = rows["perplexity_ratio"]
@@ -35,10 +37,10 @@ def interval_figure(summary: pd.DataFrame) -> Figure:
         moved = rows["bytes_loaded"] / rows["prompts"] / MEGABYTE
         # A line joins what lies on one scale; "adaptive" is no number.
         joined = len(fixed)
-        shift = 0.06 * (number - 0.5)
+        shift = 0.06 * (number - (len(lines) - 1) / 2)
         place = np.arange(len(ticks)) + shift
         axes[0].errorbar(
-            place, ratio, yerr=np.maximum(spread, 0), capsize=3, linestyle="none", label=f"{mix} stream", **look
+            place, ratio, yerr=np.maximum(spread, 0), capsize=3, linestyle="none", label=_line(mix, skipping), **look
         )
         axes[0].plot(place[:joined], ratio.iloc[:joined], color=look["color"])
         axes[1].plot(place, moved, linestyle="none", **look)
@@ -47,6 +49,7 @@ def interval_figure(summary: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("perplexity ratio to all-resident\n(95% interval over prompts)")
     axes[1].set_ylabel("expert bytes loaded (MB a prompt)")
     axes[1].set_ylim(0, 1.08 * float((summary["bytes_loaded"] / summary["prompts"]).max()) / MEGABYTE)
+    say_n(axes[1], summary["prompts"].max())
     for axis in axes:
         axis.set_xticks(range(len(ticks)), ticks)
         axis.set_xlabel("prediction interval p (prompts)")
@@ -76,10 +79,15 @@ def overhead_share(summary: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFram
     return table
 
 
+def _line(mix: str, skipping: bool) -> str:
+    return f"{mix} stream{', task skipping' if skipping else ''}"
+
+
 def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the table "paper, here, why they differ" for Fig. 10, with this run's figures."""
     rows = []
-    for mix, group in summary.groupby("mix"):
+    for (mix, skipping), group in summary.groupby(["mix", "skipping"]):
+        line = _line(mix, skipping)
         fixed = group[group["interval"].astype(str).str.isdigit()].copy()
         fixed["interval"] = fixed["interval"].astype(int)
         fixed = fixed.sort_values("interval")
@@ -89,12 +97,17 @@ def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
             if (group["replan"] == "interval").all()
             else "only the prediction is kept; every prompt gets a plan for its own task"
         )
-        rows.append((f"Fig. 10, {mix} stream, perplexity ratio", "flat up to p = 40, rises from 60", here, rise))
+        rows.append((f"Fig. 10, {line}, perplexity ratio", "flat up to p = 40, rises from 60", here, rise))
         adaptive = group[group["interval"].astype(str) == "adaptive"]
         if len(adaptive):
             one = adaptive.iloc[0]
             told = f"{one['perplexity_ratio']:.3f} with {one['predictions']:.0f} predictions"
             rows.append(
-                (f"adaptive interval, {mix} stream", "not in the paper", told, "predicts when the plan stops fitting")
+                (
+                    f"adaptive interval, {line}",
+                    "not in the paper",
+                    told,
+                    "predicts when the plan stops fitting",
+                )
             )
     return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])

@@ -50,7 +50,8 @@ def limits_figure(found: pd.DataFrame, batch_prompt_tokens: int) -> Figure:
         axis.grid(False, axis="y")
     figure.axes[0].invert_yaxis()
     limit_bytes = int(found["limit_bytes"].iloc[0])
-    figure.suptitle(f"At the same hard memory limit: {limit_bytes / 1e6:,.0f} MB for the whole process", fontsize=12)
+    limit = f"{limit_bytes / 1e6:,.0f} MB for the whole process"
+    figure.suptitle(f"At the same hard memory limit: {limit} (n = 1 process a trial)", fontsize=12)
     return figure
 
 

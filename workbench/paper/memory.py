@@ -5,6 +5,8 @@ The eMoE paper's Figs. 1, 2, 14 to 16 and Table 3. Nothing here measures.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -12,12 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from workbench.machine.busy import busy_warning
+from workbench.measure.memory import MemoryMeasurement
+from workbench.paper.figures import say_n
 from workbench.quality.quantized import FORMATS
 from workbench.quality.variants import paired_difference
 
 # What knows every prompt to come, and what knows nothing: drawn in grey, dashed.
 BOUNDS = ("oracle", "random")
 MARKERS = "osD^vPX*<>"
+# Points of one budget stand beside each other, so that one that is as good as another does not hide it.
+DODGE = 0.025
 # KL of 0 has no place on a logarithmic axis.
 FLOOR_NATS = 1e-6
 
@@ -56,18 +62,21 @@ def accuracy_figure(summary: pd.DataFrame) -> Figure:
             else sns.color_palette("colorblind")[number % 10],
             "marker": MARKERS[number % len(MARKERS)],
             "linestyle": "--" if bound else "-",
-            "markersize": 6,
+            "fillstyle": "none" if bound else "full",
+            "markersize": 7,
         }
-        axes[0].plot(group["share"], group["kl_nats"].clip(lower=FLOOR_NATS), label=_name(strategy), **look)
+        place = group["share"] + DODGE * (number - (len(order) - 1) / 2)
+        axes[0].plot(place, group["kl_nats"].clip(lower=FLOOR_NATS), label=_name(strategy), **look)
         ratio = group["perplexity_ratio"]
         spread = [ratio - group["perplexity_ratio_low"], group["perplexity_ratio_high"] - ratio]
-        axes[1].errorbar(group["share"], ratio, yerr=np.maximum(spread, 0), capsize=3, **look)
+        axes[1].errorbar(place, ratio, yerr=np.maximum(spread, 0), capsize=3, **look)
+    say_n(axes[1], summary["prompts"].max())
     axes[0].set_yscale("log")
     axes[0].set_ylabel("KL to all-resident (nats per token)")
     axes[1].axhline(1.0, color="0.4", linestyle=":", linewidth=1.2)
     axes[1].set_ylabel("perplexity ratio to all-resident\n(95% interval over prompts)")
     for axis in axes:
-        axis.set_xlabel("expert memory (share of all experts in 16 bits)")
+        axis.set_xlabel("expert memory (share of all experts in 16 bits;\npoints of one share stand side by side)")
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
         axis.set_xlim(0, 1.02)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -110,9 +119,20 @@ def time_figure(times: pd.DataFrame) -> Figure:
     warning = busy_warning(float(times["others_cpu_share"].max()))
     if warning:
         axes[0].set_title(warning, fontsize=9, color="#b00020", loc="left")
+    say_n(axes[1], times["rounds"].max(), "rounds")
     for axis in axes:
         axis.axvline(1.0, color="0.4", linestyle=":", linewidth=1.2)
     return figure
+
+
+def memory_table(measured: Mapping[str, MemoryMeasurement]) -> pd.DataFrame:
+    """Return memory and times of fresh processes, a row each, by name; `figures.memory_terms` draws it."""
+    kept = ("dense_bytes", "slot_bytes", "load_s", "ttft_s", "tpot_s", "stall_share", "page_cache")
+    rows = [
+        {"name": name, "measured_bytes": one.model_bytes} | {column: getattr(one, column) for column in kept}
+        for name, one in measured.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def broken_bounds(summary: pd.DataFrame, requests: pd.DataFrame) -> list[str]:

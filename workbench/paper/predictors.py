@@ -7,19 +7,23 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from workbench.paper.figures import MEGABYTE
+from workbench.paper.figures import MEGABYTE, say_n
 
 # What bounds the others is drawn apart from them.
 BOUNDS = ("oracle", "random")
+# Points of one interval stand side by side, each by this factor further on the logarithmic axis.
+DODGE = 1.04
 
 
-def skill_figure(found: pd.DataFrame) -> Figure:
+def skill_figure(found: pd.DataFrame, prompts: int) -> Figure:
     """Draw each predictor's skill by stream, one point per number of slots.
 
     Parameters
     ----------
     found : DataFrame
         From `prediction.compare`, of one interval.
+    prompts : int
+        In each stream.
     """
     mixes = sorted(found["mix"].unique())
     figure = Figure(figsize=(5.2 * len(mixes) + 1.4, 0.42 * found["predictor"].nunique() + 1.6), layout="constrained")
@@ -35,20 +39,23 @@ def skill_figure(found: pd.DataFrame) -> Figure:
         axis.set_yticks(range(len(order)), order)
         axis.axvline(0.7, color="0.4", linestyle=":", linewidth=1.2)
         axis.set_xlabel("skill (0: random subset, 1: hindsight; dotted: aim)")
-        axis.set_title(f"{mix} stream", fontsize=11)
+        axis.set_title(f"{mix} stream", fontsize=11, loc="left")
+    say_n(axes[-1], prompts)
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(slots), frameon=False)
     return figure
 
 
-def interval_figure(found: pd.DataFrame) -> Figure:
+def interval_figure(found: pd.DataFrame, prompts: int) -> Figure:
     """Draw what a longer interval costs: mass covered, and bytes moved, of each predictor.
 
     Parameters
     ----------
     found : DataFrame
         From `prediction.compare`, of one number of slots and fixed intervals.
+    prompts : int
+        In each stream.
     """
     mixes = sorted(found["mix"].unique())
     figure = Figure(figsize=(11, 3.6 * len(mixes) + 0.6), layout="constrained")
@@ -61,17 +68,19 @@ def interval_figure(found: pd.DataFrame) -> Figure:
             look = {"color": palette[place], "marker": "osD^vP*X"[place % 8], "label": name}
             if name in BOUNDS:
                 look |= {"color": "0.3", "linestyle": "--"}
-            row[0].plot(part["interval"], part["mass"], **look)
-            row[1].plot(part["interval"], part["moved_bytes"] / MEGABYTE, **look)
+            beside = part["interval"] * DODGE ** (place - (len(names) - 1) / 2)
+            row[0].plot(beside, part["mass"], **look)
+            row[1].plot(beside, part["moved_bytes"] / MEGABYTE, **look)
         for axis in row:
             ticks = sorted(int(value) for value in found["interval"].unique())
             axis.set_xscale("log", base=2)
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.set_xlabel("prediction interval p (prompts)")
-            axis.set_title(f"{mix} stream", fontsize=11)
+            axis.set_title(f"{mix} stream", fontsize=11, loc="left")
         row[0].set_ylabel("routed mass covered")
         row[0].yaxis.set_major_formatter(PercentFormatter(1.0))
         row[1].set_ylabel("expert bytes moved per prompt (MB)")
+    say_n(axes[0, 1], prompts)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -122,3 +131,12 @@ def beside_paper(found: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
         ),
     ]
     return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])
+
+
+def predictor_metrics(found: pd.DataFrame) -> dict[str, float]:
+    """Return what each predictor covers and moves on each stream, of a table of one interval."""
+    return {
+        f"{row['predictor'].replace(' ', '_')}_{row['mix']}_{name}": row[name]
+        for row in found.to_dict("records")
+        for name in ("mass", "of_oracle", "skill", "moved_bytes")
+    }

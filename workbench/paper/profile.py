@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from emoe_core.planning.tasks import LENGTH_QUANTILES, Profile
+from workbench.paper.figures import say_n
 from workbench.quality.configuration import ExperimentConfig
 from workbench.quality.experiment import run_experiment
+from workbench.quality.profile.masks import mask_by_kl, mask_by_similarity, similarity_per_layer
 from workbench.quality.token_quality import LEAST_PROMPTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PAPER_RULE, OUR_RULE = "leading layers by similarity (paper)", "cheapest layers by divergence (ours)"
 MARKERS = "osD^vP"
@@ -29,9 +35,9 @@ def with_mask(profile: Profile, rule: str, allowance_nats: float) -> Profile:
     tasks = {
         name: replace(
             task,
-            sensitive=task.mask_by_similarity(profile.threshold)
+            sensitive=mask_by_similarity(task, profile.threshold)
             if rule == PAPER_RULE
-            else task.mask_by_kl(allowance_nats),
+            else mask_by_kl(task, allowance_nats),
         )
         for name, task in profile.tasks.items()
     }
@@ -112,6 +118,7 @@ def lengths_figure(profile: Profile) -> Figure:
     axis.set_yticks(range(len(profile.tasks)), list(profile.tasks))
     axis.invert_yaxis()
     axis.set_xlim(left=0)
+    _say_prompts(axis, profile)
     axis.set_xlabel("output length (tokens)")
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     return figure
@@ -127,10 +134,11 @@ def curves_figure(profile: Profile) -> Figure:
         if task.similarity_intervals and task.n_prompts >= LEAST_PROMPTS:
             low, high = np.array(task.similarity_intervals).T
             axis.fill_between(task.depths, low, high, color=color, alpha=0.08)
-    axis.axhline(profile.threshold, color="black", linestyle="--", linewidth=1.2)
-    axis.annotate(f"threshold {profile.threshold:.0%}", (0, profile.threshold - 0.015), fontsize=9, va="top")
+    threshold = f"threshold {profile.threshold:.0%}"
+    axis.axhline(profile.threshold, color="black", linestyle="--", linewidth=1.2, label=threshold)
     axis.set_xlim(left=0, right=profile.n_layers)
     axis.set_ylim(top=1.01)
+    _say_prompts(axis, profile)
     axis.set_xlabel("leading MoE layers routed at random")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     banded = all(task.n_prompts >= LEAST_PROMPTS for task in profile.tasks.values())
@@ -148,6 +156,7 @@ def divergence_figure(profile: Profile) -> Figure:
     logarithm = np.log10(table.clip(lower=1e-5))
     bar = {"label": "KL (log10 of nats per token)"}
     sns.heatmap(logarithm, ax=axis, cmap="cividis", cbar_kws=bar, linewidths=0.3)
+    _say_prompts(axis, profile, "n_kl_prompts")
     axis.set_xlabel("MoE layer routed at random")
     axis.tick_params(axis="both", labelsize=9, rotation=0)
     return figure
@@ -160,10 +169,15 @@ def masks_figure(profile: Profile, allowance_nats: float) -> Figure:
         tasks = with_mask(profile, rule, allowance_nats).tasks
         table = pd.DataFrame({name: task.sensitive for name, task in tasks.items()}).T.astype(float)
         sns.heatmap(table, ax=axis, cmap="cividis_r", vmin=0, vmax=1, cbar=False, linewidths=0.3, xticklabels=5)
-        axis.set_title(rule, fontsize=11)
+        axis.set_title(rule, fontsize=11, loc="left")
+        _say_prompts(axis, profile, "n_prompts" if rule == PAPER_RULE else "n_kl_prompts")
         axis.set_xlabel("MoE layer (dark: sensitive, light: free)")
         axis.tick_params(axis="both", labelsize=9, rotation=0)
     return figure
+
+
+def _say_prompts(axis: Axes, profile: Profile, count: str = "n_prompts") -> None:
+    say_n(axis, max(getattr(task, count) for task in profile.tasks.values()), "prompts a task")
 
 
 def beside_paper(profile: Profile) -> pd.DataFrame:
@@ -173,7 +187,7 @@ def beside_paper(profile: Profile) -> pd.DataFrame:
     means = {name: task.expected_output_tokens for name, task in tasks.items()}
     ranked = sorted(ends, key=lambda name: ends[name])
     capped = ", ".join(name for name, task in tasks.items() if task.capped_share >= 0.5) or "none"
-    free = {name: task.mask_by_similarity(profile.threshold).count(False) for name, task in tasks.items()}
+    free = {name: mask_by_similarity(task, profile.threshold).count(False) for name, task in tasks.items()}
 
     def listed(names: tuple[str, ...]) -> str:
         return ", ".join(f"{name} {ends[name]:.0%}" for name in names if name in ends) or "not measured in this run"
@@ -181,7 +195,7 @@ def beside_paper(profile: Profile) -> pd.DataFrame:
     half = "not measured in this run"
     if "qa" in tasks:
         layers = (profile.n_layers + 1) // 2
-        half = f"qa {tasks['qa'].similarity_per_layer()[layers - 1]:.0%} with half random, {listed(('qa',))} with all"
+        half = f"qa {similarity_per_layer(tasks['qa'])[layers - 1]:.0%} with half random, {listed(('qa',))} with all"
 
     lengths = f"factor {max(means.values()) / max(min(means.values()), 1e-9):.1f} between the longest and shortest mean"
     rows = [
@@ -225,3 +239,14 @@ def beside_paper(profile: Profile) -> pd.DataFrame:
         ),
     ]
     return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])
+
+
+def profile_metrics(profile: Profile, masks: pd.DataFrame) -> dict[str, float]:
+    """Return each task's mean length and similarity with every layer random, and the layers that each rule frees."""
+    metrics: dict[str, float] = {}
+    for name, task in profile.tasks.items():
+        metrics[f"{name}_output_tokens"] = task.expected_output_tokens
+        metrics[f"{name}_similarity_all_random"] = task.similarities[-1]
+    for row in masks.to_dict("records"):
+        metrics[f"{row['task']}_free_layers_{'paper' if row['rule'] == PAPER_RULE else 'ours'}"] = row["free_layers"]
+    return metrics

@@ -5,7 +5,6 @@ Nothing here simulates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +15,22 @@ from matplotlib.ticker import PercentFormatter
 
 from emoe_core.scheduler.costs import ServingCosts
 from workbench.machine.busy import busy_warning
+from workbench.paper.figures import say_n
 from workbench.serving.checks.throughput import ON_DEMAND
 from workbench.serving.costs import conditions
+from workbench.tracking.findings import Findings
 
 MARKERS = "os^DvPX*"
+COLUMNS = ["what", "paper", "here", "why they differ"]
+# What people read first of a service.
+FIRST = (
+    *("label", "router", "load", "rate_per_s", "ttft_mean_s", "ttft_p90_s", "tpot_mean_s", "latency_mean_s"),
+    *("latency_p50_s", "latency_p90_s", "latency_p99_s", "attainment_share", "goodput_per_s", "held_mass"),
+)
+SERVED = ("latency_mean_s", "ttft_mean_s", "attainment_share", "goodput_per_s")
+LINES = ("-", "--", "-.", ":")
+# Of the rates drawn: lines that coincide run side by side.
+DODGE = 0.02
 
 
 def service_figure(table: pd.DataFrame, by: str = "label", reference_load: float | None = None) -> Figure:
@@ -39,19 +50,22 @@ def service_figure(table: pd.DataFrame, by: str = "label", reference_load: float
         ("attainment_share", "requests that met both objectives"),
         ("goodput_per_s", "goodput (requests/s that met them)"),
     )
-    for number, name in enumerate(table[by].unique()):
+    names = list(table[by].unique())
+    step = DODGE * float(table["load"].max() - table["load"].min())
+    for number, name in enumerate(names):
         rows = table[table[by] == name].sort_values("load")
         look: dict[str, Any] = {
             "color": sns.color_palette("colorblind")[number % 10],
             "marker": MARKERS[number % len(MARKERS)],
+            "linestyle": LINES[number % len(LINES)],
         }
-        # Later lines are finer, so that one that coincides with an earlier one does not hide it.
-        look |= {"linewidth": max(1.2, 3.6 - 0.6 * number), "markersize": max(4.0, 11.0 - 2.0 * number)}
+        place = rows["load"] + step * (number - (len(names) - 1) / 2)
         for axis, (column, _) in zip(axes, drawn, strict=True):
-            axis.plot(rows["load"], rows[column], label=name, **look)
+            axis.plot(place, rows[column], label=name, linewidth=1.6, markersize=6, **look)
+    say_n(axes[2], table["requests"].max(), "requests a point")
     for axis, (_, text) in zip(axes, drawn, strict=True):
         axis.set_ylabel(text)
-        axis.set_xlabel("request rate (share of full-batch capacity)")
+        axis.set_xlabel("request rate (share of full-batch capacity;\npoints of one rate stand side by side)")
         axis.set_ylim(bottom=0)
         if reference_load is not None:
             axis.axvline(reference_load, color="0.4", linestyle=":", linewidth=1.2)
@@ -60,13 +74,6 @@ def service_figure(table: pd.DataFrame, by: str = "label", reference_load: float
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
     return figure
-
-
-def shown(table: pd.DataFrame, by: Sequence[str] = ("label", "load")) -> pd.DataFrame:
-    """Return the columns of a comparison that people read first."""
-    names = ("ttft_mean_s", "ttft_p90_s", "tpot_mean_s", "latency_mean_s", "latency_p50_s", "latency_p90_s")
-    more = ("latency_p99_s", "attainment_share", "goodput_per_s", "held_mass", "swaps", "busy_share")
-    return table[[*by, "rate_per_s", *names, *more]]
 
 
 def caveat(costs: ServingCosts, slots: int | None = None) -> str:
@@ -86,9 +93,8 @@ def caveat(costs: ServingCosts, slots: int | None = None) -> str:
 
 def schedulers_beside_paper(
     gained: pd.DataFrame,
-    reference_load: float,
     reachable: pd.DataFrame,
-    bound: Mapping[str, float],
+    reference: pd.Series,
     throughput: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Return the table "paper, here, why they differ" for Fig. 12.
@@ -96,30 +102,31 @@ def schedulers_beside_paper(
     Parameters
     ----------
     gained : DataFrame
-        Of `comparison.gains`, against FCFS, at the reference load alone.
-    reference_load : float
+        Of `comparison.gains`, against FCFS.
     reachable : DataFrame
         Of `comparison.reachable_loads`.
-    bound : mapping of str to float
-        Of `comparison.bounds`, for FCFS at the reference load.
+    reference : Series
+        The reference ``load``, and there the `comparison.bounds` of FCFS.
     throughput : DataFrame, optional
         Of `throughput.summary`: what was served for real.
     """
-    known = gained.set_index("label")
+    known = gained[gained["load"] == reference["load"]].set_index("label")
+    if "eMoE" not in known.index:
+        return pd.DataFrame(columns=COLUMNS)
     emoe = known.loc["eMoE"]
     rows = [
         (
-            f"Fig. 12, mean latency at load {reference_load:.2f} (FCFS meets 90%)",
+            f"Fig. 12, mean latency at load {reference['load']:.2f} (FCFS meets 90%)",
             "9 to 17% below DeepSpeed-FastGen",
-            f"{emoe['latency_change']:+.1%} against FCFS (no scheduler: below {bound['latency_change']:+.1%})",
+            f"{emoe['latency_change']:+.1%} against FCFS (no scheduler: below {reference['latency_change']:+.1%})",
             "the same engine under both, so only the order counts; and keeping objectives means holding requests back, "
             "which costs mean latency",
         ),
         (
             "goodput at the same rate",
             "not in the paper",
-            f"{emoe['goodput_ratio']:.2f}x of FCFS (no scheduler: above {bound['goodput_ratio']:.2f}x); objectives met "
-            f"{emoe['attainment_share']:.0%}",
+            f"{emoe['goodput_ratio']:.2f}x of FCFS (no scheduler: above {reference['goodput_ratio']:.2f}x); objectives "
+            f"met {emoe['attainment_share']:.0%}",
             "a prompt that runs holds up all who decode; the estimate sees that, an order of arrival does not",
         ),
         (
@@ -164,7 +171,7 @@ def schedulers_beside_paper(
                 "replacing costs in quality is notebook 08's",
             )
         )
-    return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def routers_beside_paper(table: pd.DataFrame) -> pd.DataFrame:
@@ -185,4 +192,31 @@ def routers_beside_paper(table: pd.DataFrame) -> pd.DataFrame:
                     "fewer tasks at a replica: fewer swaps, a better fit; but one task's burst meets fewer replicas",
                 )
             )
-    return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def beside_paper(found: Findings) -> pd.DataFrame:
+    """Return the table "paper, here, why they differ" of a comparison of services (`serving.comparison`)."""
+    parts = [
+        schedulers_beside_paper(found["gains"], found["reachable"], found["reference"].iloc[0], found.get("throughput"))
+    ]
+    if (routed := found.get("routed")) is not None:
+        parts.append(routers_beside_paper(routed))
+    return pd.concat(parts, ignore_index=True)
+
+
+def scheduling_metrics(found: Findings) -> dict[str, float]:
+    """Return each scheduler's figures at the reference load and reachable load, each router's, and each throughput."""
+    reference = found["reference"].iloc[0]
+    metrics = {"reference_load": reference["load"]}
+    metrics |= {f"bound_{name}": reference[name] for name in ("latency_change", "goodput_ratio")}
+    metrics |= {f"{row['variant']}_reachable_load": row["load"] for row in found["reachable"].to_dict("records")}
+    services = found["services"]
+    for row in services[services["load"] == reference["load"]].to_dict("records"):
+        metrics |= {f"{row['variant']}_{name}": row[name] for name in SERVED}
+    for row in [] if (routed := found.get("routed")) is None else routed.to_dict("records"):
+        kept = ("latency_mean_s", "attainment_share", "goodput_per_s", "expert_loads", "held_mass")
+        metrics |= {f"{row['router']}_{row['load']:g}_{name}": row[name] for name in kept}
+    for row in [] if (throughput := found.get("throughput")) is None else throughput.to_dict("records"):
+        metrics[f"{row['system'].replace(' ', '_')}_tokens_per_s"] = row["tokens_per_s"]
+    return metrics

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from workbench.paper.figures import MEGABYTE
+from workbench.paper.figures import MEGABYTE, say_n
 from workbench.quality.token_quality import LEAST_PROMPTS
 from workbench.quality.variants import paired_difference
 
@@ -59,6 +59,7 @@ def awareness_figure(table: pd.DataFrame, label: str = AWARE, baseline: str = AG
     axes[0].invert_yaxis()
     axes[0].set_xlabel("KL to all-resident (nats per token)")
     axes[0].legend(frameon=False)
+    say_n(axes[1], table["prompts"].sum())
     middle = table["difference_nats"]
     spread = [middle - table["low_nats"], table["high_nats"] - middle]
     axes[1].errorbar(middle, place, xerr=np.maximum(spread, 0), fmt="D", color="black", capsize=3)
@@ -89,6 +90,7 @@ def error_figure(summary: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("perplexity ratio to all-resident\n(95% interval over prompts)")
     axes[1].set_ylabel("expert bytes loaded (MB a prompt)")
     axes[1].set_ylim(0, 1.08 * float((summary["bytes_loaded"] / summary["prompts"]).max()) / MEGABYTE)
+    say_n(axes[1], summary["prompts"].max())
     for axis in axes:
         axis.set_xlabel("share of wrong task labels")
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))

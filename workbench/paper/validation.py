@@ -6,7 +6,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from workbench.paper.figures import say_n
 from workbench.serving.checks.agreement import AIM
+from workbench.tracking.findings import Findings
 
 
 def agreement_figure(requests: pd.DataFrame) -> Figure:
@@ -30,9 +32,9 @@ def agreement_figure(requests: pd.DataFrame) -> Figure:
         axis.scatter(
             pairs["real"], pairs["simulated"], color=sns.color_palette("colorblind")[0], s=22, label="a request"
         )
-        axis.set(
-            title=name, xlabel="real latency (s)", ylabel="simulated latency (s)", xlim=(0, longest), ylim=(0, longest)
-        )
+        axis.set(xlabel="real latency (s)", ylabel="simulated latency (s)", xlim=(0, longest), ylim=(0, longest))
+        axis.set_title(name, loc="left")
+        say_n(axis, len(pairs), "requests")
     panels[0].legend(frameon=False)
     return figure
 
@@ -77,3 +79,16 @@ def beside_paper(validated: pd.DataFrame, scaled: pd.DataFrame) -> pd.DataFrame:
         )
     )
     return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])
+
+
+def validation_metrics(found: Findings) -> dict[str, float]:
+    """Return what was compared, real, simulated and as ratios, and how much was simulated in a second."""
+    metrics: dict[str, float] = {}
+    for row in found["validation"].to_dict("records"):
+        kinds = ("real", "simulated", "ratio", "refitted_ratio")
+        metrics |= {f"{row['scheduler']}_{row['metric']}_{kind}": row[kind] for kind in kinds}
+    return metrics | {
+        "others_cpu_share": found["machine"]["others_cpu_share"].iloc[0],
+        "scale_arrivals_per_s": found["scale"]["rate_per_s"].max(),
+        "scale_simulated_per_s": found["scale"]["simulated_per_wall_s"].iloc[-1],
+    }

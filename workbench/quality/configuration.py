@@ -14,7 +14,9 @@ from typing import Any
 from emoe_core.config import EngineConfig
 from emoe_core.errors import OptionError, require_known
 from emoe_core.planning.tasks import TASK_TYPES
-from emoe_core.predictor import PREDICTORS, TRAINED
+from emoe_core.predictor import TRAINED
+from workbench.predictors import PREDICTORS
+from workbench.systems.option_names import resolve_options
 from workbench.workloads import StreamConfig
 from workbench.workloads.labels import check_labels
 
@@ -70,7 +72,7 @@ class ExperimentConfig:
             raise OptionError("the oracle knows the scored prompts only: set answers to 0")
         check_labels(self.labels, self.label_error)
         self.stream()
-        EngineConfig(**self.engine_options())
+        EngineConfig(**resolve_options(self.engine_options()))
 
     def stream(self, split: str | None = None, n_prompts: int | None = None) -> StreamConfig:
         """Return the prompt stream of this run, or one like it on another split."""
@@ -85,7 +87,7 @@ class ExperimentConfig:
         )
 
     def engine_options(self) -> dict[str, Any]:
-        """Return the options of `emoe_core.load`, without the profile and the target that it is needed for."""
+        """Return options for `resolve_options`, without the profile and the target that it is needed for."""
         return {
             "budget": self.budget,
             "tolerance": self.tolerance,

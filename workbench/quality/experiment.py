@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,18 @@ from emoe_core.config import resolve_device
 from emoe_core.errors import ExperimentError
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.planning.tasks import Profile
-from emoe_core.predictor import TRAINED, OraclePredictor
+from emoe_core.predictor import TRAINED
 from workbench.measure.memory import MemoryMeasurement, as_metrics, measure
 from workbench.models.names import resolve_model
+from workbench.predictors.bounds import OraclePredictor
 from workbench.quality.configuration import ORACLE, ExperimentConfig
 from workbench.quality.token_quality import TokenQuality, bootstrap_interval, compare, perplexity_ratio
 from workbench.replay.predictor_training import stored_predictor
 from workbench.replay.references import Reference, reference_outputs
 from workbench.replay.residency import ResidencyWatch, replayed_hit_rates
+from workbench.replay.scoring import score
+from workbench.systems.option_names import resolve_options
+from workbench.tracking.run import Run
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 from workbench.workloads.labels import told_tasks
 
@@ -69,7 +73,15 @@ class Result:
     residency: pd.DataFrame
     memory: MemoryMeasurement | None = None
     stock: MemoryMeasurement | None = None
-    tags: dict[str, str] = field(default_factory=dict)
+
+    def log(self, run: Run) -> None:
+        """Log everything that was found, and how files were read where memory was measured."""
+        run.log_metrics(self.metrics)
+        for name, table in (("requests", self.requests), ("residency", self.residency), ("answers", self.answers)):
+            if len(table):
+                run.log_frame(name, table)
+        if self.memory is not None:
+            run.log_tags({"emoe.page_cache": self.memory.page_cache})
 
 
 Progress = Callable[[str, int, int], None]
@@ -118,11 +130,11 @@ def run_experiment(
     if config.strategy == TRAINED:
         options["predictor_path"] = str(stored_predictor(config.model))
     told = told_tasks(prompts, config.labels, config.label_error, config.seed)
-    with emoe_core.load(checkpoint, **options) as engine:
-        if config.strategy == ORACLE:
-            future = [(task, reference.trace.counts(place)) for place, task in enumerate(told)]
-            window = config.interval if isinstance(config.interval, int) else 1
-            engine.control.predictor = OraclePredictor(future, window)
+    if config.strategy == ORACLE:
+        future = [(task, reference.trace.counts(place)) for place, task in enumerate(told)]
+        window = config.interval if isinstance(config.interval, int) else 1
+        options["predictor"] = lambda *shape: OraclePredictor(future, window)
+    with emoe_core.load(checkpoint, **resolve_options(options)) as engine:
         if warm is not None:
             engine.warm_start(warm)
         watch = ResidencyWatch(engine)
@@ -209,7 +221,7 @@ def score_prompts(
     for place, (prompt, task, expected) in enumerate(zip(prompts, told, reference.outputs, strict=True)):
         before = engine.stats().counters
         started = time.perf_counter()
-        scored = engine.score([(expected.prompt_ids, expected.token_ids)], [task], stepwise=stepwise)[0]
+        scored = score(engine, [(expected.prompt_ids, expected.token_ids)], [task], stepwise=stepwise)[0]
         elapsed_s = time.perf_counter() - started
         if watch is not None:
             watch.after_prompt()

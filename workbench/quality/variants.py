@@ -22,6 +22,7 @@ from workbench.quality.configuration import ExperimentConfig
 from workbench.quality.experiment import all_resident, quality_metrics, run_experiment, warm_trace
 from workbench.quality.quantized import BITS_PER_WEIGHT, score_quantized
 from workbench.quality.token_quality import bootstrap_interval
+from workbench.tracking.findings import Findings
 from workbench.workloads import prompt_stream
 
 Progress = Callable[[str, int, int], None]
@@ -65,6 +66,14 @@ class Comparison:
         )
         return Comparison(summary, requests, answers, self.identity | other.identity, residency)
 
+    def findings(self, **more: pd.DataFrame | None) -> Findings:
+        """Return the tables, and more of them, as a notebook draws and logs them."""
+        # Of intervals some may be text, which a column of numbers cannot hold.
+        summary = self.summary.astype({"interval": str})
+        tables = {"summary": summary, "requests": self.requests, "residency": self.residency, "answers": self.answers}
+        found = {name: table for name, table in {**tables, **more}.items() if table is not None and len(table)}
+        return Findings(found, self.identity, int(summary["prompts"].max()))
+
 
 def run_variants(variants: Mapping[str, ExperimentConfig], progress: Progress | None = None) -> Comparison:
     """Run configurations one after another.
@@ -97,6 +106,11 @@ def run_variants(variants: Mapping[str, ExperimentConfig], progress: Progress | 
         identity,
         pd.concat(residency, ignore_index=True),
     )
+
+
+def measure_variants(variants: Mapping[str, ExperimentConfig], progress: Progress) -> Findings:
+    """Run configurations one after another and return what a notebook draws of them."""
+    return run_variants(variants, progress).findings()
 
 
 def run_quantized(config: ExperimentConfig, formats: Iterable[str], progress: Progress | None = None) -> Comparison:
@@ -132,6 +146,18 @@ def run_quantized(config: ExperimentConfig, formats: Iterable[str], progress: Pr
         pd.concat(answers, ignore_index=True) if answers else pd.DataFrame(),
         {},
     )
+
+
+def variant_metrics(summary: pd.DataFrame, names: Iterable[str]) -> dict[str, float]:
+    """Return metrics of every variant of a summary, each behind its label: ``sticky_p8_kl_nats``, ``lru_50pct_...``."""
+    spelled = (("%", "pct"), (", p=", "_p"), (", ", "_"), (" ", "_"), ("-", "_"))
+    found: dict[str, float] = {}
+    for row in summary.to_dict("records"):
+        label = row["label"]
+        for mark, text in spelled:
+            label = label.replace(mark, text)
+        found |= {f"{label}_{name}": row[name] for name in names if pd.notna(row.get(name))}
+    return found
 
 
 def paired_difference(requests: pd.DataFrame, label: str, baseline: str, column: str) -> tuple[float, float, float]:
@@ -223,11 +249,6 @@ def timed(
         row["others_cpu_share"] = max(one.others_cpu_share for one in measured)
         rows.append(row | {"page_cache": measured[0].page_cache, "rounds": rounds})
     return pd.DataFrame(rows)
-
-
-def listed(text: str | float) -> list[str]:
-    """Return the items of a comma-separated notebook parameter; papermill makes a number of a single one."""
-    return [item.strip() for item in str(text).split(",") if item.strip()]
 
 
 def _fields(config: ExperimentConfig) -> dict[str, Any]:

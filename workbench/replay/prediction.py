@@ -35,9 +35,11 @@ import pandas as pd
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.planning.control import ControlLoop
 from emoe_core.planning.interval import make_interval
-from emoe_core.predictor import PREDICTORS, TRAINED, OraclePredictor, Predictor
+from emoe_core.predictor import TRAINED, Predictor
 from emoe_core.predictor.transformer import TransformerPredictor
 from emoe_core.scheduler import Request
+from workbench.predictors import PREDICTORS
+from workbench.predictors.bounds import OraclePredictor
 from workbench.replay.counting_loader import CountingLoader
 
 
@@ -186,7 +188,7 @@ def factories(
     Parameters
     ----------
     layers, experts, seed : int
-        As in `make_predictor`.
+        MoE layers, experts of the largest layer, and what random ones draw from.
     trained : mapping of str to Path, optional
         Files of trained predictors by variant; they are called ``transformer A`` and so on.
     """

@@ -8,9 +8,9 @@ from pathlib import Path
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import PredictorError
 from emoe_core.loader.cache_folder import cache_dir
-from emoe_core.predictor.training import Progress, TrainingOptions, train
 from emoe_core.predictor.transformer import TransformerPredictor
 from workbench.models.names import resolve_model
+from workbench.predictors.training import Progress, TrainingOptions, train
 from workbench.replay.recording import Recording
 
 # The paper's largest predictor takes 1.3% of its model's memory; ours must not take more.

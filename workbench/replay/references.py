@@ -31,6 +31,7 @@ from emoe_core.files import whole_file
 from emoe_core.loader.cache_folder import cache_dir
 from workbench.measure.job import answer_job, report_progress
 from workbench.measure.launch import launch
+from workbench.replay.scoring import Scored, score
 
 FORMAT = 2
 BATCH = 24
@@ -171,13 +172,13 @@ def _compute(raw: dict[str, Any]) -> dict[str, Any]:
             answers = engine.generate(texts, max_new_tokens=spec.max_new_tokens, batch_size=BATCH)
             for place, (prompt, answer) in enumerate(zip(texts, answers, strict=True)):
                 engine.forget_trace()
-                scored = engine.score([(answer.prompt_ids, answer.token_ids)])[0]
+                scored = score(engine, [(answer.prompt_ids, answer.token_ids)])[0]
                 _write(spec.path(prompt), answer, scored, engine.trace())
                 report_progress(start + place + 1, len(prompts))
     return {}
 
 
-def _write(path: Path, answer: emoe_core.Generation, scored: emoe_core.Scored, trace: RoutingTrace) -> None:
+def _write(path: Path, answer: emoe_core.Generation, scored: Scored, trace: RoutingTrace) -> None:
     columns = {name: np.asarray(getattr(trace, name)) for name in TRACE_COLUMNS}
     columns["chosen"] = columns["chosen"].astype(np.int16)
     row = {

@@ -6,7 +6,7 @@ or as many as a `search` may spend. ::
     name: quick
     description: Memory against quality on the reference model.
     stages:
-      - notebook: notebooks/02_memory_budget.ipynb
+      - notebook: notebooks/01_quickstart.ipynb
         kind: timing                  # one run at a time, machine to itself; `quality` runs may overlap
         fixed: {prompts: 16}
         grid: {budget: ["20%", "60%"], tolerance: [0.0, 1.0]}

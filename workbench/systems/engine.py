@@ -11,15 +11,18 @@ import emoe_core
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.planning.tasks import UNKNOWN
 from emoe_core.scheduler import Request
+from workbench.systems.option_names import resolve_options
 from workbench.systems.stock import TorchDecoder
 
 
 class EngineDecoder(TorchDecoder):
-    """Options are those of `emoe_core.load`; ``spec["warm_trace"]`` is a file that a predictor is taught."""
+    """Options are those of `resolve_options`; ``spec["warm_trace"]`` is a file that a predictor is taught."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
-        self.engine = emoe_core.load(spec["checkpoint"], device="cpu", dtype=spec["dtype"], **spec["options"])
+        self.engine = emoe_core.load(
+            spec["checkpoint"], device="cpu", dtype=spec["dtype"], **resolve_options(spec["options"])
+        )
         self.model = self.engine.model
         self._request: list[Request] = []
         self.engine.load_all()
@@ -36,9 +39,9 @@ class EngineDecoder(TorchDecoder):
         return {**asdict(counters), "slot_bytes": float(self.engine.loader.slot_bytes)}
 
     def description(self) -> str:
-        config, plan = self.engine.config, self.engine.plan
+        config, plan, stats = self.engine.config, self.engine.plan, self.engine.stats()
         slots = f"{min(plan.slots_per_layer)} slots a layer of {plan.num_experts[0]}"
-        choice = f"policy {config.policy}, predictor {config.predictor or 'none'}, lookahead {config.lookahead}"
+        choice = f"policy {stats.policy}, predictor {stats.predictor}, lookahead {config.lookahead}"
         storage = self.engine.loader.storage.description
         return f"emoe, {slots}, tolerance {config.tolerance:g}, {choice}; {storage}"
 

@@ -1,7 +1,7 @@
 """Read runs back from MLflow as tables.
 
 Notebooks that compare runs and the report both start here. Rows are the *current* runs of a sweep (see `sweep_state`):
-of a run that was done again only the last one counts.
+of a run that was done again only the last one counts; or all runs of an experiment.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from emoe_core.errors import ExperimentError
 from workbench.tracking.place import store_name
 from workbench.tracking.run import DATA_FOLDER
-from workbench.tracking.runs import current_runs, find_parent
+from workbench.tracking.runs import current_runs, find_parent, search
 from workbench.tracking.store import decode, open_store, recorded_metrics
 
 if TYPE_CHECKING:
@@ -48,6 +48,21 @@ def runs_frame(sweep: str | None = None, *, notebook: str | None = None) -> pd.D
             "Run `emoe sweep FILE` first."
         )
     return frame_of(current_runs(client, parent), notebook=notebook)
+
+
+def experiment_frame(experiment: str) -> pd.DataFrame:
+    """Return the runs of an experiment, newest first: those of notebooks that were run by hand. See `runs_frame`.
+
+    Raises
+    ------
+    ExperimentError
+        When the store has no such experiment.
+    """
+    client = open_store()
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        raise ExperimentError(f"the store at {store_name()} has no experiment {experiment!r}: run its notebook first.")
+    return frame_of(search(client, "", [found.experiment_id]))
 
 
 def frame_of(runs: list[Any], *, notebook: str | None = None) -> pd.DataFrame:

@@ -22,7 +22,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,8 @@ class Run:
         self._client = client
         self.run_id = run_id
         self.environment = environment
-        self._publish_environment()
+        self.log_text(ENVIRONMENT_FILE, json.dumps(environment.to_dict(), indent=2))
+        self.log_tags(environment.tags())
         self.log_text(LOCK_FILE, "".join(f"{line}\n" for line in installed_packages()))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -96,12 +96,6 @@ class Run:
             rows.append(Metric(name, float(value), now_ms, step))
         self._client.log_batch(self.run_id, metrics=rows)
 
-    def log_stats(self, stats: Mapping[str, Any]) -> None:
-        """Record a flat dictionary such as ``engine.stats().to_dict()``: numbers as metrics, the rest as tags."""
-        numeric = {n: v for n, v in stats.items() if isinstance(v, numbers.Real) and not isinstance(v, bool)}
-        self.log_metrics({name: float(value) for name, value in numeric.items()})
-        self.log_tags({f"emoe.{name}": value for name, value in stats.items() if name not in numeric})
-
     def log_tags(self, tags: Mapping[str, Any]) -> None:
         """Record tags."""
         from mlflow.entities import RunTag
@@ -126,15 +120,6 @@ class Run:
         from workbench.tracking.trace_log import log_traces
 
         return log_traces(self._client, self.run_id, roots)
-
-    def identify(self, **identity: Any) -> None:
-        """Complete the environment's `IDENTITY` with what is known only after model and data were loaded."""
-        self.environment = replace(self.environment, **identity)
-        self._publish_environment()
-
-    def _publish_environment(self) -> None:
-        self.log_text(ENVIRONMENT_FILE, json.dumps(self.environment.to_dict(), indent=2))
-        self.log_tags(self.environment.tags())
 
     def _log_file(self, name: str, folder: str, write: Callable[[Path], object]) -> None:
         with tempfile.TemporaryDirectory() as scratch, store_errors():

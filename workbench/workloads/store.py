@@ -245,7 +245,9 @@ def _read_manifest(task: str, source: str) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         recipe = manifest["recipe"]
     except FileNotFoundError:
-        raise DataError(f"the prompts of task {task!r} are not prepared; run {again}.") from None
+        raise DataError(
+            f"the prompts of task {task!r} are not prepared; run {again}, or take the source 'fixture'."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / MANIFEST} is damaged; run `emoe data prepare --force`.") from error
     if recipe != recipe_hash(task, source):

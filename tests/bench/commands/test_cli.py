@@ -78,9 +78,9 @@ def test_choices_on_the_command_line_are_those_of_the_code() -> None:
     from emoe_core.planning.control import REPLANS
     from emoe_core.planning.tasks import TASK_TYPES
     from emoe_core.predictor.network import VARIANTS
-    from emoe_core.scheduler import SCHEDULERS
     from workbench.compare.verify.plan import SOURCES
     from workbench.models.reference import EMBEDDED
+    from workbench.serving.orders import SCHEDULERS
     from workbench.serving.simulation.router import ROUTERS
     from workbench.workloads.store import SOURCES as PREPARED
 
@@ -218,7 +218,7 @@ def test_a_model_is_named_as_it_was_given(
         (("serve", "reference", "--port", "-5"), "--port -5: give 0 to 65535"),
         (("serve", "reference", "--scheduler", "nosuch"), "'nosuch' is not one of 'fcfs'"),
         (("model", "pack", "reference", "--out", "."), "--out . is a folder: name the file to write"),
-        (("bench", "reference", "--limit", "abc"), "cannot understand the limit 'abc': give bytes"),
+        (("bench", "reference", "--limit", "abc"), "cannot understand the amount of memory 'abc'"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(

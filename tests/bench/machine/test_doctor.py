@@ -50,6 +50,11 @@ def test_nothing_is_advised_where_all_is_well() -> None:
     assert len({finding.name for finding in findings}) == len(findings) == 11
 
 
+def test_one_thread_is_no_threads() -> None:
+    (threads,) = [row for row in examine(replace(FINE, cores=1, physical_cores=1, threads=1)) if row.name == "threads"]
+    assert threads.value == "1 thread, 1 physical core"
+
+
 @pytest.mark.parametrize(
     ("row", "changes", "advice"),
     [

@@ -20,14 +20,6 @@ LIMIT_BYTES = 96 * MIB
 ALLOCATE = "import sys; block = bytearray(int(sys.argv[1])); block[::4096] = b'x' * len(block[::4096]); print('done')"
 
 
-@pytest.fixture
-def controller() -> Controller:
-    try:
-        return find_controller()
-    except LimitError as error:
-        pytest.skip(str(error))
-
-
 def groups(controller: Controller) -> list[Path]:
     return list(controller.parent.glob(f"{PREFIX}{os.getpid()}-*"))
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from emoe_core.errors import ExperimentError, LimitError, OptionError
-from workbench.machine.control_groups import Controller, find_controller
+from emoe_core.errors import ExperimentError, OptionError
+from workbench.machine.control_groups import Controller
 from workbench.measure.launch import FAILED, KILLED, MEASURED, NO_MEMORY, TOO_SLOW, Launched
 from workbench.measure.limit_trials import STOCK, SURVIVED, Configuration, Trial, Trials, trial_outcome
 from workbench.measure.longest import MEGABYTE, SearchConfig, configurations, resolve_limit, search
@@ -125,11 +125,7 @@ def test_unknown_configurations_are_refused() -> None:
 
 
 @pytest.fixture
-def trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trials:
-    try:
-        controller: Controller = find_controller()
-    except LimitError as error:
-        pytest.skip(str(error))
+def trials(controller: Controller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trials:
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
     return Trials(str(resolve_model(TINY)), controller, new_tokens=2)
 

@@ -43,7 +43,7 @@ def test_the_table_says_where_nothing_was_trained() -> None:
 
 
 def test_figures_name_every_predictor() -> None:
-    skill = skill_figure(found()[found()["interval"] == 1])
+    skill = skill_figure(found()[found()["interval"] == 1], 6)
     assert [text.get_text() for text in skill.axes[0].get_yticklabels()] == ["oracle", "slow", "fast", "random"]
-    interval = interval_figure(found()[found()["slots"] == 2])
+    interval = interval_figure(found()[found()["slots"] == 2], 6)
     assert [text.get_text() for text in interval.legends[0].get_texts()] == ["oracle", "slow", "fast"]

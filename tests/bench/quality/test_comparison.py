@@ -14,7 +14,7 @@ from workbench.paper import interval as interval_report
 from workbench.paper import memory as memory_report
 from workbench.paper import tasks as task_report
 from workbench.quality.configuration import ORACLE, ExperimentConfig
-from workbench.quality.variants import Comparison, listed, paired_difference, period, run_quantized, run_variants, timed
+from workbench.quality.variants import Comparison, paired_difference, period, run_quantized, run_variants, timed
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +187,7 @@ def test_variants_are_timed_in_turn_and_compared_with_the_first_within_each_roun
         assert bool(axis.get_title(loc="left")) == told
 
 
-def test_notebook_parameters_are_read_as_lists() -> None:
-    assert listed(" 50%, 60% ,") == ["50%", "60%"]
-    assert listed(0.2) == ["0.2"]
+def test_an_interval_is_a_number_or_adaptive() -> None:
     assert period("8") == 8 and period("adaptive") == "adaptive"
 
 

@@ -12,6 +12,7 @@ import emoe_core
 from workbench.models.reference.tiny import tiny_moe
 from workbench.quality.profile.disturbance import layer_divergences, random_routing
 from workbench.quality.token_quality import compare
+from workbench.replay.scoring import score
 
 PROMPT, ANSWER = [5, 9, 12, 7, 30], [8, 4, 21]
 
@@ -26,7 +27,7 @@ def engine(tmp_path: Path) -> Iterator[emoe_core.Engine]:
 
 def _chosen(engine: emoe_core.Engine) -> torch.Tensor:
     engine.forget_trace()
-    engine.score([(PROMPT, ANSWER)])
+    score(engine, [(PROMPT, ANSWER)])
     return torch.from_numpy(engine.trace().chosen.astype("int64"))
 
 
@@ -43,12 +44,12 @@ def test_only_the_given_layers_are_routed_at_random_and_only_for_a_while(engine:
 
 def test_divergences_are_those_of_whole_passes_with_one_layer_disturbed(engine: emoe_core.Engine) -> None:
     tokens = torch.tensor(ANSWER)
-    undisturbed = engine.score([(PROMPT, ANSWER)])[0].logits
+    undisturbed = score(engine, [(PROMPT, ANSWER)])[0].logits
     expected = []
     for layer in range(len(engine.index.layers)):
         with random_routing(engine, [layer], seed=3):
-            disturbed = engine.score([(PROMPT, ANSWER)])[0].logits
+            disturbed = score(engine, [(PROMPT, ANSWER)])[0].logits
         expected.append(float(compare(undisturbed, disturbed, tokens).kl_nats.mean()))
     assert layer_divergences(engine, PROMPT, ANSWER, seed=3) == expected
     assert max(expected) > 0
-    assert torch.equal(engine.score([(PROMPT, ANSWER)])[0].logits, undisturbed)
+    assert torch.equal(score(engine, [(PROMPT, ANSWER)])[0].logits, undisturbed)

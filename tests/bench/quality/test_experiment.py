@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from tiny_encoder import tiny_encoder
 
 from emoe_core.errors import ExperimentError
 from workbench.metrics.catalogue import metric_of
@@ -19,16 +20,11 @@ from workbench.quality.configuration import ORACLE, ExperimentConfig
 from workbench.quality.experiment import Result, run_experiment
 
 
-def _alike(expected: Sequence[str], given: Sequence[str]) -> np.ndarray:
-    return np.array([float(a == b) for a, b in zip(expected, given, strict=True)])
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExperimentConfig]:
     with pytest.MonkeyPatch.context() as context:
         context.setenv("EMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        # MiniLM's package is not fetched by tests: equal texts stand in for alike ones.
-        context.setattr(similarity, "similarity", _alike)
+        context.setattr(similarity, "encoder", tiny_encoder)
         checkpoint = tiny_moe(tmp_path_factory.mktemp("experiment"), family="mixtral", seed=3)
         yield ExperimentConfig(
             str(checkpoint),
@@ -111,7 +107,7 @@ def test_the_figure_of_memory_stacks_the_computed_terms_and_marks_the_measured_p
         [(name, one.dense_bytes, one.slot_bytes, one.model_bytes) for name, one in rows.items() if one is not None],
         columns=["name", "dense_bytes", "slot_bytes", "measured_bytes"],
     )
-    axis = figures.memory_terms(terms).axes[0]
+    axis = figures.memory_terms(terms, 4).axes[0]
     dense, slots = (list(bars) for bars in axis.containers)
     assert [bar.get_width() for bar in dense] == pytest.approx(list(terms["dense_bytes"] / 1e6))
     assert [bar.get_x() + bar.get_width() for bar in slots] == pytest.approx(

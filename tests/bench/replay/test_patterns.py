@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from emoe_core.experts.trace import RoutingTrace
+from workbench.models.reference.tiny import tiny_moe
 from workbench.paper import routing as figures_patterns
 from workbench.replay import patterns
 from workbench.replay.accesses import Accesses
+from workbench.replay.pattern_tables import measure_patterns
 from workbench.replay.prediction import PromptUse
+from workbench.replay.recording import RecordingConfig
+from workbench.tracking.findings import Findings, read_findings, write_findings
 
 RENUMBERED = np.array([2, 0, 3, 1])
 
@@ -93,25 +99,59 @@ def test_who_knows_more_covers_more_and_everything_covers_all() -> None:
     assert mass.loc[6].tolist() == pytest.approx([1.0] * 4) and mass.loc[1, "even"] == pytest.approx(1 / 6)
 
 
-def test_figures_show_every_task_stream_and_policy() -> None:
-    tasks = {name: np.full((3, 4), 0.25) for name in ("a", "b", "c", "d")}
-    maps = figures_patterns.share_maps(tasks)
-    assert [axis.get_title() for axis in maps.axes if axis.get_visible()][:4] == list(tasks)
-    arrows = figures_patterns.transition_map({"a": np.eye(4) * 40, "b": np.diag([40, 40, 40, 3])}, layer=2)
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    """What is measured on a tiny model: six prompts a stream, short answers."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("EMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        checkpoint = str(tiny_moe(tmp_path_factory.mktemp("model"), family="mixtral", seed=3))
+        config = RecordingConfig(checkpoint, warm_prompts=6, n_prompts=6, source="fixture", max_new_tokens=6)
+        return measure_patterns(config, (0.25, 0.5), 1, lambda stage, done, total: None)
+
+
+def test_everything_is_measured_and_can_be_kept(measured: Findings, tmp_path: Path) -> None:
+    again = read_findings(write_findings(tmp_path / "patterns.parquet", measured))
+    for name, table in measured.tables.items():
+        pd.testing.assert_frame_equal(again[name], table)
+    shares = measured["shares"].groupby(["task", "layer"])["share"].sum()
+    assert shares.to_numpy() == pytest.approx(np.ones(len(shares)))
+    assert measured["transitions"]["layer"].nunique() == 1 and measured["transitions"]["task"].nunique() == 2
+    metrics = figures_patterns.pattern_metrics(measured)
+    assert metrics["layer_association"] == pytest.approx(
+        measured["association"].query("of == 'all tokens'")["cramers_v"].mean()
+    )
+    assert metrics["sticky_2_slots_min_gap_closed"] == 1.0
+
+
+def test_figures_show_every_task_stream_and_policy(measured: Findings) -> None:
+    maps = figures_patterns.share_maps(measured["shares"], 6)
+    tasks = sorted(measured["shares"]["task"].unique())
+    assert [axis.get_title(loc="left") for axis in maps.axes if axis.get_visible()][: len(tasks)] == tasks
+    curves = figures_patterns.miss_curves(measured["simulation"], 6)
+    assert [axis.get_title(loc="left") for axis in curves.axes] == ["sticky stream", "uniform stream"]
+    best = figures_patterns.best_policy(measured["simulation"]).replace("_", " ")
+    assert [text.get_text() for text in curves.legends[0].get_texts()][1] == best
+    assert len(figures_patterns.mass_figure(measured["mass"], 6).axes[0].lines) == 4
+    distance = figures_patterns.lag_figure(measured["by_lag"], measured["reuse"], 6)
+    assert distance.axes[0].get_ylim()[0] <= 0
+    for figure in (maps, curves, distance):
+        assert any(axis.get_title(loc="right") == "n = 6 prompts" for axis in figure.axes)
+
+
+def test_where_few_tokens_go_is_left_blank() -> None:
+    rows = [
+        {
+            "task": task,
+            "layer": 2,
+            "expert": expert,
+            "next_expert": following,
+            "tokens": many if expert == following else 0,
+        }
+        for task, counts in (("a", (40, 40, 40, 40)), ("b", (40, 40, 40, 3)))
+        for expert, many in enumerate(counts)
+        for following in range(4)
+    ]
+    arrows = figures_patterns.transition_map(pd.DataFrame(rows), 6)
     assert arrows.axes[0].get_ylabel() == "first choice in layer 2"
     shown = np.asarray(arrows.axes[1].images[0].get_array().filled(np.nan))
     assert shown[0, 0] == 1.0 and np.isnan(shown[3]).all(), "three tokens say nothing"
-    lags = figures_patterns.lag_figure(pd.DataFrame({"routing": [0.5, 0.4]}, index=[1, 2]), pd.Series({1: 0.6}), 0.3)
-    drawn = {line.get_label(): list(line.get_ydata()) for axis in lags.axes for line in axis.lines}
-    assert drawn == {"routing": [0.5, 0.4], "same answer": [0.6], "different answers": [0.3, 0.3]}
-    mass = pd.DataFrame({name: [0.5, 1.0] for name in ("own", "task", "stream", "even")}, index=[1, 2])
-    assert [list(line.get_ydata()) for line in figures_patterns.mass_figure(mass).axes[0].lines] == [[0.5, 1.0]] * 4
-    rows = [
-        {"stream": stream, "policy": policy, "slots": slots, "misses": 4 - slots, "requests": 8}
-        for stream in ("sticky", "uniform")
-        for policy in ("lru", "decayed_demand", "min")
-        for slots in (1, 2)
-    ]
-    curves = figures_patterns.miss_curves(pd.DataFrame(rows), ["lru", "decayed_demand", "min"])
-    assert [axis.get_title() for axis in curves.axes] == ["sticky stream", "uniform stream"]
-    assert [text.get_text() for text in curves.legends[0].get_texts()][1] == "decayed demand"

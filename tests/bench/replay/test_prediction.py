@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ from hypothesis import strategies as st
 
 import emoe_core
 from emoe_core.errors import OptionError
-from emoe_core.predictor import PREDICTORS, LastPromptPredictor, OraclePredictor, make_predictor
 from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
+from workbench.predictors import PREDICTORS
+from workbench.predictors.bounds import OraclePredictor
+from workbench.predictors.last_prompt import LastPromptPredictor
 from workbench.replay.counting_loader import CountingLoader
 from workbench.replay.prediction import PromptUse, compare, next_element_scores, prompt_uses, replay
+from workbench.replay.scoring import score
 
 TASKS = ("qa", "code")
 
@@ -33,7 +37,7 @@ def make_stream(seed: int, prompts: int = 12, layers: int = 2, experts: int = 5)
 @settings(max_examples=40)
 def test_no_predictor_covers_more_than_hindsight(seed: int, slots: int, name: str) -> None:
     stream = make_stream(seed)
-    summary, prompts = replay(stream, make_predictor(name, 2, 5, seed), slots=slots)
+    summary, prompts = replay(stream, PREDICTORS[name](2, 5, seed), slots=slots)
     assert (prompts["mass"] <= prompts["oracle_mass"] + 1e-12).all()
     assert (prompts["weight_mass"] <= prompts["oracle_weight_mass"] + 1e-12).all()
     assert summary["skill"] <= 1 + 1e-12
@@ -49,7 +53,7 @@ def test_the_oracle_at_every_prompt_is_the_bound_itself(slots: int) -> None:
 
 def test_everything_resident_reads_one_and_moves_nothing() -> None:
     for name in PREDICTORS:
-        summary, _ = replay(make_stream(2), make_predictor(name, 2, 5), slots=5, expert_bytes=7)
+        summary, _ = replay(make_stream(2), PREDICTORS[name](2, 5, 0), slots=5, expert_bytes=7)
         assert summary["mass"] == summary["weight_mass"] == summary["recall"] == 1.0
         assert summary["moved_bytes"] == 0
 
@@ -75,7 +79,7 @@ def test_a_longer_interval_predicts_less_often() -> None:
 
 
 def test_comparing_adds_the_oracle_and_warms_every_predictor() -> None:
-    factories = {name: lambda name=name: make_predictor(name, 2, 5) for name in ("frequency", "last_prompt")}
+    factories = {name: partial(PREDICTORS[name], 2, 5, 0) for name in ("frequency", "last_prompt")}
     steps: list[tuple[int, int]] = []
     stream = make_stream(4)
     table = compare(
@@ -100,7 +104,7 @@ def test_next_element_scores_of_hindsight_are_one_and_of_a_constant_are_not() ->
 def test_a_use_is_what_the_trace_counts(tmp_path: Path) -> None:
     folder = tiny_moe(tmp_path / "model", seed=3)
     with emoe_core.load(folder, budget="100%", predictor=None, record=True, pack_dir=tmp_path) as engine:
-        engine.score([([1, 2, 3], [4, 5]), ([6, 7], [8])], ["qa", "code"])
+        score(engine, [([1, 2, 3], [4, 5]), ([6, 7], [8])], ["qa", "code"])
         trace = engine.trace()
     uses = prompt_uses(trace)
     assert [use.task for use in uses] == ["qa", "code"]

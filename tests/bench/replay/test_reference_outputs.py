@@ -13,6 +13,7 @@ import emoe_core
 from emoe_core.errors import ExperimentError
 from workbench.models.reference.tiny import tiny_moe
 from workbench.replay.references import Reference, ReferenceSpec, reference_outputs
+from workbench.replay.scoring import score
 
 PROMPTS = ["Is this a question?", "Sum up the day.", "Good or bad?"]
 TASKS = ["qa", "summarization", "classification"]
@@ -60,7 +61,7 @@ def test_the_trace_and_hidden_states_are_those_of_a_direct_run(checkpoint: Path)
     reference = reference_outputs(checkpoint, PROMPTS[:1], TASKS[:1], max_new_tokens=4)
     expected = reference.outputs[0]
     with emoe_core.load(checkpoint, budget="100%", predictor=None, record=True) as engine:
-        scored = engine.score([(expected.prompt_ids, expected.token_ids)], TASKS[:1])[0]
+        scored = score(engine, [(expected.prompt_ids, expected.token_ids)], TASKS[:1])[0]
         trace = engine.trace()
     assert torch.equal(scored.hidden, expected.hidden)
     assert np.array_equal(trace.chosen, reference.trace.chosen)

@@ -81,8 +81,8 @@ def test_a_reachable_load_is_where_the_variant_itself_falls_below_the_share() ->
 def test_closing_tables_state_this_runs_figures(compared: pd.DataFrame) -> None:
     gained = gains(compared)
     reachable = pd.DataFrame({"label": ["FCFS", "eMoE"], "load": [0.2, 0.3], "ratio": [1.0, 1.5]})
-    bound = {"latency_change": -0.9, "goodput_ratio": 2.0}
-    closing = report.schedulers_beside_paper(gained[gained["load"] == 0.8], 0.8, reachable, bound)
+    reference = pd.Series({"load": 0.8, "latency_change": -0.9, "goodput_ratio": 2.0})
+    closing = report.schedulers_beside_paper(gained, reachable, reference)
     assert "eMoE 0.30 (1.50x)" in closing["here"].iloc[2]
     assert closing.columns.tolist() == ["what", "paper", "here", "why they differ"]
     emoe = gained[(gained["label"] == "eMoE") & (gained["load"] == 0.8)].iloc[0]
@@ -99,7 +99,7 @@ def test_closing_tables_state_this_runs_figures(compared: pd.DataFrame) -> None:
 def test_figures_show_every_line(compared: pd.DataFrame) -> None:
     figure = report.service_figure(compared, reference_load=0.4)
     assert [len(axis.get_lines()) for axis in figure.axes] == [len(VARIANTS) + 1] * 3
-    assert set(report.shown(compared).columns) <= set(compared.columns)
+    assert set(report.FIRST) - set(compared.columns) == {"router"}
 
 
 def test_an_unknown_variant_is_refused() -> None:

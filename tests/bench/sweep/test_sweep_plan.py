@@ -111,7 +111,7 @@ def test_values_that_runs_use_are_taken(name: str, value: Any) -> None:
 
 def test_an_impossible_value_is_told_with_its_line(bench: Bench) -> None:
     path = bench.root / "typo.yaml"
-    notebook = str(Path(__file__).parents[3] / "notebooks" / "02_memory_budget.ipynb")
+    notebook = str(Path(__file__).parents[3] / "notebooks" / "01_quickstart.ipynb")
     stage = {"notebook": notebook, "kind": "quality", "grid": {"budget": ["60%", "abc"]}}
     path.write_text(yaml.safe_dump({"name": "typo"} | stage, sort_keys=False))
     with pytest.raises(ExperimentError, match=r"typo\.yaml:\d+: parameter 'budget': cannot understand"):

@@ -12,6 +12,7 @@ import emoe_core
 from emoe_core.errors import ExperimentError
 from emoe_core.metrics import Counters, RunStats
 from workbench.cli import app
+from workbench.explore.displays import engine_html, stats_html
 from workbench.models.reference.tiny import tiny_moe
 from workbench.sweep.file import read_sweep
 from workbench.tracking.notebook import find_notebook
@@ -59,14 +60,14 @@ def test_statistics_escape_names_and_texts() -> None:
         rerouting=HOSTILE,
         extra={HOSTILE: 1.0},
     )
-    page = Page(stats._repr_html_())
+    page = Page(stats_html(stats))
     assert page.tags <= SHOWN
     assert page.words.count(HOSTILE) == 5
 
 
 def test_an_engine_escapes_the_name_of_its_folder(tmp_path: Path) -> None:
     with emoe_core.load(tiny_moe(tmp_path / HOSTILE), budget="50%", pack_dir=tmp_path) as engine:
-        page = Page(engine._repr_html_())
+        page = Page(engine_html(engine))
     assert page.tags <= SHOWN
     assert HOSTILE in page.words
 

@@ -23,13 +23,12 @@ from workbench.tracking.store_errors import disk_reason
 
 def test_a_run_by_hand_is_recorded_and_finishes(bench: Bench) -> None:
     params = {"budget": "40%", "seed": 7, "tasks": ("qa", "code")}
-    with tracking.run("by hand", "first", params=params, tags={"who": "me"}, model_hash="m") as run:
+    with tracking.run("by hand", "first", params=params, tags={"who": "me"}, model_hash="m", data_hash="d") as run:
         run.log_metrics({"peak_bytes": 5, "kl_nats": np.float32(0.5), "left_out": None})
         run.log_frame("requests", pd.DataFrame({"ttft_s": [0.1, 0.2]}))
         figure = Figure()
         figure.subplots().plot([1, 2])
         assert run.log_figure("line", figure) is figure
-        run.identify(data_hash="d")
     recorded = open_store().get_run(run.run_id)
     assert recorded.info.status == "FINISHED" and recorded.info.run_name == "first"
     assert recorded.data.metrics == {"peak_bytes": 5.0, "kl_nats": 0.5}
@@ -67,14 +66,6 @@ def test_within_a_sweep_the_sweeps_run_is_continued_and_left_open(
     assert run.run_id == run_id and recorded.info.status == "RUNNING"
     assert recorded.data.params == {"budget": "40%", "seed": "1"}
     assert open_store().get_experiment_by_name("elsewhere") is None
-
-
-def test_a_flat_record_becomes_metrics_and_tags(bench: Bench) -> None:
-    with tracking.run("by hand", "first") as run:
-        run.log_stats({"hits": 3, "hit_rate": 0.5, "policy": "lru", "cold_start": True})
-    data = open_store().get_run(run.run_id).data
-    assert data.metrics == {"hits": 3.0, "hit_rate": 0.5}
-    assert (data.tags["emoe.policy"], data.tags["emoe.cold_start"]) == ("lru", "True")
 
 
 @pytest.mark.parametrize("value", ["many", [1, 2], {"a": 1}])

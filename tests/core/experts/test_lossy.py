@@ -13,6 +13,7 @@ from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
 from emoe_core.planning.tasks import Profile, TaskProfile
 from workbench.models.reference.tiny import FAMILIES, LAYERS, tiny_moe
+from workbench.replay.scoring import score
 
 FLOAT16_EPSILON = 2e-3
 
@@ -105,14 +106,14 @@ def prompt(seed: int, tokens: int = 24) -> tuple[list[int], list[int]]:
 def test_an_insensitive_task_is_rerouted_beside_an_exact_one(mixtral: Path, tmp_path: Path) -> None:
     profile = profile_of(mixtral, "classification", (False,) * LAYERS)
     with emoe_core.load(mixtral, budget="100%", pack_dir=tmp_path) as engine:
-        exact = engine.score([prompt(1), prompt(2)])
+        exact = score(engine, [prompt(1), prompt(2)])
     with emoe_core.load(
         mixtral, budget="3 slots", predictor=None, profile=profile, pack_dir=tmp_path, record=True
     ) as engine:
-        engine.score([prompt(0)], ["qa"])
-        rerouted = engine.score([prompt(1)], ["classification"])[0]
+        score(engine, [prompt(0)], ["qa"])
+        rerouted = score(engine, [prompt(1)], ["classification"])[0]
         after_lossy = engine.stats().counters
-        kept = engine.score([prompt(2)], ["qa"])[0]
+        kept = score(engine, [prompt(2)], ["qa"])[0]
         after_exact = engine.stats().counters.since(after_lossy)
         trace = engine.trace()
     assert after_lossy.reroutes > 0
@@ -128,7 +129,7 @@ def test_only_the_insensitive_layers_are_rerouted(mixtral: Path, tmp_path: Path)
     with emoe_core.load(
         mixtral, budget="3 slots", predictor=None, profile=profile, pack_dir=tmp_path, record=True
     ) as engine:
-        engine.score([prompt(seed) for seed in range(3)], ["classification"] * 3)
+        score(engine, [prompt(seed) for seed in range(3)], ["classification"] * 3)
         trace = engine.trace()
     changed = (trace.chosen != trace.served).any(axis=(0, 2)).tolist()
     assert changed == [True, False, False]

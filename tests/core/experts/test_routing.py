@@ -49,12 +49,10 @@ def test_padding_is_left_out_and_positions_go_on() -> None:
     assert trace.served[0].tolist() == [[0, 1], [1, 0]]
 
 
-def test_counts_shares_and_mass_by_hand() -> None:
+def test_counts_and_shares_by_hand() -> None:
     trace = recorded()
     assert trace.counts(9).tolist() == [[2, 1, 2, 1]] * 2
     np.testing.assert_allclose(trace.shares()[5], [[0.25, 0.5, 0.25, 0]] * 2)
-    assert trace.mass_of_best(2)[9] == pytest.approx(4 / 6)
-    assert trace.mass_of_best(4) == {5: pytest.approx(1), 9: pytest.approx(1)}
 
 
 def test_a_pass_that_not_every_layer_reported_is_forgotten() -> None:

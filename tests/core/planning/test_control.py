@@ -10,6 +10,8 @@ import torch
 
 import emoe_core
 from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
+from workbench.predictors.bounds import RandomPredictor
+from workbench.replay.scoring import score
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def sequence(seed: int) -> tuple[list[int], list[int]]:
 
 def serve(engine: emoe_core.Engine, count: int, task: str = "qa", first: int = 0) -> None:
     for seed in range(first, first + count):
-        engine.score([sequence(seed)], [task])
+        score(engine, [sequence(seed)], [task])
 
 
 def load(model: Path, tmp_path: Path, **options) -> emoe_core.Engine:
@@ -44,7 +46,7 @@ def test_predictions_come_before_every_pth_admitted_request(model: Path, tmp_pat
 def test_an_adaptive_interval_predicts_again_when_the_plan_no_longer_fits(model: Path, tmp_path: Path) -> None:
     with load(model, tmp_path, interval="adaptive", min_coverage=0.999, replan="interval") as engine:
         for _ in range(12):
-            engine.score([sequence(1)], ["qa"])
+            score(engine, [sequence(1)], ["qa"])
         # One without history, one that gives the first plan, which then fits the same prompt perfectly.
         assert engine.stats().counters.predictions == 2
         assert engine.stats().interval == "adaptive"
@@ -67,7 +69,7 @@ def test_a_start_without_history_is_flagged_cold_until_the_first_plan(model: Pat
 def test_experts_are_swapped_only_when_the_set_changes(model: Path, tmp_path: Path) -> None:
     with load(model, tmp_path, interval=1) as engine:
         for _ in range(6):
-            engine.score([sequence(1)], ["qa"])
+            score(engine, [sequence(1)], ["qa"])
         counters = engine.stats().counters
     assert counters.predictions == 6
     assert counters.swaps == 1
@@ -93,7 +95,7 @@ def test_an_admission_plan_follows_the_running_requests(model: Path, tmp_path: P
 
 
 def test_after_a_swap_the_plan_is_resident(model: Path, tmp_path: Path) -> None:
-    with load(model, tmp_path, predictor="random", interval=1) as engine:
+    with load(model, tmp_path, predictor=RandomPredictor, interval=1) as engine:
         requests = engine.admit(["qa"], [5])
         engine.loader.settle()
         plan = engine.control.plan

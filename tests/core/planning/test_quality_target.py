@@ -17,6 +17,7 @@ from emoe_core.errors import OptionError
 from emoe_core.planning.quality_target import choose, unscaled_loss_nats
 from emoe_core.planning.tasks import Profile, ProfileError, TaskProfile
 from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
+from workbench.replay.scoring import score
 
 SHARES = st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3)
 
@@ -143,10 +144,10 @@ def test_a_target_of_zero_is_bit_identical_to_all_resident(checkpoint: Path, tmp
     profile = make_profile(open_checkpoint(checkpoint).source_hash)
     options = {"predictor": None, "pack_dir": tmp_path}
     with emoe_core.load(checkpoint, **options) as engine:
-        expected = engine.score([PAIR], ["qa"])[0].logits
+        expected = score(engine, [PAIR], ["qa"])[0].logits
     # The profile calls every layer insensitive; the target must not listen to that.
     with emoe_core.load(checkpoint, budget="3 slots", profile=profile, max_quality_loss=0.0, **options) as engine:
-        found = engine.score([PAIR], ["qa"])[0].logits
+        found = score(engine, [PAIR], ["qa"])[0].logits
         counters = engine.stats().counters
     assert torch.equal(found, expected)
     assert counters.reroutes == 0 < counters.loads
@@ -161,9 +162,9 @@ def test_without_a_budget_slots_follow_the_target_and_only_profiled_tasks_rerout
         assert engine.quality is not None
         assert engine.plan.slots_per_layer == engine.quality.slots_per_layer == engine.loader.table.capacity
         assert sum(engine.plan.slots_per_layer) < LAYERS * EXPERTS
-        engine.score([PAIR], ["qa"])
+        score(engine, [PAIR], ["qa"])
         before = engine.stats().counters
         assert before.reroutes > 0
-        engine.score([PAIR], ["unknown"])
+        score(engine, [PAIR], ["unknown"])
         counters = engine.stats().counters.since(before)
     assert counters.reroutes == 0 < counters.loads

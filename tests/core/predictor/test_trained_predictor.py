@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 
 import emoe_core
 from emoe_core.errors import DataError, OptionError, PredictorError
-from emoe_core.predictor import FrequencyPredictor, make_predictor
+from emoe_core.predictor import make_predictor
+from emoe_core.predictor.frequency import FrequencyPredictor
 from emoe_core.predictor.network import SMOOTHING, NetworkShape, ShareNetwork
-from emoe_core.predictor.training import Example, TrainingOptions, train
 from emoe_core.predictor.transformer import PredictorHeader, TransformerPredictor
 from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
+from workbench.predictors.training import Example, TrainingOptions, train
+from workbench.replay.scoring import score
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "epochs": 12, "streams": 8, "longest": 24}
 
@@ -156,7 +158,7 @@ def test_an_engine_takes_a_trained_predictor_of_its_own_model(tmp_path: Path) ->
     path = train(prompts, model_hash, TrainingOptions(**{**SMALL, "epochs": 1})).save(tmp_path / "mine.safetensors")
     with emoe_core.load(folder, predictor_path=path, interval=2, **options) as engine:
         assert engine.stats().predictor == "transformer"
-        engine.score([([1, 2, 3], [4])], ["qa"])
+        score(engine, [([1, 2, 3], [4])], ["qa"])
         assert not engine.stats().cold_start, "what it knows of the tasks is in its weights"
         assert engine.stats().counters.swaps == 1
     other = train(prompts, "another", TrainingOptions(**{**SMALL, "epochs": 1})).save(tmp_path / "other.safetensors")

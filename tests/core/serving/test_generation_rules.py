@@ -26,6 +26,7 @@ from emoe_core.serving.loop import ServingLoop
 from emoe_core.serving.records import Answer
 from emoe_core.serving.sampling import Sampler, Sampling
 from workbench.models.reference.tiny import tiny_moe
+from workbench.replay.scoring import score
 
 PROMPTS = ["A heron waits at the water", "Why? Why?", "Two and two"]
 TOKENS = 24
@@ -236,7 +237,7 @@ def test_a_prompt_with_tokens_that_the_model_does_not_have_is_refused_by_name(tm
         loop = ServingLoop(engine, make_scheduler("fcfs", None), BatchLimits(1, 4096))
         for ask in (
             lambda: engine.generate(["Why <|pad|>?"]),
-            lambda: engine.score([([65], [259])]),
+            lambda: score(engine, [([65], [259])]),
             lambda: loop.submit([65, 259], "qa"),
         ):
             with pytest.raises(OptionError, match=r"token id 259 \('<\|pad\|>'\).*0 to 258"):

@@ -27,6 +27,7 @@ from emoe_core.planning.quality_target import unscaled_loss_nats
 from emoe_core.planning.tasks import Profile
 from workbench.quality.token_quality import compare
 from workbench.replay.references import Reference, ReferenceOutput
+from workbench.replay.scoring import score
 
 Progress = Callable[[str, int, int], None]
 
@@ -131,7 +132,7 @@ def _half(trace: RoutingTrace, half: int) -> RoutingTrace:
 
 def _loss_nats(engine: emoe_core.Engine, task: str, output: ReferenceOutput) -> np.ndarray:
     """Return a prompt's loss per token, [2, n]: log-probability lost, and KL divergence."""
-    scored = engine.score([(output.prompt_ids, output.token_ids)], [task])[0]
+    scored = score(engine, [(output.prompt_ids, output.token_ids)], [task])[0]
     head = engine.model.get_output_embeddings()
     with torch.no_grad():
         expected, found = (head(states.to(engine.device)).float().cpu() for states in (output.hidden, scored.hidden))

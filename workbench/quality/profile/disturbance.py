@@ -17,6 +17,7 @@ import emoe_core
 from emoe_core.errors import OptionError
 from emoe_core.experts.layer import router_of
 from workbench.quality.token_quality import compare
+from workbench.replay.scoring import score
 
 
 @contextmanager
@@ -84,14 +85,14 @@ def layer_divergences(
     outputs: list[Any] = []
     hooks = [block.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for block in blocks]
     try:
-        undisturbed = engine.score([pair])[0].logits
+        undisturbed = score(engine, [pair])[0].logits
     finally:
         for hook in hooks:
             hook.remove()
     divergences = []
     for layer in range(len(blocks)):
         with _replayed(blocks[:layer], outputs), random_routing(engine, [layer], seed):
-            disturbed = engine.score([pair])[0].logits
+            disturbed = score(engine, [pair])[0].logits
         divergences.append(float(compare(undisturbed, disturbed, tokens).kl_nats.mean()))
         if progress is not None:
             progress()

@@ -22,7 +22,7 @@ import pandas as pd
 
 import emoe_core
 from emoe_core.errors import OptionError
-from emoe_core.scheduler import BatchLimits, Objective, Request, make_scheduler
+from emoe_core.scheduler import BatchLimits, Objective, Request
 from emoe_core.scheduler.costs import ServingCosts
 from emoe_core.serving.loop import ServingLoop
 from emoe_core.serving.records import Answer, Pass
@@ -32,6 +32,7 @@ from workbench.serving.checks.agreement import compare, parts_of
 from workbench.serving.costs import conditions
 from workbench.serving.costs.task_loads import cut, task_tokens
 from workbench.serving.costs.times import Times, fitted, measure_times
+from workbench.serving.orders import make_scheduler
 from workbench.serving.simulation.arrivals import Arrival, at_rate, draw_arrivals
 from workbench.serving.simulation.cluster import Cluster
 from workbench.serving.simulation.experiment import (

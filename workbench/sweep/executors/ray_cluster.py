@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from emoe_core.errors import ExperimentError
-from workbench.machine.ray_connection import code_hash, connect
+from workbench.machine.environment import code_hash
+from workbench.machine.ray_connection import connect
 from workbench.sweep.executors.protocol import Ending, Job, Kind
 from workbench.sweep.executors.ray_task import Parcel, carry_out
 from workbench.sweep.schema import Needs

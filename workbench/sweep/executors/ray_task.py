@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.machine.ray_connection import code_hash
+from workbench.machine.environment import code_hash
 from workbench.sweep.executors.notebook_process import execute_text
 
 

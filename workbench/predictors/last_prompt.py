@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from emoe_core.predictor.shares import shares_of
+from emoe_core.predictor.frequency import shares_of
 
 
 class LastPromptPredictor:

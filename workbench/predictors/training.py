@@ -21,9 +21,9 @@ import torch
 
 from emoe_core.errors import DataError, OptionError
 from emoe_core.planning.tasks import UNKNOWN
+from emoe_core.predictor.frequency import shares_of
 from emoe_core.predictor.history import History
 from emoe_core.predictor.network import VARIANTS, NetworkShape, ShareNetwork
-from emoe_core.predictor.shares import shares_of
 from emoe_core.predictor.transformer import PredictorHeader, TransformerPredictor
 
 Progress = Callable[[int, int, float], None]

@@ -1,4 +1,4 @@
-"""The upper bound: knows the routing of the prompts to come. For evaluation only; no engine can have it."""
+"""The bounds of every comparison of predictors: one that knows the prompts to come, and one that knows nothing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from emoe_core.predictor.shares import shares_of
+from emoe_core.predictor.frequency import shares_of
 
 
 class OraclePredictor:
-    """True shares of the coming prompts.
+    """The upper bound: true shares of the coming prompts. For evaluation only; no engine can have it.
 
     Its clock is `observe`: the prompt after the last observed one is next.
 
@@ -45,3 +45,21 @@ class OraclePredictor:
             return None
         within = [shares for place, shares in coming if place < self.window]
         return np.mean(within or [coming[0][1]], axis=0)
+
+
+class RandomPredictor:
+    """The lower bound: a fresh random ranking of experts at every call, from a seed; ignores all history."""
+
+    name = "random"
+
+    def __init__(self, layers: int, experts: int, seed: int = 0) -> None:
+        self.shape = (layers, experts)
+        self._random = np.random.default_rng(seed)
+
+    def observe(self, task: str, counts: np.ndarray) -> None:
+        """Do nothing."""
+
+    def predict(self, task: str) -> np.ndarray:
+        """Return random shares [layers, experts], each row summing to 1."""
+        shares = self._random.random(self.shape)
+        return shares / shares.sum(axis=1, keepdims=True)

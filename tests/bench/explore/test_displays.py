@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 import emoe_core
 from emoe_core.experts.trace import HIT, LOAD, REROUTE, RoutingTrace
-from emoe_core.html_view import Part, bar, layer_map, served_bar
 from emoe_core.planning.planner import make_plan
+from workbench.explore.displays import DISPLAYS, show_in_notebooks
+from workbench.explore.html_view import Part, bar, layer_map, served_bar
 from workbench.models.reference.tiny import tiny_moe
+from workbench.replay.trace_statistics import outcomes
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +29,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> emoe_core.Engine:
 
 def test_recorded_outcomes_are_the_counted_ones(served: emoe_core.Engine, tmp_path: Path) -> None:
     trace, counters = served.trace(), served.stats().counters
-    outcomes = trace.outcomes()
-    assert outcomes is not None
+    found = outcomes(trace)
+    assert found is not None
     counted = [counters.token_hits, counters.token_loads, counters.token_reroutes]
-    assert outcomes.sum(axis=0).tolist() == counted
+    assert found.sum(axis=0).tolist() == counted
     assert all(counted), "the run has hits, loads and reroutes"
     again = RoutingTrace.load(trace.save(tmp_path / "trace.npz"))
     assert (again.outcome == trace.outcome).all()
@@ -43,10 +46,26 @@ def test_only_rerouted_choices_were_served_by_other_experts(served: emoe_core.En
     assert (trace.chosen[rerouted] != trace.served[rerouted]).all()
 
 
-def test_every_object_shows_itself_without_the_colours_of_one_theme(served: emoe_core.Engine) -> None:
+def objects(served: emoe_core.Engine) -> list[object]:
     plan = make_plan(np.array([[3.0, 0, 1], [0, 0, 0]]), [2, 2])
-    for shown in (served, served.plan, served.memory(), served.stats(), served.trace(), plan):
-        html = shown._repr_html_()
+    return [served, served.plan, served.memory(), served.stats(), served.trace(), plan]
+
+
+def test_a_notebook_shows_every_object_as_html_and_a_script_is_left_alone(served: emoe_core.Engine) -> None:
+    show_in_notebooks()
+    shell = InteractiveShell.instance()
+    try:
+        show_in_notebooks()
+        for shown in objects(served):
+            data, _ = shell.display_formatter.format(shown)
+            assert data["text/html"] == DISPLAYS[type(shown)](shown)
+    finally:
+        InteractiveShell.clear_instance()
+
+
+def test_every_object_is_shown_without_the_colours_of_one_theme(served: emoe_core.Engine) -> None:
+    for shown in objects(served):
+        html = DISPLAYS[type(shown)](shown)
         assert len(html) < 40_000
         assert "<script" not in html
         # Black stands on the coloured parts only; anything else takes the page's colour.

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from emoe_core.predictor.last_prompt import LastPromptPredictor
-from emoe_core.predictor.shares import shares_of
+from emoe_core.predictor.frequency import shares_of
+from workbench.predictors.last_prompt import LastPromptPredictor
 
 
 class TransitionPredictor:

@@ -1,0 +1,68 @@
+"""A recorded result is drawn as it was measured, unless it is to be measured anew; only what was measured is logged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+
+from emoe_core.errors import ExperimentError
+from workbench.tracking import findings as module
+from workbench.tracking.findings import Findings, findings, read_findings, write_findings
+from workbench.tracking.results import artifact_frame
+from workbench.tracking.run import RUN_VARIABLE
+from workbench.tracking.store import open_store
+
+SUMMARY = pd.DataFrame({"label": ["a", "b"], "kl_nats": [0.25, float("nan")], "loads": [3, 4], "exact": [True, False]})
+# A column of the same name holds something else here.
+LAYERS = pd.DataFrame({"layer": [0, 1, 2], "loads": ["few", None, "many"], "table": [1.0, 2.0, 3.0]})
+MEASURED = Findings({"summary": SUMMARY, "layers": LAYERS}, {"model_hash": "abc", "seed": 3}, prompts=4)
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.delenv(RUN_VARIABLE, raising=False)
+    write_findings(tmp_path / "results" / "99_claim.parquet", MEASURED)
+    return tmp_path / "results"
+
+
+def test_tables_come_back_as_they_were_written(results: Path) -> None:
+    again = read_findings(results / "99_claim.parquet")
+    assert_frame_equal(again["summary"], SUMMARY)
+    assert_frame_equal(again["layers"], LAYERS)
+    assert (again.identity, again.prompts) == (MEASURED.identity, 4) and again.recorded and not MEASURED.recorded
+
+
+def test_what_is_recorded_is_drawn_and_what_is_not_is_measured(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = Findings({"summary": SUMMARY[:1]})
+    assert findings("99_claim", False, lambda progress: new).recorded
+    assert findings("99_claim", True, lambda progress: new) is new
+    assert findings("98_other", False, lambda progress: new) is new
+    monkeypatch.setenv(RUN_VARIABLE, "a run of a sweep")
+    assert findings("99_claim", False, lambda progress: new) is new
+
+
+def test_a_file_that_is_no_result_is_named_with_the_way_out(results: Path) -> None:
+    (results / "99_claim.parquet").write_bytes(b"PAR1 or not")
+    with pytest.raises(ExperimentError, match=r"99_claim.*measure=True"):
+        findings("99_claim", False, lambda progress: MEASURED)
+    SUMMARY.to_parquet(results / "99_claim.parquet")
+    with pytest.raises(ExperimentError, match=r"99_claim.*measure=True"):
+        findings("99_claim", False, lambda progress: MEASURED)
+
+
+def test_what_was_measured_is_logged_once_with_all_that_was_made_of_it(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMOE_HOME", str(tmp_path))
+    told = {"parameters": {"seed": 3}, "metrics": {"kl_nats": 0.25}}
+    assert "not logged" in read_findings(results / "99_claim.parquet").log("claims", "recorded", **told)
+    assert MEASURED.log("claims", "measured", **told, tables={"closing": SUMMARY[:1]}) == "logged"
+    client = open_store()
+    (run,) = client.search_runs([client.get_experiment_by_name("claims").experiment_id])
+    assert run.data.metrics["kl_nats"] == 0.25 and run.data.params["seed"] == "3"
+    assert_frame_equal(artifact_frame(run.info.run_id, "layers"), LAYERS)
+    assert len(artifact_frame(run.info.run_id, "closing")) == 1
