@@ -123,6 +123,8 @@ class LayerHandle:
             rerouted = self._reroute(logits, index, weights, absent, demand, resident, step, real)
         served_index, served_weights = (index, weights) if rerouted is None else (rerouted.index, rerouted.weights)
         needed = active if rerouted is None else _distinct(served_index if real is None else served_index[real])
+
+        # What history, counters and the trace are told.
         self._session.observe(self.layer, wanted, demand, step)
         self._count(wanted, demand, active, absent, rerouted, real)
         if self._session.recorder is not None:

@@ -1,7 +1,7 @@
 """The requests of an engine that run together: their tokens and their shared cache, one row each.
 
 Prompts are read alone and join as a row; a step gives every row a token. Whose rows a forward pass holds is told to the
-engine before each one. Who is admitted, when, and when a request is done is `serving_loop`'s.
+engine before each one. Who is admitted, when, and when a request is done is the loop's (`loop.py`).
 
 A row alone is fed as transformers' ``generate`` feeds a sequence, by the model's own ``prepare_inputs_for_generation``:
 some families start their cache anew at a certain length. Rows together are padded on the left (`kv_cache.py`).
