@@ -32,7 +32,7 @@ class EngineConfig:
         Miss tolerance in [0, 1]: 0 is exact, 1 the paper's eMoE.
     cache_bias : float
         0 is off. Above: an absent expert is replaced only where an available one comes close enough, this share of the
-        spread of the router's values (`rerouting.outbid`), and the loss is within the tolerance; else it is loaded.
+        spread of the router's values (`rerouting.outranked`), and the loss is within the tolerance; else it is loaded.
     predictor : str, callable or None
         "frequency", "transformer" (trained for this model), or a function that makes another, called with the number
         of MoE layers, of experts of the largest layer, and the seed; None for on demand only.

@@ -26,8 +26,8 @@ from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.config import EngineConfig, resolve_device
 from emoe_core.cpu_memory import bound_kernel_caches, trim_during_prompts
 from emoe_core.errors import OptionError, UnsupportedFamilyError
-from emoe_core.experts import layer as experts
-from emoe_core.experts.attach import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
+from emoe_core.experts import dispatch
+from emoe_core.experts.attach import Attached, attach_layers, infer_only, refuse_misuse
 from emoe_core.experts.trace import RoutingTrace, TraceRecorder
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
 from emoe_core.generation import load_tokenizer
@@ -42,7 +42,9 @@ from emoe_core.metrics import RunStats
 from emoe_core.planning.control import ControlLoop
 from emoe_core.planning.interval import make_interval
 from emoe_core.planning.quality_target import plan_memory
+from emoe_core.planning.tolerance import MissTolerance
 from emoe_core.predictor import NO_PREDICTOR, Predictor, make_predictor
+from emoe_core.scheduler.requests import Request
 from emoe_core.serving.kv_cache import obstacle
 from emoe_core.session import ForwardPasses
 from emoe_core.timeline import Timeline
@@ -95,7 +97,6 @@ class Engine:
         bound_kernel_caches(short_of_memory=not self.plan.all_resident)
         predictor = self._new_predictor()
         pack = ensure_pack(index, config.pack_dir or cache_dir() / "packs", progress)
-        self.lookahead: Lookahead | None = None
         self._closed = False
         self._attached: Attached
         self.model: PreTrainedModel
@@ -106,10 +107,10 @@ class Engine:
             self.control = self._new_control(predictor)
             self.recorder = TraceRecorder(len(layers), self._most_experts) if config.record else None
             self.passes = ForwardPasses(
-                self.loader, self.control, self.recorder, self.tolerance, config.cache_bias, self.quality
+                self.loader, self.control, self.recorder, self._miss_tolerance(), config.cache_bias
             )
-            experts.register()
-            self.model = index.build_model(self.device, config.attn_implementation, experts.IMPLEMENTATION)
+            dispatch.register()
+            self.model = index.build_model(self.device, config.attn_implementation, dispatch.IMPLEMENTATION)
             self.tokenizer = load_tokenizer(index.path)
             self._attach()
             undo.pop_all()
@@ -118,6 +119,11 @@ class Engine:
     def one_at_a_time(self) -> str | None:
         """Why requests of this model cannot share a batch, or None where they can."""
         return obstacle(self._attached.cache, self.model.config)
+
+    @property
+    def lookahead(self) -> Lookahead | None:
+        """Who guesses what later layers will want, if anybody does."""
+        return self._attached.lookahead
 
     @property
     def reroutable(self) -> bool:
@@ -163,7 +169,7 @@ class Engine:
         self.config, self.tolerance = config, config.tolerance
         self.loader.empty(self._new_table())
         self.control = self._new_control(self._new_predictor())
-        self.passes.restart(self.control, config.tolerance, config.cache_bias)
+        self.passes.restart(self.control, self._miss_tolerance(), config.cache_bias)
         self.forget_trace()
         if self.lookahead is not None:
             self.lookahead.trust = 1.0
@@ -250,7 +256,7 @@ class Engine:
         self.passes.close()
         self.loader.close()
         for layer in self.index.layers:
-            experts.detach(self.model.get_submodule(layer.name))
+            dispatch.detach(self.model.get_submodule(layer.name))
 
     def __enter__(self) -> Engine:
         return self
@@ -260,13 +266,23 @@ class Engine:
     ) -> None:
         self.close()
 
-    def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
-        """Admit requests whose rows the next prefill will hold; see `ForwardPasses.admit`."""
-        return self.passes.admit(tasks, input_tokens)
+    def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[Request]:
+        """Admit the requests of a batch and seat them: the next prefill holds their rows, in order.
 
-    def finish(self, numbers: Sequence[int]) -> None:
+        Raises
+        ------
+        IntegrationError
+            When the engine is closed, or another batch is not finished.
+        """
+        self.passes.require_free()
+        requests = [Request(task, count) for task, count in zip(tasks, input_tokens, strict=True)]
+        self.passes.admit(requests)
+        self.passes.seat(requests)
+        return requests
+
+    def finish(self, requests: Sequence[Request]) -> None:
         """End admitted requests."""
-        self.passes.finish(numbers)
+        self.passes.finish(requests)
 
     @property
     def _compute(self) -> str:
@@ -307,12 +323,12 @@ class Engine:
         interval = make_interval(config.interval, config.min_coverage)
         return ControlLoop(self.loader, predictor, interval, config.replan, profile)
 
+    def _miss_tolerance(self) -> MissTolerance:
+        return MissTolerance(self.tolerance, self.config.profile, self.quality)
+
     def _attach(self) -> None:
-        self._attached = attach_layers(self.model, self.index, self.loader, self.passes)
+        self._attached = attach_layers(self.model, self.index, self.loader, self.passes, self.config.lookahead)
         self._require_reroutable(self.config)
-        if self.config.lookahead:
-            handles = self._attached.handles
-            self.lookahead = attach_lookahead(self.model, self.index, handles, self.config.lookahead)
         if not self.plan.all_resident:
             # Handing memory back costs a tenth of a prompt's time: only where it is short.
             trim_during_prompts([self.model.get_submodule(layer.name) for layer in self.index.layers])

@@ -173,7 +173,7 @@ def _generate_batch(
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=engine.device)
     watch = TokenWatch(tokenizer, ends, on_token)
     model: Any = engine.model
-    numbers = engine.admit(tasks, [len(row) for row in ids])
+    requests = engine.admit(tasks, [len(row) for row in ids])
     try:
         with torch.no_grad():
             output = model.generate(
@@ -187,17 +187,21 @@ def _generate_batch(
                 stopping_criteria=StoppingCriteriaList([watch]),
             )
     finally:
-        engine.finish(numbers)
+        engine.finish(requests)
     total_s = time.perf_counter() - started
     times = [moment - started for moment in watch.times]
     results = []
-    for row, number in enumerate(numbers):
+    for row, request in enumerate(requests):
         tokens = _until_end(output[row, width:].tolist(), ends)
         text = str(tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True))
         watch.finish(row)
         last = times[len(tokens) - 1]
         tpot_s = (last - times[0]) / (len(tokens) - 1) if len(tokens) > 1 else None
-        results.append(Generation(number, tasks[row], text, tuple(ids[row]), tuple(tokens), times[0], tpot_s, total_s))
+        results.append(
+            Generation(
+                request.engine_number, request.task, text, tuple(ids[row]), tuple(tokens), times[0], tpot_s, total_s
+            )
+        )
     return results
 
 

@@ -1,8 +1,15 @@
 """The forward passes of one engine: whose rows each one holds, and what its layers ask while it runs.
 
 `ForwardPasses` is the session that MoE layers know (see `experts.Session`). Hooks on the model call `begin` and `end`;
-in between ``step`` says whose rows these are. Rows belong to requests that `admit` announced, or, when the model is
-called directly, to anonymous requests of unknown task, which last until the next prefill. One pass runs at a time.
+in between ``step`` says whose rows these are. Rows belong to requests that are seated, or, when the model is called
+directly, to anonymous requests of unknown task, which last until the next prefill. One pass runs at a time.
+
+admit
+    A request begins to run: it is numbered, predicted and planned for, and its history is kept.
+seat
+    The rows of the passes to come belong to these admitted requests, in order.
+finish
+    A request ends: what it wanted goes to the predictor, and its seat is free.
 
 Models, memory and files are not known here.
 """
@@ -21,8 +28,9 @@ from emoe_core.experts.step import StepContext
 from emoe_core.experts.trace import TraceRecorder
 from emoe_core.loader.loader import ExpertLoader
 from emoe_core.planning.control import ControlLoop
-from emoe_core.planning.quality_target import QualityPlan
 from emoe_core.planning.tasks import UNKNOWN
+from emoe_core.planning.tolerance import MissTolerance
+from emoe_core.scheduler.requests import Request
 from emoe_core.timeline import Timeline
 
 
@@ -36,12 +44,9 @@ class ForwardPasses:
         Told of requests and of what their tokens wanted.
     recorder : TraceRecorder or None
         Told when a pass ends.
-    tolerance : float
-        Miss tolerance where no profile says otherwise.
+    tolerance : MissTolerance
     cache_bias : float
         Bonus of available experts that decides who may be replaced; 0 is off.
-    quality : QualityPlan or None
-        Given, it alone decides the tolerance of every (task, layer).
 
     Attributes
     ----------
@@ -54,9 +59,8 @@ class ForwardPasses:
         loader: ExpertLoader,
         control: ControlLoop,
         recorder: TraceRecorder | None,
-        tolerance: float,
+        tolerance: MissTolerance,
         cache_bias: float = 0.0,
-        quality: QualityPlan | None = None,
     ) -> None:
         self.recorder = recorder
         self.cache_bias = cache_bias
@@ -65,10 +69,9 @@ class ForwardPasses:
         self._loader = loader
         self._control = control
         self._tolerance = tolerance
-        self._quality = quality
         self._forward = 0
-        self._assigned: list[int] | None = None
-        self._open: list[int] = []
+        self._seated: list[Request] = []
+        self._anonymous: list[Request] = []
         self._runner: threading.Thread | None = None
         self._runner_lock = threading.Lock()
         self._closed = False
@@ -86,59 +89,45 @@ class ForwardPasses:
         if self._control.running:
             raise IntegrationError("requests are running on this engine: finish them first")
 
-    def restart(self, control: ControlLoop, tolerance: float, cache_bias: float) -> None:
+    def require_free(self) -> None:
+        """Raise IntegrationError while requests are seated."""
+        self._require_open()
+        if self._seated:
+            raise IntegrationError("this engine answers one batch at a time: finish it, or load a second engine")
+
+    def restart(self, control: ControlLoop, tolerance: MissTolerance, cache_bias: float) -> None:
         """Go on with another control loop and other tolerances; no request may be running."""
         self.cache_bias = cache_bias
-        self._control, self._tolerance, self._assigned = control, tolerance, None
+        self._control, self._tolerance, self._seated = control, tolerance, []
 
-    def tolerance_of(self, task: str, layer: int) -> float:
-        """Miss tolerance of a (task, layer) in [0, 1]."""
-        if self._quality is not None:
-            return self._quality.tolerance(task, layer)
-        return self._control.tolerance(task, layer, self._tolerance)
+    def tolerances(self, layer: int, step: StepContext | None) -> list[float]:
+        """Return the miss tolerance in [0, 1] of each row of a pass at a layer; one for all where they are nobody's."""
+        if step is None:
+            return [self._tolerance.of(UNKNOWN, layer)]
+        return [self._tolerance.of(request.task, layer, request.tolerance) for request in step.requests]
 
     def observe(self, layer: int, chosen: torch.Tensor, demand: Sequence[int], step: StepContext | None) -> None:
         """Take one layer's desired experts for the history of the running requests."""
         self._control.observe(layer, chosen, demand, step)
 
-    def admit(self, tasks: Sequence[str], input_tokens: Sequence[int]) -> list[int]:
-        """Admit requests whose rows the next prefill will hold, in order; return their numbers.
-
-        Raises
-        ------
-        IntegrationError
-            When the engine is closed, or other admitted requests are not finished.
-        """
-        self._require_open()
-        if self._assigned is not None:
-            raise IntegrationError("this engine answers one batch at a time: finish it, or load a second engine")
-        self._end_anonymous()
-        self._assigned = self._admit(tasks, input_tokens)
-        return self._assigned
-
-    def finish(self, numbers: Sequence[int]) -> None:
-        """End admitted requests."""
-        self._finish(numbers)
-        self._assigned = None
-
-    def admit_beside(
-        self, tasks: Sequence[str], input_tokens: Sequence[int], tolerances: Sequence[float | None] | None = None
-    ) -> list[int]:
-        """Admit requests beside those that run (continuous batching); `seat` says whose rows a pass holds.
-
-        ``tolerances`` are the requests' own, in place of what the engine, its profile or its quality target says.
-        """
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Admit requests beside those that run; nobody is admitted when that fails."""
         self._require_open()
         self._end_anonymous()
-        return self._admit(tasks, input_tokens, tolerances)
+        started = 0.0 if self.timeline is None else time.perf_counter()
+        self._control.admit(requests)
+        if self.timeline is not None:
+            self._admitted_s |= {request.engine_number: started for request in requests}
 
-    def seat(self, numbers: Sequence[int] | None) -> None:
-        """Say whose rows the passes to come hold, in order; None when no admitted request runs any more."""
-        self._assigned = None if numbers is None else list(numbers)
+    def seat(self, requests: Sequence[Request]) -> None:
+        """Say whose rows the passes to come hold, in order; without any, they are anonymous."""
+        self._seated = list(requests)
 
-    def leave(self, numbers: Sequence[int]) -> None:
-        """End some of the requests that run; the others stay."""
-        self._finish(numbers)
+    def finish(self, requests: Sequence[Request]) -> None:
+        """End requests that run; the others keep their seats."""
+        self._finish(requests)
+        gone = set(requests)
+        self._seated = [request for request in self._seated if request not in gone]
 
     def begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Publish the context of the pass that starts; the model's forward pre-hook."""
@@ -158,19 +147,17 @@ class ForwardPasses:
             rows = mask[:, mask.shape[1] - length :].bool().cpu()
             if not bool(rows.all()) and bool(rows.any()):
                 real = rows.reshape(-1)
-        numbers = self._assigned if self._assigned is not None and len(self._assigned) == batch else None
-        if numbers is None:
-            if past == 0 or len(self._open) != batch:
-                self._end_anonymous()
+        requests = self._seated
+        if len(requests) != batch:
+            if past == 0 or len(self._anonymous) != batch:
                 tokens = [length] * batch if real is None else real.view(batch, length).sum(dim=1).tolist()
-                self._open = self._admit([UNKNOWN] * batch, tokens)
-            numbers = self._open
+                anonymous = [Request(UNKNOWN, count) for count in tokens]
+                self.admit(anonymous)
+                self._anonymous = anonymous
+            requests = self._anonymous
         self._loader.reap()
         self._loader.table.forward = self._forward
-        running = self._control.running
-        tasks = tuple(running[number].task if number in running else UNKNOWN for number in numbers)
-        own = tuple(running[number].tolerance if number in running else None for number in numbers)
-        self.step = StepContext(self._forward, tuple(numbers), tasks, length, past == 0, real, own)
+        self.step = StepContext(self._forward, tuple(requests), length, past == 0, real)
         self._forward += 1
         self._loader.counters.forwards += 1
         if self.timeline is not None:
@@ -185,26 +172,17 @@ class ForwardPasses:
         if step is not None and self.recorder is not None:
             self.recorder.end_of_pass(step)
         if step is not None and self.timeline is not None and self._begun_s:
-            seen = {"requests": step.requests, "prefill": step.is_prefill, "tokens": step.tokens}
+            seen = {"requests": step.numbers, "prefill": step.is_prefill, "tokens": step.tokens}
             self.timeline.add("pass", self._begun_s, **seen)
             self._begun_s = 0.0
 
-    def _admit(
-        self, tasks: Sequence[str], input_tokens: Sequence[int], tolerances: Sequence[float | None] | None = None
-    ) -> list[int]:
-        started = 0.0 if self.timeline is None else time.perf_counter()
-        numbers = self._control.admit(tasks, input_tokens, tolerances)
-        if self.timeline is not None:
-            self._admitted_s |= dict.fromkeys(numbers, started)
-        return numbers
-
-    def _finish(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            started, request = self._admitted_s.pop(number, None), self._control.running.get(number)
-            if self.timeline is not None and started is not None and request is not None:
-                known = {"request": number, "task": request.task, "input_tokens": request.input_tokens}
+    def _finish(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            started = self._admitted_s.pop(request.engine_number, None)
+            if self.timeline is not None and started is not None:
+                known = {"request": request.engine_number, "task": request.task, "input_tokens": request.input_tokens}
                 self.timeline.add("request", started, **known)
-        self._control.finish(numbers)
+        self._control.finish(requests)
 
     def _start_running(self) -> None:
         thread = threading.current_thread()
@@ -223,5 +201,5 @@ class ForwardPasses:
             raise IntegrationError("the engine of this model is closed: load it again")
 
     def _end_anonymous(self) -> None:
-        self._finish(self._open)
-        self._open = []
+        self._finish(self._anonymous)
+        self._anonymous = []

@@ -19,8 +19,8 @@ from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.scheduler import (
     BatchLimits,
     Objective,
-    ServiceRequest,
-    Situation,
+    Request,
+    SchedulingContext,
     WaitingQueue,
 )
 from emoe_core.scheduler.costs import ServingCosts, TaskLoad
@@ -41,18 +41,18 @@ def decision_times_s(name: str, waiting: int, max_batch: int, free: int, repeats
         for request in running:
             request.first_token_s, request.generated = 1.0, int(generator.integers(1, 20))
         loading = dict.fromkeys(TASK_TYPES, 0.02)
-        situation = Situation(4.0, queue, running, BatchLimits(max_batch, 10**7), loading.__getitem__)
+        context = SchedulingContext(4.0, queue, running, BatchLimits(max_batch, 10**7), loading.__getitem__)
         started = time.thread_time()
-        scheduler.choose(situation)
+        scheduler.choose(context)
         seconds.append(time.thread_time() - started)
     return np.array(seconds)
 
 
-def _request(number: int, generator: np.random.Generator, arrival_s: float) -> ServiceRequest:
+def _request(number: int, generator: np.random.Generator, arrival_s: float) -> Request:
     task = TASK_TYPES[int(generator.integers(len(TASK_TYPES)))]
     objective = Objective(float(generator.uniform(1, 10)), float(generator.uniform(0.05, 0.5)))
     inputs, expected = int(generator.integers(10, 400)), float(generator.integers(2, 90))
-    return ServiceRequest(number, task, arrival_s, inputs, 96, expected, objective)
+    return Request(task, inputs, number, arrival_s, 96, expected, objective)
 
 
 def _costs() -> ServingCosts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from emoe_core.scheduler import Objective, ServiceRequest
+from emoe_core.scheduler import Objective, Request
 from emoe_core.scheduler.costs import ServingCosts, TaskLoad
 
 FOREVER = Objective(1e9, 1e9)
@@ -53,6 +53,6 @@ def make_request(
     expected: float = 2.0,
     limit: int = 8,
     objective: Objective = FOREVER,
-) -> ServiceRequest:
+) -> Request:
     """Return a request that promises nothing unless told otherwise."""
-    return ServiceRequest(number, task, arrival_s, inputs, limit, expected, objective)
+    return Request(task, inputs, number, arrival_s, limit, expected, objective)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, NoReturn
 
 import torch
@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from emoe_core.checkpoint.adapters import adapter_of
 from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.errors import IntegrationError
-from emoe_core.experts import layer as experts
-from emoe_core.experts.compute import Proof, prove
+from emoe_core.experts.compute import FoundForm, find_form
+from emoe_core.experts.dispatch import attach, emoe_experts_forward
+from emoe_core.experts.eager import EagerForm
+from emoe_core.experts.layer import INFERENCE_ONLY, Form, LayerHandle, Session
 from emoe_core.experts.router import watch_routers
 from emoe_core.loader.loader import ExpertLoader
 from emoe_core.loader.prefetch import Lookahead
@@ -34,73 +36,75 @@ class Attached:
 
     Attributes
     ----------
-    handles : list of LayerHandle
-        In layer order.
     eager_because : str or None
         Why some layer is computed by the family's eager code and not in a form proven equal to it; None if none is.
     exact_only : str or None
         Why tokens cannot be rerouted: the router of some layer follows no known rule.
     cache : Any
         What a pass over a few tokens returned as its cache; None where it returned none.
+    lookahead : Lookahead or None
     """
 
-    handles: list[experts.LayerHandle]
     eager_because: str | None
     exact_only: str | None
     cache: Any
+    lookahead: Lookahead | None
 
 
 def attach_layers(
-    model: PreTrainedModel, index: CheckpointIndex, loader: ExpertLoader, session: experts.Session
+    model: PreTrainedModel, index: CheckpointIndex, loader: ExpertLoader, session: Session, lookahead_layers: int
 ) -> Attached:
-    """Let a model's MoE layers compute from slots."""
-    handles = []
-    proofs: dict[Any, Proof] = {}
-    for layer in index.layers:
-        module = model.get_submodule(layer.name)
-        handle = experts.LayerHandle(layer.index, module, loader, session)
-        kind = (type(module), layer.params, layer.num_experts)
-        if kind not in proofs:
-            eager = partial(handle.eager, module)
-            proofs[kind] = prove(module, eager, loader.memory.samples(layer.index), layer.num_experts)
-        form = proofs[kind].form
-        handle.form = None if form is None else form.for_module(module)
-        experts.attach(module, handle)
+    """Let a model's MoE layers compute from slots; ``lookahead_layers`` is how far ahead they guess, 0 not at all.
+
+    Forms first, then one pass that shows the routers, then each layer's handle, whole.
+    """
+    modules = {layer.name: model.get_submodule(layer.name) for layer in index.layers}
+    forms, eager_because = _forms(index, modules, loader)
+    for name, module in modules.items():
         adapter = adapter_of(module)
         if adapter is not None:
-            adapter.install(model.get_submodule(layer.name.rpartition(".")[0]), module, experts.emoe_experts_forward)
-        handles.append(handle)
-    layers = {layer.name: handle for layer, handle in zip(index.layers, handles, strict=True)}
-    watched = watch_routers(model, layers)
-    for name, router in watched.routers.items():
-        layers[name].reads_text = True
-        if router is not None:
-            layers[name].attach_router(router)
+            adapter.install(model.get_submodule(name.rpartition(".")[0]), module, emoe_experts_forward)
+    watched = watch_routers(model, {layer.name: layer.num_experts for layer in index.layers})
+    routers = [watched.routers.get(name) for name in modules]
+    lookahead = None
+    if lookahead_layers:
+        choose = [None if router is None else router.choose for router in routers]
+        lookahead = Lookahead(loader, choose, _norms(model, modules), lookahead_layers)
+    for layer, form, router in zip(index.layers, forms, routers, strict=True):
+        handle = LayerHandle(layer.index, loader, session, form, router, layer.name in watched.routers, lookahead)
+        attach(modules[layer.name], handle)
     unexplained = next((name for name, router in watched.routers.items() if router is None), None)
     exact_only = None if unexplained is None else f"no known routing rule explains the router of {unexplained}"
     if watched.failure is not None:
         exact_only = f"its routers could not be watched ({watched.failure})"
-    return Attached(
-        handles,
-        next((proof.failure for proof in proofs.values() if proof.form is None), None),
-        exact_only,
-        watched.cache,
-    )
+    return Attached(eager_because, exact_only, watched.cache, lookahead)
 
 
-def attach_lookahead(
-    model: PreTrainedModel, index: CheckpointIndex, handles: Sequence[experts.LayerHandle], distance: int
-) -> Lookahead:
-    """Let each layer fetch what the layer ``distance`` MoE layers further on is guessed to want; return the guesser."""
-    norms = []
+def _forms(
+    index: CheckpointIndex, modules: Mapping[str, torch.nn.Module], loader: ExpertLoader
+) -> tuple[list[Form], str | None]:
+    """Return how each layer is computed, and why one of them by its family's eager code."""
+    forms: list[Form] = []
+    found: dict[Any, FoundForm] = {}
     for layer in index.layers:
+        module = modules[layer.name]
+        eager = EagerForm(module, (param.name for param in layer.params))
+        kind = (type(module), layer.params, layer.num_experts)
+        if kind not in found:
+            found[kind] = find_form(module, eager.layer, loader.memory.samples(layer.index), layer.num_experts)
+        form = found[kind].form
+        forms.append(eager if form is None else form.for_module(module))
+    return forms, next((one.failure for one in found.values() if one.form is None), None)
+
+
+def _norms(model: PreTrainedModel, names: Iterable[str]) -> list[torch.nn.Module | None]:
+    """Return the norm before each layer's router, where it is seen."""
+    norms = []
+    for name in names:
         # The decoder layer holds the MoE block, which holds the experts.
-        norm = getattr(model.get_submodule(layer.name.rsplit(".", 2)[0]), NORM, None)
+        norm = getattr(model.get_submodule(name.rsplit(".", 2)[0]), NORM, None)
         norms.append(norm if isinstance(norm, torch.nn.Module) else None)
-    lookahead = Lookahead(handles[0].loader, [handle.choose for handle in handles], norms, distance)
-    for handle in handles:
-        handle.lookahead = lookahead
-    return lookahead
+    return norms
 
 
 def infer_only(model: PreTrainedModel) -> None:
@@ -115,7 +119,7 @@ def infer_only(model: PreTrainedModel) -> None:
     def infer(*args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         if torch.is_grad_enabled() and any(isinstance(one, torch.Tensor) and one.requires_grad for one in given):
-            raise IntegrationError(experts.INFERENCE_ONLY)
+            raise IntegrationError(INFERENCE_ONLY)
         with torch.no_grad():
             return forward(whole(), *args, **kwargs)
 

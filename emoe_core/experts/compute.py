@@ -6,9 +6,9 @@ read, and results are added in ascending order of expert id: the order of eager'
 
 transformers describes an experts module by flags (``has_gate``, ``is_transposed``, ``has_bias``,
 ``has_post_expert_norm``) and gives it ``_apply_gate``; that is what is followed here. Whether it is what the family's
-own code does is not assumed: `prove` computes a few tokens both ways, in the engine's own slots, and only a form whose
-results are equal bit for bit is used (experts in 8 bits: equal within rounding, for their products are not eager's). A
-family without one keeps its eager code, and the `Proof` says why.
+own code does is not assumed: `find_form` computes a few tokens both ways, in the engine's own slots, and only a form
+whose results are equal bit for bit is used (experts in 8 bits: equal within rounding, for their products are not
+eager's). A family without one keeps its eager code, and the `FoundForm` says why.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from emoe_core.errors import is_out_of_memory
 Tensors = Mapping[str, torch.Tensor]
 
 
-class Borrowed(Protocol):
-    """Experts lent to one pass of a layer; see `lease.Lease`."""
+class LeasedExperts(Protocol):
+    """Experts that stay in their slots for one pass of a layer; see `lease.Lease`."""
 
     order: tuple[int, ...]
 
@@ -38,7 +38,7 @@ class Borrowed(Protocol):
         """Return an expert not taken yet with its tensors, the lowest one or any; None after the last."""
 
 
-Eager = Callable[[Borrowed, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Eager = Callable[[LeasedExperts, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 # When results that wait for their turn to be added take this much, the next expert in order is waited for.
@@ -82,12 +82,14 @@ class ExpertForm:
             states = self._module.post_expert_norm(states)
         return states * weights
 
-    def layer(self, lease: Borrowed, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Compute a layer from borrowed experts.
+    def layer(
+        self, lease: LeasedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute a layer from leased experts.
 
         Parameters
         ----------
-        lease : Borrowed
+        lease : LeasedExperts
             Experts that are computed; places of ``index`` that name another one (padding) give nothing.
         hidden : torch.Tensor
             [T, H].
@@ -141,14 +143,14 @@ class ExpertForm:
 
 
 @dataclass(frozen=True)
-class Proof:
+class FoundForm:
     """The form that computes what a family's eager code computes, or None and why there is none."""
 
     form: ExpertForm | None
     failure: str = ""
 
 
-def prove(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: int) -> Proof:
+def find_form(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: int) -> FoundForm:
     """Look for the form that computes what a family's eager code computes, bit for bit.
 
     Parameters
@@ -168,7 +170,7 @@ def prove(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: in
         When memory runs out.
     """
     if num_experts < 2 or not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
-        return Proof(None, "one expert only" if num_experts < 2 else "its experts module has no description")
+        return FoundForm(None, "one expert only" if num_experts < 2 else "its experts module has no description")
     for seed, tensors in enumerate(samples):
         for name in sorted(tensors):
             _fill(tensors[name], seed)
@@ -178,23 +180,23 @@ def prove(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: in
     down = samples[0].get("down_proj")
     # Rows share a scale, so products of integers need the outputs in rows.
     if down is None or (down.dtype == torch.int8 and module.is_transposed):
-        return Proof(None, "no down projection" if down is None else "8 bits in columns")
+        return FoundForm(None, "no down projection" if down is None else "8 bits in columns")
     width = down.shape[1 if module.is_transposed else 0]
     dtype = samples[0]["down_proj" + SCALE].dtype if down.dtype == torch.int8 else down.dtype
     failure = "its results differ from eager's"
     for fused in (True, False) if module.has_bias else (True,):
         form = ExpertForm(module, fused)
         try:
-            if all(_agree(form, eager, weights_of, tokens, k, width, dtype, device) for tokens, k in _PROBES):
-                return Proof(form)
+            if all(matches_eager(form, eager, weights_of, tokens, k, width, dtype, device) for tokens, k in _PROBES):
+                return FoundForm(form)
         except (KeyError, RuntimeError, AttributeError, TypeError) as error:
             if is_out_of_memory(error):
                 raise
             failure = f"{type(error).__name__}: {error}"
-    return Proof(None, failure)
+    return FoundForm(None, failure)
 
 
-def _agree(
+def matches_eager(
     form: ExpertForm,
     eager: Eager,
     weights_of: Mapping[int, Tensors],

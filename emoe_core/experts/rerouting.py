@@ -9,10 +9,10 @@ weights are replaced first, while the loss stays within the tolerance; the rest 
 scores of the experts used, scaled to the token's original total (the paper's section 3.4 leaves re-weighting open).
 
 A *cache bias* narrows that down: an absent expert is replaced only if it falls out of the token's top-k once available
-experts get a bonus (`outbid`; cache-aware routing, arXiv 2412.00099). It then matters how close a substitute comes, not
-only how much weight is lost. In a trial (token by token, half of the experts in slots, LRU, against a tolerance alone,
-too few prompts for an interval) it read 3 to 8% fewer bytes at equal KL on the embedded model (6 and 10 prompts, bias
-0.2 and 0.4, tolerance 0.3 and 0.45), and about 14% fewer on the carved one (4 prompts, bias 0.4).
+experts get a bonus (`outranked`; cache-aware routing, arXiv 2412.00099). It then matters how close a substitute comes,
+not only how much weight is lost. In a trial (token by token, half of the experts in slots, LRU, against a tolerance
+alone, too few prompts for an interval) it read 3 to 8% fewer bytes at equal KL on the embedded model (6 and 10 prompts,
+bias 0.2 and 0.4, tolerance 0.3 and 0.45), and about 14% fewer on the carved one (4 prompts, bias 0.4).
 
 Tried and left out: replacing an expert by the one whose outputs are most like its own (BuddyMoE, SMoE), ranked on
 profile prompts. At 3, 4 and 5 of 8 slots (16 prompts) KL changed by 0.0001, -0.0008 and -0.0010 nats, perplexity not
@@ -62,7 +62,7 @@ def replaceable(weights: torch.Tensor, absent: torch.Tensor, tolerance: torch.Te
     return torch.zeros_like(absent).scatter(1, order, within)
 
 
-def outbid(choice: Choice, available: torch.Tensor, bias: float, rule: RoutingRule) -> torch.Tensor:
+def outranked(choice: Choice, available: torch.Tensor, bias: float, rule: RoutingRule) -> torch.Tensor:
     """Return which choices fall out of the top-k once available experts get a bonus.
 
     Parameters

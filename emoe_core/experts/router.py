@@ -13,26 +13,21 @@ cache the model keeps, and why it failed where it did: some families do not run 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from emoe_core.errors import is_out_of_memory
+from emoe_core.experts.dispatch import attach, attached_to, detach
 from emoe_core.experts.routing_rules import Choice, RoutingRule, find_rule
 
 WATCHED_TOKENS = 64
 Choose = Callable[[torch.Tensor], torch.Tensor]
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-class Watchable(Protocol):
-    """A MoE layer that answers with zeros while ``watch`` is set, which gets (hidden [T, H], index, weights [T, k])."""
-
-    num_experts: int
-    watch: Call | None
 
 
 @dataclass(frozen=True)
@@ -80,13 +75,15 @@ class Watched:
     failure: str | None = None
 
 
-def watch_routers(model: PreTrainedModel, layers: Mapping[str, Watchable]) -> Watched:
+def watch_routers(model: PreTrainedModel, layers: Mapping[str, int]) -> Watched:
     """Watch the layers' routers during one pass.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A loaded model whose experts modules (by the names in ``layers``) lead to these layers.
+        Loaded to run as "emoe".
+    layers : mapping of str to int
+        Experts of each MoE layer, by the name of its experts module.
 
     Raises
     ------
@@ -95,14 +92,15 @@ def watch_routers(model: PreTrainedModel, layers: Mapping[str, Watchable]) -> Wa
     """
     found: dict[str, WatchedRouter | None] = {}
     hooks = []
-    for name, layer in layers.items():
+    watchers: dict[torch.nn.Module, Call] = {}
+    for name, num_experts in layers.items():
         parent = model.get_submodule(name.rpartition(".")[0])
         experts = model.get_submodule(name)
         seen: list[_Seen] = []
         for child in (*parent.children(), *experts.children()):
             if child is not experts:
                 hooks.append(child.register_forward_hook(_keeper(seen), with_kwargs=True))
-        layer.watch = _asked(found, name, parent, seen, layer.num_experts)
+        watchers[experts] = _asked(found, name, parent, seen, num_experts)
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.config.get_text_config().vocab_size)
     ids = torch.randint(0, vocabulary, (1, WATCHED_TOKENS), generator=generator).to(model.device)
@@ -110,7 +108,7 @@ def watch_routers(model: PreTrainedModel, layers: Mapping[str, Watchable]) -> Wa
     accepts = inspect.signature(type(model).forward).parameters
     extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watching(watchers):
             output = model(input_ids=ids, use_cache=True, **extra)
     except Exception as error:
         if is_out_of_memory(error):
@@ -120,9 +118,36 @@ def watch_routers(model: PreTrainedModel, layers: Mapping[str, Watchable]) -> Wa
     finally:
         for hook in hooks:
             hook.remove()
-        for layer in layers.values():
-            layer.watch = None
     return Watched(found, getattr(output, "past_key_values", None))
+
+
+@contextmanager
+def watching(calls: Mapping[torch.nn.Module, Call]) -> Iterator[None]:
+    """Let experts modules answer with zeros, and tell what each is asked: hidden [T, H], index and weights [T, k]."""
+    before = {module: attached_to(module) for module in calls}
+    try:
+        for module, call in calls.items():
+            attach(module, _Watcher(call))
+        yield
+    finally:
+        for module, layer in before.items():
+            detach(module)
+            if layer is not None:
+                attach(module, layer)
+
+
+class _Watcher:
+    """Serves experts with zeros."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def forward(
+        self, module: torch.nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Tell what is asked, and return zeros [T, H]."""
+        self._call(hidden, index, weights)
+        return torch.zeros_like(hidden)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,12 @@ see each other's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from emoe_core.scheduler.requests import Request
 
 
 @dataclass(frozen=True)
@@ -20,27 +24,26 @@ class StepContext:
     ----------
     forward : int
         Number of the pass, from 0.
-    requests : tuple of int
-        Request id of each batch row.
-    tasks : tuple of str
-        Task type of each batch row ("unknown" when nobody said).
+    requests : tuple of Request
+        Whose row each batch row is.
     length : int
         Tokens per row in this pass: the prompt at prefill, 1 at decode.
     is_prefill : bool
         Whether the pass starts its requests.
     real : torch.Tensor or None
         Bool [batch * length] on the CPU, False at padding; None when there is no padding.
-    tolerances : tuple of (float or None)
-        Miss tolerance that each row's request brought; None where the engine's holds. Empty: the engine's for all.
     """
 
     forward: int
-    requests: tuple[int, ...]
-    tasks: tuple[str, ...]
+    requests: tuple[Request, ...]
     length: int
     is_prefill: bool
     real: torch.Tensor | None = None
-    tolerances: tuple[float | None, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The engine's number of each batch row's request."""
+        return tuple(request.engine_number for request in self.requests)
 
     @property
     def batch(self) -> int:
@@ -51,10 +54,6 @@ class StepContext:
     def tokens(self) -> int:
         """Rows that the experts see: batch * length."""
         return self.batch * self.length
-
-    def own_tolerance(self, row: int) -> float | None:
-        """Return the miss tolerance that a row's request brought, or None."""
-        return self.tolerances[row] if self.tolerances else None
 
     def row_of_token(self) -> torch.Tensor:
         """Return the batch row of each token, int64 [batch * length]."""

@@ -194,17 +194,17 @@ class TraceRecorder:
         rows = step.row_of_token().numpy()
         position = np.zeros(step.tokens, dtype=np.int32)
         for row, request in enumerate(step.requests):
-            here = (rows == row) & real
-            first = self._next_position.get(request, 0)
+            number, here = request.engine_number, (rows == row) & real
+            first = self._next_position.get(number, 0)
             position[here] = first + np.arange(int(here.sum()))
-            self._next_position[request] = first + int(here.sum())
-            self._tasks[request] = step.tasks[row]
+            self._next_position[number] = first + int(here.sum())
+            self._tasks[number] = request.task
         stacked = {
             name: np.stack([pending[layer][name] for layer in range(self.layers)], axis=1)[real] for name in pending[0]
         }
         self._parts.append(
             {
-                "request": np.asarray(step.requests, dtype=np.int32)[rows][real],
+                "request": np.asarray(step.numbers, dtype=np.int32)[rows][real],
                 "position": position[real],
                 "prefill": np.full(int(real.sum()), step.is_prefill),
                 **stacked,

@@ -23,7 +23,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -32,26 +31,13 @@ import torch
 from emoe_core.experts.step import StepContext
 from emoe_core.metrics import Counters
 from emoe_core.planning.interval import Interval, coverage
-from emoe_core.planning.planner import DEFAULT_OUTPUT_TOKENS, Plan, RunningRequest, expected_tokens, make_plan
+from emoe_core.planning.planner import DEFAULT_OUTPUT_TOKENS, Plan, expected_tokens, make_plan
 from emoe_core.planning.tasks import Profile
 from emoe_core.predictor import Predictor
+from emoe_core.scheduler.requests import Request
 from emoe_core.timeline import Timeline
 
 REPLANS = ("admission", "interval")
-
-
-@dataclass
-class Request:
-    """One admitted prompt: its number, task, input length, and the experts its tokens wanted [layers, experts].
-
-    ``tolerance`` is its own miss tolerance, for every layer; None where the engine's holds.
-    """
-
-    number: int
-    task: str
-    input_tokens: int
-    counts: np.ndarray
-    tolerance: float | None = None
 
 
 class Layer(Protocol):
@@ -124,27 +110,25 @@ class ControlLoop:
         self.timeline: Timeline | None = None
         self._frequencies: dict[str, np.ndarray | None] = {}
         self._predicted = False
-        self._recent: deque[RunningRequest] = deque(maxlen=interval.span)
+        self._recent: deque[Request] = deque(maxlen=interval.span)
 
     @property
     def cold(self) -> bool:
         """Whether residents are still what came first, for want of history."""
         return self.predictor is not None and self.plan is None
 
-    def admit(
-        self, tasks: Sequence[str], input_tokens: Sequence[int], tolerances: Sequence[float | None] | None = None
-    ) -> list[int]:
-        """Number new requests, predict if one is due, plan, and start swapping; return their numbers.
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Number new requests, predict if one is due, plan, and start swapping.
 
         Nobody is admitted when planning or swapping fails.
         """
-        numbers, due = [], False
-        own = [None] * len(tasks) if tolerances is None else tolerances
-        for task, tokens, tolerance in zip(tasks, input_tokens, own, strict=True):
+        due = False
+        for request in requests:
             due |= self.interval.due(self.admitted)
-            self.running[self.admitted] = Request(self.admitted, task, tokens, np.zeros(self.shape), tolerance)
-            self._recent.append(RunningRequest(task, tokens))
-            numbers.append(self.admitted)
+            request.engine_number, request.counts = self.admitted, np.zeros(self.shape)
+            self.running[self.admitted] = request
+            # What is planned for, without its tokens and counts: they need not outlive the request.
+            self._recent.append(Request(request.task, request.input_tokens))
             self.admitted += 1
         try:
             if due:
@@ -155,10 +139,9 @@ class ControlLoop:
             if self._predicted and (due or self.replan == "admission"):
                 self._make_plan()
         except BaseException:
-            for number in numbers:
-                del self.running[number]
+            for request in requests:
+                del self.running[request.engine_number]
             raise
-        return numbers
 
     def observe(self, layer: int, chosen: torch.Tensor, demand: Sequence[int], step: StepContext | None) -> None:
         """Add one layer's desired experts, int64 [real tokens, k], to the histories of the pass's requests.
@@ -169,27 +152,23 @@ class ControlLoop:
             return
         experts = self.shape[1]
         if step.batch == 1:
-            request = self.running.get(step.requests[0])
-            if request is not None:
-                # A layer may have fewer experts than the largest one.
-                request.counts[layer, : len(demand)] += demand
+            # A layer may have fewer experts than the largest one.
+            step.requests[0].counts[layer, : len(demand)] += demand
             return
         rows = step.row_of_token()
         if step.real is not None:
             rows = rows[step.real]
         flat = (rows.unsqueeze(-1).to(chosen.device) * experts + chosen).flatten()
         table = torch.bincount(flat, minlength=step.batch * experts).view(step.batch, experts).cpu().numpy()
-        for row, number in enumerate(step.requests):
-            request = self.running.get(number)
-            if request is not None:
-                request.counts[layer] += table[row]
+        for row, request in enumerate(step.requests):
+            request.counts[layer] += table[row]
 
-    def finish(self, numbers: Sequence[int]) -> None:
-        """End requests: their history goes to the predictor. Unknown numbers are ignored."""
-        for number in numbers:
-            request = self.running.pop(number, None)
-            if request is None:
+    def finish(self, requests: Sequence[Request]) -> None:
+        """End requests: their history goes to the predictor. Those that do not run (any more) are ignored."""
+        for request in requests:
+            if self.running.get(request.engine_number) is not request:
                 continue
+            del self.running[request.engine_number]
             self.finished += 1
             fit = None if self.plan is None else coverage(self.plan, request.counts)
             if fit is not None:
@@ -197,13 +176,7 @@ class ControlLoop:
             if self.predictor is not None:
                 self.predictor.observe(request.task, request.counts)
 
-    def tolerance(self, task: str, layer: int, tolerance: float) -> float:
-        """Return the miss tolerance of a (task, layer): 1 where the profile calls it insensitive."""
-        if self.profile is not None and not self.profile.sensitive(task, layer):
-            return 1.0
-        return tolerance
-
-    def plan_for(self, requests: Sequence[RunningRequest]) -> Plan:
+    def plan_for(self, requests: Sequence[Request]) -> Plan:
         """Return the plan that some requests would get by the cached frequencies; nothing is swapped.
 
         A task that nothing was predicted for since the last prediction is predicted now.
@@ -220,9 +193,9 @@ class ControlLoop:
         Neither the cached frequencies nor the residents change.
         """
         shares = None if self.predictor is None else self.predictor.predict(task)
-        return None if shares is None else self._plan([RunningRequest(task, 1)], {task: shares})
+        return None if shares is None else self._plan([Request(task, 1)], {task: shares})
 
-    def _plan(self, requests: Sequence[RunningRequest], known: Mapping[str, np.ndarray]) -> Plan:
+    def _plan(self, requests: Sequence[Request], known: Mapping[str, np.ndarray]) -> Plan:
         profile = self.profile
         demand = expected_tokens(
             requests,
@@ -240,11 +213,7 @@ class ControlLoop:
         if self.predictor is None:
             return
         started = time.perf_counter()
-        plan = self.plan_for(
-            list(self._recent)
-            if self.replan == "interval"
-            else [RunningRequest(request.task, request.input_tokens) for request in self.running.values()]
-        )
+        plan = self.plan_for(list(self._recent if self.replan == "interval" else self.running.values()))
         self.prediction_s += time.perf_counter() - started
         if self.timeline is not None:
             self.timeline.add("prediction", started, tasks=sorted({item.task for item in self.running.values()}))

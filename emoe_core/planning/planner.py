@@ -18,15 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from emoe_core.scheduler.requests import Request
+
 DEFAULT_OUTPUT_TOKENS = 64.0
-
-
-@dataclass(frozen=True)
-class RunningRequest:
-    """A request that the plan must serve: its task type and input length W_j in tokens."""
-
-    task: str
-    input_tokens: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class Plan:
 
 
 def expected_tokens(
-    running: Sequence[RunningRequest],
+    running: Sequence[Request],
     frequencies: Mapping[str, np.ndarray],
     sensitive: Callable[[str, int], bool],
     output_tokens: Callable[[str], float],
@@ -52,7 +46,7 @@ def expected_tokens(
 
     Parameters
     ----------
-    running : sequence of RunningRequest
+    running : sequence of Request
         Requests that run until the next plan.
     frequencies : mapping
         Predicted shares f [layers, experts] per task; tasks without a prediction add nothing.

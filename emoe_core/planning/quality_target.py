@@ -53,10 +53,10 @@ class QualityPlan:
     exact: Mapping[str, frozenset[int]]
     predicted_loss: Mapping[str, float]
 
-    def tolerance(self, task: str, layer: int) -> float:
-        """Return the miss tolerance: 0 where a (task, layer) must load what is absent, else 1."""
+    def is_exact(self, task: str, layer: int) -> bool:
+        """Return whether a (task, layer) must load what is absent."""
         layers = self.exact.get(task)
-        return 0.0 if layers is None or layer in layers else 1.0
+        return layers is None or layer in layers
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (term, value) rows for people."""

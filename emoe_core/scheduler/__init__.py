@@ -3,8 +3,8 @@
 ``fcfs`` order of arrival; ``edf`` due first; ``emoe`` Algorithm 1; ``emoe_no_loading`` the same with dE = 0. Oracle
 lengths are no scheduler: the driver then tells the true length as the expected one.
 
-A scheduler decides on a `Situation` and keeps no state and no clock, so that the engine's loop and a simulation run the
-same one.
+A scheduler decides on a `SchedulingContext` and keeps no state and no clock, so that the engine's loop and a simulation
+run the same one.
 """
 
 from __future__ import annotations
@@ -12,21 +12,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from emoe_core.errors import require_known
-from emoe_core.scheduler.admission import MAX_BYPASSED, Scheduler, Situation
+from emoe_core.scheduler.admission import MAX_BYPASSED, Scheduler, SchedulingContext
 from emoe_core.scheduler.costs import CostsError, ServingCosts
 from emoe_core.scheduler.orders import EarliestDueFirst, FirstComeFirstServed
-from emoe_core.scheduler.requests import BatchLimits, Objective, RequestTooLargeError, ServiceRequest, WaitingQueue
+from emoe_core.scheduler.requests import (
+    NO_PROMISE,
+    BatchLimits,
+    Objective,
+    Request,
+    RequestTooLargeError,
+    WaitingQueue,
+)
 from emoe_core.scheduler.slo_aware import SloAware
 
 __all__ = [
     "MAX_BYPASSED",
+    "NO_PROMISE",
     "SCHEDULERS",
     "BatchLimits",
     "Objective",
+    "Request",
     "RequestTooLargeError",
     "Scheduler",
-    "ServiceRequest",
-    "Situation",
+    "SchedulingContext",
     "WaitingQueue",
     "make_scheduler",
     "require_costs",

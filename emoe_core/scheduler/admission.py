@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from emoe_core.errors import OptionError
-from emoe_core.scheduler.requests import BatchLimits, ServiceRequest, WaitingQueue
+from emoe_core.scheduler.requests import BatchLimits, Request, WaitingQueue
 
 MAX_BYPASSED = 100
 
 
 @dataclass(frozen=True)
-class Situation:
+class SchedulingContext:
     """What a scheduler decides on.
 
     Attributes
@@ -26,7 +26,7 @@ class Situation:
     now_s : float
         Of the same clock as the arrivals.
     queue : WaitingQueue
-    running : sequence of ServiceRequest
+    running : sequence of Request
     limits : BatchLimits
     loading_s : callable
         dE of Eq. 3: seconds of loading that a request of a task would cause if it were admitted now.
@@ -34,7 +34,7 @@ class Situation:
 
     now_s: float
     queue: WaitingQueue
-    running: Sequence[ServiceRequest]
+    running: Sequence[Request]
     limits: BatchLimits
     loading_s: Callable[[str], float]
 
@@ -44,7 +44,7 @@ class Scheduler(Protocol):
 
     name: str
 
-    def choose(self, situation: Situation) -> list[ServiceRequest]:
+    def choose(self, context: SchedulingContext) -> list[Request]:
         """Return the waiting requests to admit now, in order; the caller takes them out of the queue.
 
         With nobody running and somebody waiting, at least one is chosen.
@@ -56,20 +56,20 @@ class Admission:
 
     Parameters
     ----------
-    situation : Situation
+    context : SchedulingContext
     max_bypassed : int
     """
 
-    def __init__(self, situation: Situation, max_bypassed: int) -> None:
-        self.chosen: list[ServiceRequest] = []
+    def __init__(self, context: SchedulingContext, max_bypassed: int) -> None:
+        self.chosen: list[Request] = []
         self._taken: set[int] = set()
-        limits = situation.limits
-        self.free_requests = limits.max_requests - len(situation.running)
-        self.free_tokens = limits.max_tokens - sum(request.reserved_tokens for request in situation.running)
-        self._queue = situation.queue
-        self._left = situation.queue.left
+        limits = context.limits
+        self.free_requests = limits.max_requests - len(context.running)
+        self.free_tokens = limits.max_tokens - sum(request.reserved_tokens for request in context.running)
+        self._queue = context.queue
+        self._left = context.queue.left
         self._max_bypassed = max_bypassed
-        self._arrivals: Iterator[ServiceRequest] = iter(situation.queue)
+        self._arrivals: Iterator[Request] = iter(context.queue)
         self._oldest = next(self._arrivals, None)
 
     @property
@@ -77,22 +77,22 @@ class Admission:
         """Whether nobody else can be admitted now."""
         return self.free_requests < 1 or self._oldest is None
 
-    def fits(self, request: ServiceRequest) -> bool:
+    def fits(self, request: Request) -> bool:
         """Return whether there is room for the request."""
         return self.free_requests > 0 and request.reserved_tokens <= self.free_tokens
 
-    def waits(self, request: ServiceRequest) -> bool:
+    def waits(self, request: Request) -> bool:
         """Return whether the request has not been chosen yet."""
         return request.number not in self._taken
 
-    def overdue(self) -> ServiceRequest | None:
+    def overdue(self) -> Request | None:
         """Return the oldest waiting request when it may not be bypassed again."""
         oldest = self._oldest
         if oldest is not None and self._queue.bypassed(oldest, self._left) >= self._max_bypassed:
             return oldest
         return None
 
-    def admit(self, request: ServiceRequest) -> None:
+    def admit(self, request: Request) -> None:
         """Choose a request."""
         self.chosen.append(request)
         self._taken.add(request.number)
@@ -112,10 +112,10 @@ class Admission:
 
 
 def admit_in_order(
-    situation: Situation, order: Iterable[ServiceRequest], max_bypassed: int, *, skip: bool
-) -> list[ServiceRequest]:
+    context: SchedulingContext, order: Iterable[Request], max_bypassed: int, *, skip: bool
+) -> list[Request]:
     """Admit in a given order while there is room; ``skip``: go on behind one that does not fit."""
-    admission = Admission(situation, max_bypassed)
+    admission = Admission(context, max_bypassed)
     for request in order:
         if admission.full or not admission.admit_overdue():
             break

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from emoe_core.scheduler.admission import MAX_BYPASSED, Situation, admit_in_order, require_bypasses
-from emoe_core.scheduler.requests import ServiceRequest
+from emoe_core.scheduler.admission import MAX_BYPASSED, SchedulingContext, admit_in_order, require_bypasses
+from emoe_core.scheduler.requests import Request
 
 
 class FirstComeFirstServed:
@@ -17,9 +17,9 @@ class FirstComeFirstServed:
 
     name = "fcfs"
 
-    def choose(self, situation: Situation) -> list[ServiceRequest]:
+    def choose(self, context: SchedulingContext) -> list[Request]:
         """Admit in order of arrival."""
-        return admit_in_order(situation, situation.queue, 0, skip=False)
+        return admit_in_order(context, context.queue, 0, skip=False)
 
 
 class EarliestDueFirst:
@@ -30,7 +30,7 @@ class EarliestDueFirst:
     def __init__(self, max_bypassed: int = MAX_BYPASSED) -> None:
         self._max_bypassed = require_bypasses(max_bypassed)
 
-    def choose(self, situation: Situation) -> list[ServiceRequest]:
+    def choose(self, context: SchedulingContext) -> list[Request]:
         """Admit by due time."""
-        order = sorted(situation.queue, key=attrgetter("due_s"))
-        return admit_in_order(situation, order, self._max_bypassed, skip=True)
+        order = sorted(context.queue, key=attrgetter("due_s"))
+        return admit_in_order(context, order, self._max_bypassed, skip=True)

@@ -29,35 +29,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from emoe_core.errors import OptionError
-from emoe_core.planning.planner import DEFAULT_OUTPUT_TOKENS, RunningRequest
-from emoe_core.scheduler import BatchLimits, Objective, Scheduler, ServiceRequest, Situation, WaitingQueue
+from emoe_core.planning.planner import DEFAULT_OUTPUT_TOKENS
+from emoe_core.scheduler import NO_PROMISE, BatchLimits, Objective, Request, Scheduler, SchedulingContext, WaitingQueue
 from emoe_core.scheduler.costs import ServingCosts
-from emoe_core.serving.batch import Row, RunningBatch
+from emoe_core.serving.batch import RunningBatch
 from emoe_core.serving.generation_rules import GenerationRules, require_known_tokens
-from emoe_core.serving.records import Answer, Pass
+from emoe_core.serving.records import Answer, Pass, answer_of
 from emoe_core.serving.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from emoe_core.engine import Engine
-
-NO_PROMISE = Objective(float("inf"), float("inf"))
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What the scheduler need not know of a request."""
-
-    prompt_ids: tuple[int, ...]
-    tolerance: float | None
-    sampler: Sampler
-    ends: Callable[[int], bool] | None
-    to_limit: bool
 
 
 class ServingLoop:
@@ -114,7 +101,6 @@ class ServingLoop:
         self._on_token = on_token
         self._on_failure = on_failure
         self._rules = GenerationRules(engine)
-        self._asked: dict[int, _Asked] = {}
         self._batch = RunningBatch(engine, on_pass, clock)
         self._submitted = 0
         self.steps = 0
@@ -189,14 +175,23 @@ class ServingLoop:
             known = None if profile is None else profile.expected_output_tokens(task, DEFAULT_OUTPUT_TOKENS)
             expected_output_tokens = min(float(max_new_tokens), known or DEFAULT_OUTPUT_TOKENS)
         came_s = self._clock() if arrival_s is None else arrival_s
-        request = ServiceRequest(
-            self._submitted, task, came_s, len(prompt_ids), max_new_tokens, expected_output_tokens, objective
+        request = Request(
+            task,
+            len(prompt_ids),
+            self._submitted,
+            came_s,
+            max_new_tokens,
+            expected_output_tokens,
+            objective,
+            tolerance,
+            tuple(prompt_ids),
+            stop_tokens=() if to_limit else self._stops,
+            ends=ends,
         )
         self._limits.require_fit(request)
         processors = self._rules.processors(prompt_ids, max_new_tokens, settings)
-        sampler = Sampler(sampling, processors, prompt_ids, max_new_tokens)
+        request.sampler = Sampler(sampling, processors, prompt_ids, max_new_tokens)
         self._submitted += 1
-        self._asked[request.number] = _Asked(tuple(prompt_ids), tolerance, sampler, ends, to_limit)
         self._queue.add(request)
         return request.number
 
@@ -208,11 +203,10 @@ class ServingLoop:
         waiting = [request for request in self._queue if request.number == number]
         if waiting:
             self._queue.take(waiting)
-            del self._asked[number]
             return True
-        places = {place for place, row in enumerate(self._batch.rows) if row.request.number == number}
+        places = {place for place, request in enumerate(self._batch.rows) if request.number == number}
         if places:
-            self._remove(places)
+            self._batch.remove(places)
             self._batch.seat(self._batch.rows)
         return bool(places)
 
@@ -237,26 +231,20 @@ class ServingLoop:
                 if self._batch.rows:
                     done += self._step()
         except BaseException:
-            for row in self._batch.abandon():
-                self._asked.pop(row.request.number, None)
+            self._batch.abandon()
             raise
         finally:
             self._batch.seat(self._batch.rows)
         return done
 
     def _admit(self) -> list[Answer]:
-        running = [row.request for row in self._batch.rows]
-        now_s = self._clock()
-        chosen = self._scheduler.choose(Situation(now_s, self._queue, running, self._limits, self._loading_s))
+        running, now_s = self._batch.rows, self._clock()
+        chosen = self._scheduler.choose(SchedulingContext(now_s, self._queue, running, self._limits, self._loading_s))
         assert chosen or running, "a scheduler left the engine idle though somebody waits"
         if not chosen:
             return []
         try:
-            numbers = self._engine.passes.admit_beside(
-                [request.task for request in chosen],
-                [request.input_tokens for request in chosen],
-                [self._asked[request.number].tolerance for request in chosen],
-            )
+            self._engine.passes.admit(chosen)
         except Exception as error:
             if self._on_failure is None:
                 raise
@@ -265,102 +253,70 @@ class ServingLoop:
                 self._fail(request, error)
             return []
         self._queue.take(chosen)
-        joining = [self._row(request, number, now_s) for request, number in zip(chosen, numbers, strict=True)]
+        joining = list(chosen)
         try:
             while joining:
+                joining[0].admitted_s = now_s
                 self._prefill(joining[0])
                 del joining[0]
         finally:
             # After an error that is raised: those whose turn to be read has not come.
-            self._engine.passes.leave([row.engine_number for row in joining])
-            for row in joining:
-                del self._asked[row.request.number]
+            self._engine.passes.finish(joining)
         return self._retire()
 
-    def _row(self, request: ServiceRequest, engine_number: int, now_s: float) -> Row:
-        asked = self._asked[request.number]
-        return Row(request, engine_number, asked.prompt_ids, asked.sampler, now_s)
-
-    def _prefill(self, row: Row) -> None:
+    def _prefill(self, request: Request) -> None:
         try:
-            self._batch.prefill(row)
+            self._batch.prefill(request)
         except Exception as error:
             if self._on_failure is None:
                 raise
-            self._engine.passes.leave([row.engine_number])
-            self._fail(row.request, error)
+            self._engine.passes.finish([request])
+            self._fail(request, error)
             return
-        row.request.first_token_s = self._clock()
-        self._put_out([row])
+        request.first_token_s = self._clock()
+        self._tell_all([request])
 
     def _step(self) -> list[Answer]:
         failures = self._batch.step()
         if failures and self._on_failure is None:
-            for row in failures:
-                del self._asked[row.request.number]
             raise next(iter(failures.values()))
-        for row, failure in failures.items():
-            self._fail(row.request, failure)
+        for request, failure in failures.items():
+            self._fail(request, failure)
         self.steps += 1
-        self._put_out(self._batch.rows)
+        self._tell_all(self._batch.rows)
         return self._retire()
 
-    def _fail(self, request: ServiceRequest, error: Exception) -> None:
-        del self._asked[request.number]
+    def _fail(self, request: Request, error: Exception) -> None:
         assert self._on_failure is not None
         self._on_failure(request.number, error)
 
-    def _put_out(self, rows: Sequence[Row]) -> None:
-        """Tell of the latest token of some rows; a row whose own listener fails leaves with that failure."""
+    def _tell_all(self, requests: Sequence[Request]) -> None:
+        """Tell of the latest token of some requests; one whose own listener fails ends with that failure."""
         failures: dict[int, Exception] = {}
-        for row in rows:
+        for request in requests:
             try:
-                self._tell(row)
+                self._tell(request)
             except Exception as error:
                 if self._on_failure is None:
                     raise
-                failures[self._batch.rows.index(row)] = error
+                failures[self._batch.rows.index(request)] = error
         if failures:
-            for row, failure in zip(self._batch.remove(failures), failures.values(), strict=True):
-                self._fail(row.request, failure)
+            for request, failure in zip(self._batch.remove(failures), failures.values(), strict=True):
+                self._fail(request, failure)
 
-    def _tell(self, row: Row) -> None:
-        token, asked = row.tokens[-1], self._asked[row.request.number]
-        row.request.generated += 1
-        at_end = token in self._stops and not asked.to_limit
-        row.stopped = at_end or (asked.ends is not None and asked.ends(token))
+    def _tell(self, request: Request) -> None:
+        token = request.tokens[-1]
+        request.stopped = token in request.stop_tokens or (request.ends is not None and request.ends(token))
         if self._on_token is not None:
-            self._on_token(row.request.number, token)
+            self._on_token(request.number, token)
 
     def _retire(self) -> list[Answer]:
-        ended = [row.stopped or len(row.tokens) >= row.request.output_limit_tokens for row in self._batch.rows]
-        if not any(ended):
+        rows = self._batch.rows
+        ended = {place for place, one in enumerate(rows) if one.stopped or one.generated >= one.output_limit_tokens}
+        if not ended:
             return []
         now_s = self._clock()
-        done = self._remove({place for place, over in enumerate(ended) if over})
-        return [self._answer(row, now_s) for row in done]
-
-    def _remove(self, places: Collection[int]) -> list[Row]:
-        gone = self._batch.remove(places)
-        for row in gone:
-            del self._asked[row.request.number]
-        return gone
-
-    def _answer(self, row: Row, now_s: float) -> Answer:
-        request = row.request
-        assert request.first_token_s is not None
-        finished_s = now_s if len(row.tokens) > 1 else request.first_token_s
-        return Answer(
-            request.number,
-            request.task,
-            tuple(row.tokens),
-            request.input_tokens,
-            request.arrival_s,
-            row.admitted_s,
-            request.first_token_s,
-            finished_s,
-            row.stopped,
-        )
+        return [answer_of(request, now_s) for request in self._batch.remove(ended)]
 
     def _loading_s(self, task: str) -> float:
         """Return dE: what loading the plan's missing experts would take if a request of the task were admitted now."""
@@ -368,8 +324,8 @@ class ServingLoop:
         if self._costs is None or control.predictor is None or control.replan == "interval":
             return 0.0
         inputs = [request.input_tokens for request in self._queue if request.task == task]
-        requests = [RunningRequest(request.task, request.input_tokens) for request in control.running.values()]
-        plan = control.plan_for([*requests, RunningRequest(task, round(sum(inputs) / max(1, len(inputs))))])
+        joining = Request(task, round(sum(inputs) / max(1, len(inputs))))
+        plan = control.plan_for([*control.running.values(), joining])
         missing = sum(len(set(experts) - table.resident(layer)) for layer, experts in enumerate(plan.experts))
         return self._costs.loads_s(missing)
 

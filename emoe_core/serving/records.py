@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from emoe_core.scheduler.requests import Request
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -21,6 +23,22 @@ class Answer:
     first_token_s: float
     finished_s: float
     stopped: bool
+
+
+def answer_of(request: Request, now_s: float) -> Answer:
+    """Return the answer of a request that is done by now; with one token it was done when that came."""
+    assert request.admitted_s is not None and request.first_token_s is not None
+    return Answer(
+        request.number,
+        request.task,
+        tuple(request.tokens),
+        request.input_tokens,
+        request.arrival_s,
+        request.admitted_s,
+        request.first_token_s,
+        now_s if request.generated > 1 else request.first_token_s,
+        request.stopped,
+    )
 
 
 @dataclass(frozen=True)

@@ -290,10 +290,10 @@ def test_an_interrupted_pass_does_not_block_the_next(model: Path, tmp_path: Path
 
 def test_an_unfinished_batch_keeps_others_out(model: Path, tmp_path: Path) -> None:
     with load(model, tmp_path) as engine:
-        numbers = engine.admit(["qa"], [3])
+        requests = engine.admit(["qa"], [3])
         with pytest.raises(IntegrationError, match="one batch at a time"):
             engine.generate(["hello"])
-        engine.finish(numbers)
+        engine.finish(requests)
         assert len(engine.generate(["hello"], max_new_tokens=2)) == 1
 
 

@@ -52,9 +52,9 @@ def test_what_needs_a_new_load_or_is_out_of_range_is_refused_and_changes_nothing
             engine.restart(budget="100%")
         with pytest.raises(OptionError, match=r"must lie in \[0, 1\]"):
             engine.restart(tolerance=2.0)
-        numbers = engine.admit(["qa"], [3])
+        requests = engine.admit(["qa"], [3])
         with pytest.raises(IntegrationError, match="finish them first"):
             engine.restart(tolerance=1.0)
-        engine.finish(numbers)
+        engine.finish(requests)
         assert engine.stats().counters == before.counters
         assert engine.tolerance == 0.0

@@ -20,6 +20,7 @@ from emoe_core.checkpoint.families import REFUSED, class_name
 from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.errors import ExperimentError, UnsupportedFamilyError
 from emoe_core.experts.layer import handle_of
+from emoe_core.experts.router import watching
 from emoe_core.planning.tasks import UNKNOWN
 from emoe_core.scheduler import BatchLimits, make_scheduler
 from emoe_core.serving.loop import ServingLoop
@@ -239,8 +240,8 @@ def _greedy(stock: Any, prompt: torch.Tensor) -> tuple[list[int], list[bool]]:
 
 def _check_rules(engine: emoe_core.Engine, model_type: str) -> str | None:
     """Compare rules with the routers on a new prompt; return the rules' names, None if a layer has none."""
-    names, differing = set(), []
-    handles = [handle_of(engine.model.get_submodule(layer.name)) for layer in engine.index.layers]
+    differing: list[int] = []
+    modules = [engine.model.get_submodule(layer.name) for layer in engine.index.layers]
 
     def compare(handle: Any) -> Any:
         def asked(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
@@ -254,14 +255,11 @@ def _check_rules(engine: emoe_core.Engine, model_type: str) -> str | None:
 
     if not engine.reroutable:
         return None
-    for handle in handles:
-        if handle.rule is not None:
-            names.add(handle.rule.name)
-            handle.watch = compare(handle)
-    with torch.no_grad():
+    handles = {module: handle for module in modules if (handle := handle_of(module)) is not None}
+    names = {handle.rule.name for handle in handles.values() if handle.rule is not None}
+    explained = {module: compare(handle) for module, handle in handles.items() if handle.rule is not None}
+    with torch.no_grad(), watching(explained):
         engine.model(input_ids=_prompt(2), use_cache=False)
-    for handle in handles:
-        handle.watch = None
     if differing:
         raise ExperimentError(f"{model_type}: the routing rules of MoE layers {differing} do not hold on a new prompt")
     return ", ".join(sorted(names))

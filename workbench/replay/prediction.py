@@ -37,6 +37,7 @@ from emoe_core.planning.control import ControlLoop
 from emoe_core.planning.interval import make_interval
 from emoe_core.predictor import TRAINED, Predictor
 from emoe_core.predictor.transformer import TransformerPredictor
+from emoe_core.scheduler import Request
 from workbench.predictors import PREDICTORS
 from workbench.predictors.bounds import OraclePredictor
 from workbench.replay.counting_loader import CountingLoader
@@ -132,7 +133,8 @@ def replay(
     rows, first_fill = [], 0
     for use in stream:
         before, cold = loader.counters.bytes_loaded, control.plan is None
-        numbers = control.admit([use.task], [use.tokens])
+        request = Request(use.task, use.tokens)
+        control.admit([request])
         moved = loader.counters.bytes_loaded - before
         if cold:
             first_fill, moved = first_fill + moved, 0
@@ -141,8 +143,8 @@ def replay(
         resident = loader.serve(use.counts)
         first_fill += loader.counters.bytes_loaded - before
         rows.append({"task": use.task, **_served(use, resident, slots), "moved_bytes": moved})
-        control.running[numbers[0]].counts += use.counts
-        control.finish(numbers)
+        request.counts += use.counts
+        control.finish([request])
     loader.close()
     frame = pd.DataFrame(rows)
     summary = {name: float(frame[name].mean()) for name in frame.columns if name not in ("task", "moved_bytes")}

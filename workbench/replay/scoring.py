@@ -83,7 +83,7 @@ def score(
         task = (tasks[place] if tasks is not None else None) or UNKNOWN
         started = time.perf_counter()
         ids = torch.tensor([[*prompt, *continuation]], device=engine.device)
-        numbers = engine.admit([task], [ids.shape[1]])
+        requests = engine.admit([task], [ids.shape[1]])
         seen: list[torch.Tensor] = []
         watch = engine.model.get_output_embeddings().register_forward_pre_hook(
             lambda _, args, seen=seen: seen.append(args[0])
@@ -107,9 +107,9 @@ def score(
                         )
         finally:
             watch.remove()
-            engine.finish(numbers)
+            engine.finish(requests)
         logits, hidden = (torch.cat(part)[: len(continuation)] for part in zip(*parts, strict=True))
         targets = torch.tensor(continuation, dtype=torch.long).unsqueeze(-1)
         logprobs = logits.log_softmax(dim=-1).gather(1, targets).squeeze(-1)
-        scored.append(Scored(numbers[0], logprobs, logits, hidden, time.perf_counter() - started))
+        scored.append(Scored(requests[0].engine_number, logprobs, logits, hidden, time.perf_counter() - started))
     return scored

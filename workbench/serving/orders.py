@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from emoe_core import scheduler as engine
 from emoe_core.errors import require_known
-from emoe_core.scheduler.admission import MAX_BYPASSED, Scheduler, Situation, admit_in_order, require_bypasses
+from emoe_core.scheduler.admission import MAX_BYPASSED, Scheduler, SchedulingContext, admit_in_order, require_bypasses
 from emoe_core.scheduler.costs import ServingCosts
-from emoe_core.scheduler.requests import ServiceRequest
+from emoe_core.scheduler.requests import Request
 
 COSTLESS = (*engine.COSTLESS, "affine")
 SCHEDULERS = ("fcfs", "edf", "shortest", "affine", "emoe", "emoe_no_loading")
@@ -26,14 +26,14 @@ class ShortestExpectedFirst:
         self._step_s = float(costs.step_table_s(1)[1])
         self._max_bypassed = require_bypasses(max_bypassed)
 
-    def choose(self, situation: Situation) -> list[ServiceRequest]:
+    def choose(self, context: SchedulingContext) -> list[Request]:
         """Admit by expected time."""
         token_s, step_s = self._token_s, self._step_s
         order = sorted(
-            situation.queue,
+            context.queue,
             key=lambda request: request.input_tokens * token_s + request.expected_output_tokens * step_s,
         )
-        return admit_in_order(situation, order, self._max_bypassed, skip=True)
+        return admit_in_order(context, order, self._max_bypassed, skip=True)
 
 
 class TaskAffine:
@@ -44,13 +44,13 @@ class TaskAffine:
     def __init__(self, max_bypassed: int = MAX_BYPASSED) -> None:
         self._max_bypassed = require_bypasses(max_bypassed)
 
-    def choose(self, situation: Situation) -> list[ServiceRequest]:
+    def choose(self, context: SchedulingContext) -> list[Request]:
         """Admit by loading latency. A task counts as resident once one of its requests runs or was admitted."""
-        tasks = {request.task for request in situation.queue}
-        running = {request.task for request in situation.running}
-        loading = {task: 0.0 if task in running else situation.loading_s(task) for task in tasks}
-        order = sorted(situation.queue, key=lambda request: (loading[request.task], request.task, request.place))
-        return admit_in_order(situation, order, self._max_bypassed, skip=True)
+        tasks = {request.task for request in context.queue}
+        running = {request.task for request in context.running}
+        loading = {task: 0.0 if task in running else context.loading_s(task) for task in tasks}
+        order = sorted(context.queue, key=lambda request: (loading[request.task], request.task, request.place))
+        return admit_in_order(context, order, self._max_bypassed, skip=True)
 
 
 def make_scheduler(name: str, costs: ServingCosts | None, max_bypassed: int = MAX_BYPASSED) -> Scheduler:

@@ -10,6 +10,7 @@ from typing import Any
 import emoe_core
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.planning.tasks import UNKNOWN
+from emoe_core.scheduler import Request
 from workbench.systems.option_names import resolve_options
 from workbench.systems.stock import TorchDecoder
 
@@ -23,7 +24,7 @@ class EngineDecoder(TorchDecoder):
             spec["checkpoint"], device="cpu", dtype=spec["dtype"], **resolve_options(spec["options"])
         )
         self.model = self.engine.model
-        self._request: list[int] = []
+        self._request: list[Request] = []
         self.engine.load_all()
         if spec.get("warm_trace"):
             self.engine.warm_start(RoutingTrace.load(Path(spec["warm_trace"])))

@@ -79,7 +79,7 @@ def test_memory_that_runs_out_in_one_request_ends_it_alone(model: Path, monkeypa
 
         def greedy(layer: int, experts: list[int]) -> object:
             assert passes.step is not None
-            if victim in passes.step.requests and not passes.step.is_prefill:
+            if victim in passes.step.numbers and not passes.step.is_prefill:
                 torch.empty(2**50, dtype=torch.uint8)
             return lease(layer, experts)
 

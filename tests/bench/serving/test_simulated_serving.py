@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from serving_bench import FOREVER, make_costs, make_request, two_tasks
 
 from emoe_core.errors import OptionError
-from emoe_core.planning.planner import RunningRequest, expected_tokens, make_plan
-from emoe_core.scheduler import BatchLimits, Objective, RequestTooLargeError
+from emoe_core.planning.planner import expected_tokens, make_plan
+from emoe_core.scheduler import BatchLimits, Objective, Request, RequestTooLargeError
 from emoe_core.scheduler.costs import ServingCosts
 from workbench.serving.orders import SCHEDULERS, make_scheduler
 from workbench.serving.simulation.arrivals import Arrival
@@ -236,9 +236,9 @@ class TestResidents:
         shares = {task: generator.dirichlet(np.ones(5), size=3) for task in ("qa", "code")}
         expected = {"qa": 8.0, "code": 20.0}
         simulated = Residents(shares, [slots] * 3, expected)
-        running: list[RunningRequest] = []
+        running: list[Request] = []
         for task, tokens, ends in data:
-            new = RunningRequest(task, tokens)
+            new = Request(task, tokens)
             simulated.admit([new], running)
             running.append(new)
             demand = expected_tokens(running, shares, lambda task, layer: True, expected.__getitem__)
@@ -249,20 +249,20 @@ class TestResidents:
 
     def test_a_plan_for_the_interval_is_kept_until_the_next_prediction(self) -> None:
         simulated = residents(make_costs(), interval=3, replan="interval")
-        loads = [simulated.admit([RunningRequest("qa", 4)], [])[0]]
-        loads += [simulated.admit([RunningRequest("code", 40)], [])[0] for _ in range(3)]
+        loads = [simulated.admit([Request("qa", 4)], [])[0]]
+        loads += [simulated.admit([Request("code", 40)], [])[0] for _ in range(3)]
         assert loads == [2, 0, 0, 2] and simulated.predictions == 2
 
     def test_loading_is_foretold_exactly(self) -> None:
         simulated = residents(make_costs())
-        running = [RunningRequest("qa", 3)]
+        running = [Request("qa", 3)]
         simulated.admit(running, [])
         foretold = simulated.loads_for("code", 30, running)
-        assert foretold == simulated.admit([RunningRequest("code", 30)], running)[0] == 2
+        assert foretold == simulated.admit([Request("code", 30)], running)[0] == 2
 
     def test_what_fits_a_task_is_told(self) -> None:
         simulated = residents(make_costs())
-        simulated.admit([RunningRequest("code", 3)], [])
+        simulated.admit([Request("code", 3)], [])
         assert simulated.mass("code") == pytest.approx(1.0) and simulated.mass("qa") == 0.0
         assert simulated.missing_for("code") == 0 and simulated.missing_for("qa") == 2
 

@@ -14,6 +14,7 @@ import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.checkpoint.quantization import LARGEST, dequantize, product, quantize
 from emoe_core.errors import OptionError
+from emoe_core.experts.compute import ExpertForm
 from emoe_core.experts.layer import LayerHandle
 from workbench.models.reference.tiny import tiny_moe
 
@@ -79,7 +80,7 @@ def test_bfloat16_products_stay_near_the_rounded_model(tmp_path: Path) -> None:
         expected = reference(input_ids=ids).logits.float().log_softmax(-1)
     with emoe_core.load(path, expert_dtype="int8", budget="40%", predictor=None, pack_dir=tmp_path) as engine:
         handles = [module.__dict__.get("_emoe_layer") for module in engine.model.modules()]
-        assert all(handle.form is not None for handle in handles if isinstance(handle, LayerHandle))
+        assert all(isinstance(handle.form, ExpertForm) for handle in handles if isinstance(handle, LayerHandle))
         with torch.no_grad():
             mine = engine.model(input_ids=ids).logits.float().log_softmax(-1)
     kl = (expected.exp() * (expected - mine)).sum(-1)

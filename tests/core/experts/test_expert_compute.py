@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 import emoe_core
 from emoe_core.experts import compute as expert_compute
-from emoe_core.experts.compute import ExpertForm, Tensors, prove
+from emoe_core.experts.compute import ExpertForm, Tensors, find_form
 from emoe_core.experts.layer import LayerHandle
 from workbench.models.reference.tiny import tiny_moe
 
@@ -117,7 +117,7 @@ def test_an_expert_outside_the_lease_gives_nothing() -> None:
 
 def test_a_form_is_proven_on_the_memory_that_will_hold_the_experts() -> None:
     samples = [dict(item) for item in parameters(torch.float32)[:2]]
-    assert isinstance(prove(Module(), eager, samples, EXPERTS).form, ExpertForm)
+    assert isinstance(find_form(Module(), eager, samples, EXPERTS).form, ExpertForm)
 
 
 def other_gate(lease: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -142,8 +142,8 @@ def in_reverse(lease: Any, hidden: torch.Tensor, index: torch.Tensor, weights: t
 @pytest.mark.parametrize("code", [other_gate, unweighted, in_reverse])
 def test_code_that_does_something_else_is_not_replaced(code: Any) -> None:
     samples = [dict(item) for item in parameters(torch.bfloat16)[:2]]
-    proof = prove(Module(), code, samples, EXPERTS)
-    assert proof.form is None and proof.failure
+    found = find_form(Module(), code, samples, EXPERTS)
+    assert found.form is None and found.failure
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
@@ -153,4 +153,4 @@ def test_known_families_are_computed_in_a_proven_form(family: str, tmp_path: Pat
         handles = [module.__dict__.get("_emoe_layer") for module in engine.model.modules()]
         found = [handle for handle in handles if isinstance(handle, LayerHandle)]
     assert found
-    assert all(handle.form is not None for handle in found)
+    assert all(isinstance(handle.form, ExpertForm) for handle in found)

@@ -140,14 +140,14 @@ def test_tolerance_is_per_row_in_a_mixed_batch(mixtral: Path, tmp_path: Path) ->
     with emoe_core.load(
         mixtral, budget="2 slots", predictor=None, profile=profile, pack_dir=tmp_path, record=True
     ) as engine:
-        numbers = engine.admit(["qa", "classification"], [2, 24])
+        requests = engine.admit(["qa", "classification"], [2, 24])
         # The exact row repeats one token, so that it does not ask for every expert.
         inputs = torch.cat([torch.full((1, 24), 7), ids()])
         logits_of(engine, inputs)
-        engine.finish(numbers)
+        engine.finish(requests)
         trace = engine.trace()
     changed = (trace.chosen != trace.served).any(axis=(1, 2))
-    assert set(trace.request[changed].tolist()) == {numbers[1]}
+    assert set(trace.request[changed].tolist()) == {requests[1].engine_number}
 
 
 def test_what_is_loaded_for_one_token_serves_every_other(mixtral: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 import emoe_core
 from emoe_core.errors import UnsupportedFamilyError
 from emoe_core.experts.reroute_token import reroute_token
-from emoe_core.experts.rerouting import Rerouted, outbid, replaceable, shares_of, substitute
+from emoe_core.experts.rerouting import Rerouted, outranked, replaceable, shares_of, substitute
 from emoe_core.experts.routing_rules import Choice, Groups, RoutingRule
 from workbench.models.reference.tiny import tiny_moe
 
@@ -57,13 +57,13 @@ def test_a_higher_bias_outbids_more_but_never_the_best_nor_what_is_there(
     choice = top_k_choice(16, 8, k, seed)
     available = torch.zeros(8, dtype=torch.bool)
     available[sorted(resident)] = True
-    low, high = (outbid(choice, available, bias, SOFTMAX) for bias in sorted((one, other)))
+    low, high = (outranked(choice, available, bias, SOFTMAX) for bias in sorted((one, other)))
     assert not bool((low & ~high).any())
     assert not bool(high[:, 0].any()), "the best expert is kept"
     assert not bool((high & available[choice.index]).any())
     assert bool((high.sum(-1) <= len(resident)).all()), "nobody falls out without somebody to take the place"
     # A bonus beyond the spread lets every available expert pass every other but the best.
-    every = outbid(choice, available, 1.01, SOFTMAX)
+    every = outranked(choice, available, 1.01, SOFTMAX)
     free = (available.sum() - available[choice.index].sum(-1)).clamp_min(0)
     absent = ~available[choice.index]
     absent[:, 0] = False
@@ -155,7 +155,7 @@ def test_a_bias_protects_the_best_expert_within_the_groups_and_nobody_outside_bi
     choice = Choice(logits, torch.tensor([[0.6, 0.4]]), torch.tensor([[0, 1]]))
     available = torch.zeros(8, dtype=torch.bool)
     available[[2, 7]] = True
-    assert not bool(outbid(choice, available, 3.0, ONE_GROUP_OF_FOUR).any()), "nobody in the group can take a place"
+    assert not bool(outranked(choice, available, 3.0, ONE_GROUP_OF_FOUR).any()), "nobody in the group can take a place"
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,27 @@ import torch
 from emoe_core.errors import DataError
 from emoe_core.experts.step import StepContext
 from emoe_core.experts.trace import RoutingTrace, TraceRecorder
+from emoe_core.scheduler import Request
+
+
+def numbered(number: int, task: str) -> Request:
+    request = Request(task, 1)
+    request.engine_number = number
+    return request
 
 
 def recorded() -> RoutingTrace:
     """Record a padded prefill of two requests and one decode step: 2 layers, 4 experts, top-2."""
     recorder = TraceRecorder(2, 4)
     real = torch.tensor([False, True, True, True])
-    prefill = StepContext(0, (5, 9), ("qa", "code"), 2, True, real)
+    requests = (numbered(5, "qa"), numbered(9, "code"))
+    prefill = StepContext(0, requests, 2, True, real)
     chosen = torch.tensor([[3, 3], [0, 1], [0, 2], [0, 1]])
     weight = torch.tensor([[0.5, 0.5], [0.75, 0.25], [0.5, 0.5], [0.5, 0.5]])
     for layer in range(2):
         recorder.layer(layer, chosen, weight, chosen.flip(1) if layer else chosen)
     recorder.end_of_pass(prefill)
-    decode = StepContext(1, (5, 9), ("qa", "code"), 1, False)
+    decode = StepContext(1, requests, 1, False)
     for layer in range(2):
         recorder.layer(layer, torch.tensor([[1, 2], [2, 3]]), torch.full((2, 2), 0.5), torch.tensor([[1, 2], [2, 3]]))
     recorder.end_of_pass(decode)
@@ -49,7 +57,7 @@ def test_counts_and_shares_by_hand() -> None:
 
 def test_a_pass_that_not_every_layer_reported_is_forgotten() -> None:
     recorder = TraceRecorder(2, 4)
-    step = StepContext(0, (0,), ("qa",), 1, True)
+    step = StepContext(0, (numbered(0, "qa"),), 1, True)
     recorder.layer(0, torch.tensor([[0, 1]]), torch.ones(1, 2), torch.tensor([[0, 1]]))
     recorder.end_of_pass(step)
     recorder.layer(1, torch.tensor([[0, 1]]), torch.ones(1, 2), torch.tensor([[0, 1]]))

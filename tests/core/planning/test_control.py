@@ -96,14 +96,14 @@ def test_an_admission_plan_follows_the_running_requests(model: Path, tmp_path: P
 
 def test_after_a_swap_the_plan_is_resident(model: Path, tmp_path: Path) -> None:
     with load(model, tmp_path, predictor=RandomPredictor, interval=1) as engine:
-        numbers = engine.admit(["qa"], [5])
+        requests = engine.admit(["qa"], [5])
         engine.loader.settle()
         plan = engine.control.plan
         assert plan is not None
         assert [set(experts) for experts in plan.experts] == [
             engine.loader.table.resident(layer) for layer in range(LAYERS)
         ]
-        engine.finish(numbers)
+        engine.finish(requests)
         counters = engine.stats().counters
         assert counters.prefetches == 3 * LAYERS and counters.loads == 0
 

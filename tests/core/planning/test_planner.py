@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emoe_core.planning.planner import RunningRequest, expected_tokens, make_plan
+from emoe_core.planning.planner import expected_tokens, make_plan
+from emoe_core.scheduler import Request
 
 SHARES = {
     "qa": np.array([[0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.4, 0.4]]),
     "code": np.array([[0.0, 0.0, 0.5, 0.5], [1.0, 0.0, 0.0, 0.0]]),
 }
-RUNNING = [RunningRequest("qa", 10), RunningRequest("qa", 30), RunningRequest("code", 100)]
+RUNNING = [Request("qa", 10), Request("qa", 30), Request("code", 100)]
 
 
 def always(task: str, layer: int) -> bool:

@@ -75,8 +75,8 @@ def test_the_predicted_loss_of_every_task_keeps_the_target(profile: Profile, tar
 def test_a_target_of_zero_is_exact_everywhere(profile: Profile, slots: int) -> None:
     plan = choose(profile, 0.0, [4] * profile.n_layers, 1, [slots] * profile.n_layers)
     assert {
-        plan.tolerance(task, layer) for task in (*profile.tasks, "unknown") for layer in range(profile.n_layers)
-    } == {0.0}
+        plan.is_exact(task, layer) for task in (*profile.tasks, "unknown") for layer in range(profile.n_layers)
+    } == {True}
 
 
 def make_profile(model_hash: str = "model", kl: float = 0.1, **changes: object) -> Profile:
@@ -89,8 +89,8 @@ def test_the_layers_that_cost_most_stay_exact_and_unknown_tasks_do() -> None:
     profile = make_profile(layer_kl_nats=(0.01, 0.5, 0.01))
     plan = choose(profile, 0.02, [EXPERTS] * LAYERS, TOP_K, [4] * LAYERS)
     assert plan.exact == {"qa": frozenset({1})}
-    assert [plan.tolerance("qa", layer) for layer in range(LAYERS)] == [1.0, 0.0, 1.0]
-    assert plan.tolerance("unknown", 0) == plan.tolerance("code", 0) == 0.0
+    assert [plan.is_exact("qa", layer) for layer in range(LAYERS)] == [False, True, False]
+    assert plan.is_exact("unknown", 0) and plan.is_exact("code", 0)
     assert plan.predicted_loss["qa"] == pytest.approx(np.expm1(0.01))
     assert any("qa" in term for term, _ in plan.rows())
 

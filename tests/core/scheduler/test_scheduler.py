@@ -14,9 +14,9 @@ from emoe_core.errors import OptionError
 from emoe_core.scheduler import (
     BatchLimits,
     Objective,
+    Request,
     RequestTooLargeError,
-    ServiceRequest,
-    Situation,
+    SchedulingContext,
     WaitingQueue,
 )
 from emoe_core.scheduler.latency import DecodeForecast
@@ -28,8 +28,8 @@ ROOMY = BatchLimits(8, 10**6)
 
 def choose(
     name: str,
-    waiting: list[ServiceRequest],
-    running: list[ServiceRequest] | None = None,
+    waiting: list[Request],
+    running: list[Request] | None = None,
     *,
     now_s: float = 0.0,
     limits: BatchLimits = ROOMY,
@@ -42,10 +42,10 @@ def choose(
     for request in waiting:
         queue.add(request)
     scheduler = make_scheduler(name, make_costs(**costs), max_bypassed)  # type: ignore[arg-type]
-    return [one.number for one in scheduler.choose(Situation(now_s, queue, running or [], limits, loading_s))]
+    return [one.number for one in scheduler.choose(SchedulingContext(now_s, queue, running or [], limits, loading_s))]
 
 
-def running(number: int, *, generated: int, expected: float, first_s: float, objective: Objective) -> ServiceRequest:
+def running(number: int, *, generated: int, expected: float, first_s: float, objective: Objective) -> Request:
     request = make_request(number, expected=expected, objective=objective)
     request.generated, request.first_token_s = generated, first_s
     return request
@@ -161,7 +161,7 @@ def test_nobody_is_bypassed_more_often_than_allowed_and_all_are_served(
             clock = max(clock, coming[0][0].arrival_s)
         while coming and coming[0][0].arrival_s <= clock:
             queue.add(coming.pop(0)[0])
-        chosen = scheduler.choose(Situation(clock, queue, batch, limits, lambda task: 1.5))
+        chosen = scheduler.choose(SchedulingContext(clock, queue, batch, limits, lambda task: 1.5))
         assert len({one.number for one in chosen}) == len(chosen)
         assert chosen or batch, "idle though somebody waits"
         for request in chosen:
@@ -241,7 +241,7 @@ class TestLatency:
         (lambda: make_scheduler("edf", make_costs(), -1), "give 0"),
         (lambda: BatchLimits(0, 10), "at least 1 request"),
         (lambda: Objective(0.0, 1.0), "more than 0 seconds"),
-        (lambda: make_request(0, inputs=0), "at least one input token"),
+        (lambda: ROOMY.require_fit(make_request(0, inputs=0)), "at least one input token"),
     ],
 )
 def test_impossible_settings_are_refused(make: Callable[[], object], message: str) -> None:

@@ -49,7 +49,7 @@ def serve(
 
 
 def require_nothing_left(engine: emoe_core.Engine, loop: ServingLoop) -> None:
-    assert loop.idle and not loop._asked, "a request was forgotten"
+    assert loop.idle, "a request was forgotten"
     assert not engine.control.running, "a request that ended still runs on the engine"
 
 
@@ -61,7 +61,7 @@ def spoilt(engine: emoe_core.Engine, spoil: Spoil) -> Iterator[None]:
     def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         assert engine.passes.step is not None
         output = output.clone()
-        spoil(output, tuple(number - first for number in engine.passes.step.requests))
+        spoil(output, tuple(number - first for number in engine.passes.step.numbers))
         return output
 
     handle = engine.model.get_output_embeddings().register_forward_hook(hook)

@@ -12,7 +12,7 @@ from serving_bench import make_costs
 import emoe_core
 from emoe_core.errors import OptionError
 from emoe_core.generation import encode
-from emoe_core.scheduler import BatchLimits, RequestTooLargeError, make_scheduler
+from emoe_core.scheduler import BatchLimits, Request, RequestTooLargeError, make_scheduler
 from emoe_core.scheduler.costs import CostsError, TaskLoad
 from emoe_core.serving.loop import ServingLoop, limits_within
 from emoe_core.serving.records import Answer
@@ -146,7 +146,7 @@ def test_loading_is_foretold_from_the_plan(model: Path) -> None:
         before = engine.stats().counters.prefetches
         foretold = {task: loop._loading_s(task) for task in ("qa", "code")}
         task = max(foretold, key=foretold.__getitem__)
-        engine.passes.leave(engine.passes.admit_beside([task], [1]))
+        engine.passes.admit([Request(task, 1)])
         assert engine.stats().counters.prefetches - before == foretold[task] > 0
 
 
@@ -223,7 +223,7 @@ def test_who_fails_fails_alone(model: Path, monkeypatch: pytest.MonkeyPatch, whe
         def broken(layer: int, experts: list[int]) -> object:
             step = engine.passes.step
             assert step is not None
-            if victim in step.requests and layer == 2 and step.is_prefill == (where == "prompt"):
+            if victim in step.numbers and layer == 2 and step.is_prefill == (where == "prompt"):
                 raise OSError("the disk is gone")
             return lease(layer, experts)
 

@@ -14,10 +14,9 @@ import torch
 
 import emoe_core
 from emoe_core.planning.tasks import UNKNOWN
-from emoe_core.scheduler import ServiceRequest
-from emoe_core.serving.batch import Row, RunningBatch
+from emoe_core.scheduler import Request
+from emoe_core.serving.batch import RunningBatch
 from emoe_core.serving.generation_rules import GenerationRules, end_tokens
-from emoe_core.serving.loop import NO_PROMISE
 from emoe_core.serving.sampling import Sampler
 from workbench.serving.checks.soak import Question, Reply
 
@@ -68,24 +67,23 @@ class _CloseCalls(Sampler):
 def answer_alone(engine: emoe_core.Engine, question: Question, ends: Collection[int]) -> Offline:
     """Answer one question in a batch of its own."""
     assert engine.tokenizer is not None
-    size, batch = len(question.prompt_ids), RunningBatch(engine)
+    batch = RunningBatch(engine)
     processors = GenerationRules(engine).processors(question.prompt_ids, question.max_tokens)
     sampler = _CloseCalls(question.sampling, processors, question.prompt_ids, question.max_tokens)
-    numbers = engine.passes.admit_beside([UNKNOWN], [size])
-    request = ServiceRequest(0, UNKNOWN, 0.0, size, question.max_tokens, 1.0, NO_PROMISE)
-    row = Row(request, numbers[0], question.prompt_ids, sampler, 0.0)
+    request = Request(UNKNOWN, len(question.prompt_ids), prompt_ids=question.prompt_ids, sampler=sampler)
+    engine.passes.admit([request])
     try:
         with torch.no_grad():
-            batch.prefill(row)
-            while len(row.tokens) < question.max_tokens and row.tokens[-1] not in ends:
+            batch.prefill(request)
+            while request.generated < question.max_tokens and request.tokens[-1] not in ends:
                 for error in batch.step().values():
                     raise error
     finally:
         batch.abandon()
         batch.seat(())
-    said = [token for token in row.tokens if token not in ends]
+    said = [token for token in request.tokens if token not in ends]
     texts = [
-        str(engine.tokenizer.decode(said[: place + 1], skip_special_tokens=True)) for place in range(len(row.tokens))
+        str(engine.tokenizer.decode(said[: place + 1], skip_special_tokens=True)) for place in range(request.generated)
     ]
     whole = (*(text.rstrip("\ufffd") for text in texts[:-1]), texts[-1])
     return Offline(whole, tuple(sampler.close))

@@ -22,8 +22,7 @@ import pandas as pd
 
 import emoe_core
 from emoe_core.errors import OptionError
-from emoe_core.planning.planner import RunningRequest
-from emoe_core.scheduler import BatchLimits, Objective
+from emoe_core.scheduler import BatchLimits, Objective, Request
 from emoe_core.scheduler.costs import ServingCosts
 from emoe_core.serving.loop import ServingLoop
 from emoe_core.serving.records import Answer, Pass
@@ -257,7 +256,7 @@ def simulate(
     replica.scheduler = make_scheduler(service.scheduler, believed or costs, service.max_bypassed)
     assert replica.residents is not None
     for task in sorted(costs.tasks):
-        replica.residents.admit([RunningRequest(task, 1)], [])
+        replica.residents.admit([Request(task, 1)], [])
     return Cluster([replica]).run([make_request(service, costs, promised, one) for one in coming])
 
 

@@ -23,10 +23,9 @@ import torch
 
 import emoe_core
 from emoe_core.planning.tasks import TASK_TYPES
-from emoe_core.scheduler import ServiceRequest
+from emoe_core.scheduler import Request
 from emoe_core.scheduler.costs import CostsError
-from emoe_core.serving.batch import Row, RunningBatch
-from emoe_core.serving.loop import NO_PROMISE
+from emoe_core.serving.batch import RunningBatch
 from emoe_core.serving.records import Pass
 from emoe_core.serving.sampling import Sampler
 from workbench.serving.costs.task_loads import cut, task_tokens
@@ -129,8 +128,8 @@ def _prompts(
         times = []
         # The first of each length is not counted; then every task has its turn.
         for repeat in range(repeats + 1):
-            with _running(engine, _tasks_from(repeat, 1)) as (batch, rows):
-                times.append(_read(engine, batch, rows[0], cut(texts[rows[0].request.task], count)))
+            with _running(engine, _tasks_from(repeat, 1)) as (batch, (request,)):
+                times.append(_read(batch, request, cut(texts[request.task], count)))
         sizes.append(float(count))
         seconds.append(float(np.median(times[1:])))
         report("prompts", place + 1, len(prompt_tokens))
@@ -145,9 +144,9 @@ def _steps(
         times: list[float] = []
         # Whose rows they are decides what is resident: every task has its turn, in a small batch as in a large one.
         for first in range(0, len(TASK_TYPES), size):
-            with _running(engine, _tasks_from(first, size)) as (batch, rows):
-                for row in rows:
-                    _read(engine, batch, row, cut(texts[row.request.task], context))
+            with _running(engine, _tasks_from(first, size)) as (batch, requests):
+                for request in requests:
+                    _read(batch, request, cut(texts[request.task], context))
                 times += [_step(batch) for _ in range(repeats + 1)][1:]
         medians.append(float(np.median(times)))
         report("steps", place + 1, len(batches))
@@ -162,26 +161,25 @@ def _step(batch: RunningBatch) -> float:
 
 
 @contextmanager
-def _running(engine: emoe_core.Engine, tasks: Sequence[str]) -> Iterator[tuple[RunningBatch, list[Row]]]:
+def _running(engine: emoe_core.Engine, tasks: Sequence[str]) -> Iterator[tuple[RunningBatch, list[Request]]]:
     """Admit requests as the serving loop does, their experts in place; end them afterwards."""
     batch = RunningBatch(engine)
-    numbers = engine.passes.admit_beside(tasks, [1] * len(tasks))
+    requests = [Request(task, 1, sampler=Sampler(None)) for task in tasks]
+    engine.passes.admit(requests)
     engine.loader.settle()
-    requests = [ServiceRequest(place, task, 0.0, 1, 1, 1.0, NO_PROMISE) for place, task in enumerate(tasks)]
-    rows = [Row(request, number, (), Sampler(None), 0.0) for request, number in zip(requests, numbers, strict=True)]
     try:
         with torch.no_grad():
-            yield batch, rows
+            yield batch, requests
     finally:
-        engine.passes.leave(numbers)
+        engine.passes.finish(requests)
         batch.seat(())
 
 
-def _read(engine: emoe_core.Engine, batch: RunningBatch, row: Row, ids: Sequence[int]) -> float:
-    """Run a prompt, whose row joins the batch; return its seconds. Choosing a token waits for the device."""
-    row.prompt_ids = ids
+def _read(batch: RunningBatch, request: Request, ids: Sequence[int]) -> float:
+    """Run a prompt, whose request joins the batch; return its seconds. Choosing a token waits for the device."""
+    request.prompt_ids, request.input_tokens = ids, len(ids)
     started = time.perf_counter()
-    batch.prefill(row)
+    batch.prefill(request)
     return time.perf_counter() - started
 
 

@@ -20,9 +20,8 @@ from typing import Any
 from emoe_core.errors import OptionError
 from emoe_core.planning.classifier import classify
 from emoe_core.planning.tasks import TASK_TYPES, UNKNOWN
-from emoe_core.scheduler import Objective
+from emoe_core.scheduler import NO_PROMISE, Objective
 from emoe_core.serving.generation_rules import unknown_token
-from emoe_core.serving.loop import NO_PROMISE
 from emoe_core.serving.sampling import Sampling
 from workbench.serving.server.conversation import conversation_text
 from workbench.serving.server.fields import ChatRequest, Common, CompletionRequest, Slo, read_fields

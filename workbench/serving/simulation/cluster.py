@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from emoe_core.errors import OptionError
-from emoe_core.scheduler import ServiceRequest
+from emoe_core.scheduler import Request
 from workbench.serving.simulation.router import Router
 from workbench.serving.simulation.simulated_engine import Served, SimulatedEngine
 
@@ -44,12 +44,12 @@ class Cluster:
         self._due: list[tuple[float, int]] = []
         self._ends: list[tuple[float, int]] = []
 
-    def run(self, requests: Sequence[tuple[ServiceRequest, int]], progress: Progress | None = None) -> list[Served]:
+    def run(self, requests: Sequence[tuple[Request, int]], progress: Progress | None = None) -> list[Served]:
         """Serve requests, given in order of arrival with their true output lengths; return records by number.
 
         Parameters
         ----------
-        requests : sequence of (ServiceRequest, int)
+        requests : sequence of (Request, int)
         progress : callable, optional
             Called with (stage, requests that have arrived, requests in all).
 
@@ -67,7 +67,7 @@ class Cluster:
         self._advance(math.inf)
         return sorted((record for replica in self.replicas for record in replica.served), key=lambda one: one.number)
 
-    def route(self, request: ServiceRequest) -> int:
+    def route(self, request: Request) -> int:
         """Return the replica that a request goes to."""
         return self._router.choose(lambda place: self.replicas[place].missing_for(request.task))
 
@@ -85,7 +85,7 @@ class Cluster:
         while self._ends and self._ends[0][0] <= now_s:
             self._router.count(heapq.heappop(self._ends)[1], -1)
 
-    def _submit(self, place: int, request: ServiceRequest, output_tokens: int) -> None:
+    def _submit(self, place: int, request: Request, output_tokens: int) -> None:
         replica = self.replicas[place]
         was_idle = replica.idle
         replica.submit(request, output_tokens)

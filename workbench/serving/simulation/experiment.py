@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from emoe_core.errors import OptionError, require_known
-from emoe_core.scheduler import MAX_BYPASSED, BatchLimits, Objective, ServiceRequest
+from emoe_core.scheduler import MAX_BYPASSED, BatchLimits, Objective, Request
 from emoe_core.scheduler.costs import ServingCosts
 from workbench.serving.orders import SCHEDULERS, make_scheduler
 from workbench.serving.simulation import request_traces
@@ -221,12 +221,12 @@ def objectives(
 
 def make_request(
     config: ServingConfig, costs: ServingCosts, promised: Mapping[str, Objective], one: Arrival
-) -> tuple[ServiceRequest, int]:
+) -> tuple[Request, int]:
     """Return an arrival as a scheduler sees it, and its true output length."""
     given = min(one.output_tokens, config.max_output_tokens)
     told = float(given) if config.lengths == "oracle" else costs.tasks[one.task].expected_output_tokens
-    request = ServiceRequest(
-        one.number, one.task, one.arrival_s, one.input_tokens, config.max_output_tokens, told, promised[one.task]
+    request = Request(
+        one.task, one.input_tokens, one.number, one.arrival_s, config.max_output_tokens, told, promised[one.task]
     )
     return request, given
 

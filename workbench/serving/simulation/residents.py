@@ -14,7 +14,7 @@ import numpy as np
 
 from emoe_core.errors import OptionError
 from emoe_core.planning.control import REPLANS
-from emoe_core.planning.planner import RunningRequest
+from emoe_core.scheduler import Request
 
 
 class Residents:
@@ -58,11 +58,11 @@ class Residents:
         self._slots = np.array(capacity)[:, None]
         self._interval = interval
         self._replan = replan
-        self._recent: deque[RunningRequest] = deque(maxlen=interval)
+        self._recent: deque[Request] = deque(maxlen=interval)
         self.held = np.zeros(self._shares.shape[1:], dtype=bool)
         self.admitted = self.predictions = self.swaps = self.loads = 0
 
-    def admit(self, new: Sequence[RunningRequest], running: Sequence[RunningRequest]) -> tuple[int, int]:
+    def admit(self, new: Sequence[Request], running: Sequence[Request]) -> tuple[int, int]:
         """Admit requests beside those that run; return (experts loaded, predictions made: 0 or 1)."""
         due = any((self.admitted + place) % self._interval == 0 for place in range(len(new)))
         self.admitted += len(new)
@@ -79,9 +79,9 @@ class Residents:
                 self.held = target
         return loads, int(due)
 
-    def loads_for(self, task: str, input_tokens: float, running: Sequence[RunningRequest]) -> int:
+    def loads_for(self, task: str, input_tokens: float, running: Sequence[Request]) -> int:
         """Return how many experts would be loaded if a request of a task were admitted now (dE of Eq. 3)."""
-        new = RunningRequest(task, round(input_tokens))
+        new = Request(task, round(input_tokens))
         if self._replan == "admission":
             whom = [*running, new]
         elif self.admitted % self._interval == 0:
@@ -101,7 +101,7 @@ class Residents:
         shares = self._shares[self._tasks[task]]
         return float((shares * self.held).sum(axis=1).mean())
 
-    def _weights(self, requests: Sequence[RunningRequest]) -> np.ndarray:
+    def _weights(self, requests: Sequence[Request]) -> np.ndarray:
         """Return Eq. 2's tokens of each task: inputs, and expected outputs."""
         weights = np.zeros(len(self._tasks))
         for request in requests:

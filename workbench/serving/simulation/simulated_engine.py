@@ -14,8 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from emoe_core.planning.planner import RunningRequest
-from emoe_core.scheduler import BatchLimits, Scheduler, ServiceRequest, Situation, WaitingQueue
+from emoe_core.scheduler import BatchLimits, Request, Scheduler, SchedulingContext, WaitingQueue
 from emoe_core.scheduler.costs import ServingCosts
 from workbench.serving.simulation.residents import Residents
 
@@ -41,11 +40,10 @@ class Served:
 
 @dataclass
 class _Running:
-    """A request in the batch, with the truth about its length."""
+    """A request in the batch, with what the simulation alone knows of it: how long it really is, and what it met."""
 
-    request: ServiceRequest
+    request: Request
     left: int
-    admitted_s: float
     held_mass: float
     batch: int
 
@@ -106,7 +104,7 @@ class SimulatedEngine:
         """Whether there is nothing to do."""
         return not len(self._queue) and not self._running
 
-    def submit(self, request: ServiceRequest, output_tokens: int) -> None:
+    def submit(self, request: Request, output_tokens: int) -> None:
         """Take a request that arrives now; everything up to its arrival must have been simulated (`advance`).
 
         Raises
@@ -140,9 +138,8 @@ class SimulatedEngine:
         if not len(self._queue) or len(self._running) >= self.limits.max_requests:
             return
         running = [entry.request for entry in self._running]
-        planned = [RunningRequest(request.task, request.input_tokens) for request in running]
         chosen = self.scheduler.choose(
-            Situation(self.clock_s, self._queue, running, self.limits, self._loading_cost(planned))
+            SchedulingContext(self.clock_s, self._queue, running, self.limits, self._loading_cost(running))
         )
         self.decisions += 1
         assert chosen or running, "a scheduler left the engine idle though somebody waits"
@@ -151,18 +148,17 @@ class SimulatedEngine:
         self._queue.take(chosen)
         admitted_s = self.clock_s
         if self.residents is not None:
-            new = [RunningRequest(request.task, request.input_tokens) for request in chosen]
-            loads, predictions = self.residents.admit(new, planned)
+            loads, predictions = self.residents.admit(chosen, running)
             spent = self.costs.loads_s(loads) + predictions * self.costs.prediction_s
             self.clock_s += spent
             self.loading_s += spent
         for request in chosen:
             mass = 1.0 if self.residents is None else self.residents.mass(request.task)
             self.clock_s += self.costs.prefill_s(request.input_tokens)
-            request.first_token_s = self.clock_s
+            request.admitted_s, request.first_token_s = admitted_s, self.clock_s
             request.generated = 1
-            entry = _Running(request, self._lengths.pop(request.number) - 1, admitted_s, mass, len(self._running) + 1)
-            self._running.append(entry)
+            left = self._lengths.pop(request.number) - 1
+            self._running.append(_Running(request, left, mass, len(self._running) + 1))
         self._retire()
 
     def _step(self, until_s: float) -> None:
@@ -187,13 +183,13 @@ class SimulatedEngine:
                 going.append(entry)
                 continue
             request = entry.request
-            assert request.first_token_s is not None
+            assert request.admitted_s is not None and request.first_token_s is not None
             self.served.append(
                 Served(
                     request.number,
                     request.task,
                     request.arrival_s,
-                    entry.admitted_s,
+                    request.admitted_s,
                     request.first_token_s,
                     self.clock_s if request.generated > 1 else request.first_token_s,
                     request.input_tokens,
@@ -207,7 +203,7 @@ class SimulatedEngine:
             )
         self._running = going
 
-    def _loading_cost(self, running: list[RunningRequest]) -> Callable[[str], float]:
+    def _loading_cost(self, running: list[Request]) -> Callable[[str], float]:
         known: dict[str, float] = {}
 
         def loading_s(task: str) -> float:
