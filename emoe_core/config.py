@@ -10,7 +10,8 @@ import torch
 from emoe_core.budget import Budget
 from emoe_core.checkpoint.index import EXPERT_DTYPES, parse_dtype
 from emoe_core.errors import OptionError, require_known
-from emoe_core.loader.eviction import require_policy
+from emoe_core.loader.eviction import LRU, require_policy
+from emoe_core.loader.slots import Policy
 from emoe_core.loader.storage import VERIFY
 from emoe_core.planning.control import REPLANS
 from emoe_core.planning.interval import make_interval
@@ -47,8 +48,9 @@ class EngineConfig:
     lookahead : int
         While a MoE layer computes, fetch what the one this many layers further on is guessed to want (see
         `loader/prefetch.py`); 0 is off.
-    policy : str
-        Eviction on demand: "lru", "lfu", "least_stale", "static", "decayed_demand" (see `loader/eviction.py`).
+    policy : str or callable
+        Eviction on demand: "lru", "decayed_demand" (see `loader/eviction.py`), or a rule that chooses who leaves, as
+        `loader.slots.lru` does.
     profile : Profile or None
         Task profile; given, insensitive (task, layer) pairs take whatever is resident.
     max_quality_loss : float or None
@@ -86,7 +88,7 @@ class EngineConfig:
     min_coverage: float = 0.9
     replan: str = "admission"
     lookahead: int = 0
-    policy: str = "lru"
+    policy: str | Policy = LRU
     profile: Profile | None = None
     max_quality_loss: float | None = None
     device: str = "auto"

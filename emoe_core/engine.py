@@ -24,16 +24,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from emoe_core import generation
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.config import EngineConfig, resolve_device
-from emoe_core.cpu_memory import trim_during_prompts
-from emoe_core.engine_plan import plan_engine
+from emoe_core.cpu_memory import bound_kernel_caches, trim_during_prompts
 from emoe_core.errors import OptionError, UnsupportedFamilyError
 from emoe_core.experts import layer as experts
 from emoe_core.experts.attach import Attached, attach_layers, attach_lookahead, infer_only, refuse_misuse
 from emoe_core.experts.trace import RoutingTrace, TraceRecorder
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
-from emoe_core.kernel_cache import bound_kernel_caches
+from emoe_core.generation import load_tokenizer
 from emoe_core.loader.cache_folder import cache_dir
-from emoe_core.loader.eviction import make_table
+from emoe_core.loader.eviction import make_table, policy_name
 from emoe_core.loader.loader import ExpertLoader
 from emoe_core.loader.pack import Pack, Progress, ensure_pack
 from emoe_core.loader.prefetch import Lookahead
@@ -42,11 +41,11 @@ from emoe_core.loader.storage import HostMemory, PackedFile
 from emoe_core.metrics import RunStats
 from emoe_core.planning.control import ControlLoop
 from emoe_core.planning.interval import make_interval
+from emoe_core.planning.quality_target import plan_memory
 from emoe_core.predictor import NO_PREDICTOR, Predictor, make_predictor
 from emoe_core.serving.kv_cache import obstacle
 from emoe_core.session import ForwardPasses
 from emoe_core.timeline import Timeline
-from emoe_core.tokenizer import load_tokenizer
 
 
 def load(checkpoint: str | Path, *, progress: Progress | None = None, **options: Any) -> Engine:
@@ -91,7 +90,7 @@ class Engine:
         self.config = config
         self.tolerance = config.tolerance
         self.device = resolve_device(config.device)
-        self.plan, self.quality = plan_engine(index, config)
+        self.plan, self.quality = plan_memory(index, config.budget, config.profile, config.max_quality_loss)
         layers = index.layers
         bound_kernel_caches(short_of_memory=not self.plan.all_resident)
         predictor = self._new_predictor()
@@ -223,7 +222,7 @@ class Engine:
             dense_bytes=self.index.dense_bytes_total,
             top_k_share=self.plan.top_k_share,
             tolerance=self.tolerance,
-            policy=self.config.policy,
+            policy=policy_name(self.config.policy),
             predictor=NO_PREDICTOR if self.control.predictor is None else self.control.predictor.name,
             interval=self.config.interval,
             cold_start=self.control.cold,

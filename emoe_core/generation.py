@@ -9,19 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from emoe_core.errors import OptionError
+from emoe_core.errors import CheckpointError, OptionError
 from emoe_core.planning.classifier import classify
 from emoe_core.serving.generation_rules import GenerationRules, embedded_tokens, end_tokens, require_known_tokens
-from emoe_core.text_stream import TextStream
+from emoe_core.serving.text_stream import TextStream
 
 if TYPE_CHECKING:
     from emoe_core.engine import Engine
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 OnToken = Callable[[int, str], None]
 
 
@@ -46,6 +48,32 @@ class Generation:
     def prompt_tokens(self) -> int:
         """Input length in tokens."""
         return len(self.prompt_ids)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a checkpoint's directory, or None where there is none.
+
+    Code that comes with it is never run, nor is the hub asked.
+
+    Raises
+    ------
+    CheckpointError
+        When its files are damaged, or it exists only as code of its own.
+    """
+    # Asked for first: transformers would look for a missing one on the hub.
+    if not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # damaged files, and those that need code of their own, raise many unrelated types
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"the tokenizer of {path} cannot be loaded ({reason}). emoe never runs code that comes with a checkpoint: "
+            f"save the tokenizer as tokenizer.json, or fetch the files again."
+        ) from error
+    return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = True) -> list[int]:

@@ -17,16 +17,15 @@ import typer
 
 from emoe_core.planning.tasks import TASK_TYPES
 from emoe_core.scheduler import (
-    SCHEDULERS,
     BatchLimits,
     Objective,
     ServiceRequest,
     Situation,
     WaitingQueue,
-    make_scheduler,
 )
 from emoe_core.scheduler.costs import ServingCosts, TaskLoad
 from workbench.cli import run_script
+from workbench.serving.orders import SCHEDULERS, make_scheduler
 
 
 def decision_times_s(name: str, waiting: int, max_batch: int, free: int, repeats: int, seed: int = 0) -> np.ndarray:

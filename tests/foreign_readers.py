@@ -26,6 +26,7 @@ from emoe_core.planning.tasks import Profile, TaskProfile
 from emoe_core.predictor.network import NetworkShape, ShareNetwork
 from emoe_core.predictor.transformer import FORMAT, KEY, PredictorHeader, TransformerPredictor
 from emoe_core.scheduler.costs import ServingCosts, TaskLoad
+from workbench.quality.profile.masks import mask_by_kl, mask_by_similarity
 from workbench.replay.references import read_output
 from workbench.serving.simulation.request_traces import read_trace
 from workbench.sweep.file import read_sweep
@@ -153,8 +154,8 @@ def read_profile(path: Path) -> None:
     profile = Profile.load(path)
     for task in profile.tasks:
         profile.sensitive(task, 0)
-        profile.tasks[task].mask_by_similarity(0.85)
-        profile.tasks[task].mask_by_kl(0.1)
+        mask_by_similarity(profile.tasks[task], 0.85)
+        mask_by_kl(profile.tasks[task], 0.1)
 
 
 def costs_bytes() -> bytes:

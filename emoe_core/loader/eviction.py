@@ -19,11 +19,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from emoe_core.errors import require_known
-from emoe_core.loader.slots import POLICIES, Entry, SlotTable
+from emoe_core.loader.slots import Entry, Policy, SlotTable, lru
 
-DECAYED_DEMAND = "decayed_demand"
+LRU, DECAYED_DEMAND = POLICY_NAMES = ("lru", "decayed_demand")
 HALF_LIFE_PASSES = 2.0
-POLICY_NAMES = (*POLICIES, DECAYED_DEMAND)
 
 
 class DemandTable(SlotTable):
@@ -81,14 +80,20 @@ class DemandTable(SlotTable):
         return min(leaving or candidates, key=lambda entry: scores[entry.expert], default=None)
 
 
-def require_policy(name: str) -> None:
-    """Raise OptionError, naming the known ones, for an unknown eviction policy."""
-    require_known(name, sorted(POLICY_NAMES), "eviction policy")
+def require_policy(policy: str | Policy) -> None:
+    """Raise OptionError, naming the known ones, for an eviction policy that is neither a name nor a rule."""
+    if not callable(policy):
+        require_known(policy, POLICY_NAMES, "eviction policy")
 
 
-def make_table(capacity: Sequence[int], spare: int, policy: str, experts: int) -> SlotTable:
+def policy_name(policy: str | Policy) -> str:
+    """Return what a policy is called."""
+    return policy if isinstance(policy, str) else policy.__name__
+
+
+def make_table(capacity: Sequence[int], spare: int, policy: str | Policy, experts: int) -> SlotTable:
     """Return the residency table of a policy; ``experts`` are those of the largest layer."""
     require_policy(policy)
     if policy == DECAYED_DEMAND:
         return DemandTable(capacity, spare, experts)
-    return SlotTable(capacity, spare, policy)
+    return SlotTable(capacity, spare, lru if isinstance(policy, str) else policy)

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emoe_core.errors import require_known
-
 
 @dataclass
 class Entry:
@@ -54,35 +52,6 @@ def lru(candidates: Sequence[Entry], forward: int) -> Entry | None:
     return min(candidates, key=lambda entry: entry.touched, default=None)
 
 
-def lfu(candidates: Sequence[Entry], forward: int) -> Entry | None:
-    """Evict the expert that served the fewest requests since it was loaded; ties go to the least recent."""
-    return min(candidates, key=lambda entry: (entry.uses, entry.touched), default=None)
-
-
-def least_stale(candidates: Sequence[Entry], forward: int) -> Entry | None:
-    """Evict stale experts (untouched in this forward pass) first, oldest first; of the fresh ones, the newest.
-
-    Our reading of the Least-Stale policy (arXiv 2602.03921) for per-layer partitions: what this pass has already
-    used is kept for the next pass, and a long streamed prefill replaces its own last arrival, not the whole layer.
-    """
-    stale = [entry for entry in candidates if entry.forward != forward]
-    return lru(stale, forward) if stale else max(candidates, key=lambda entry: entry.touched, default=None)
-
-
-def static(candidates: Sequence[Entry], forward: int) -> Entry | None:
-    """Never evict on demand: only a plan changes the residents."""
-    return None
-
-
-POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "least_stale": least_stale, "static": static}
-
-
-def policy_by_name(name: str) -> Policy:
-    """Return an eviction rule of this module; OptionError names the known ones."""
-    require_known(name, sorted(POLICIES), "eviction policy")
-    return POLICIES[name]
-
-
 class SlotTable:
     """The residency table: at most ``capacity[layer]`` experts a layer, plus ``spare`` streamed ones in all.
 
@@ -92,14 +61,14 @@ class SlotTable:
         Slots of each MoE layer, >= 1 each.
     spare : int
         Slots beyond the capacities, shared by all layers, used only while a forward pass has a layer pinned full.
-    policy : str
-        Name of the eviction policy.
+    policy : callable
+        Chooses who leaves a layer, given its entries that may and the number of the forward pass; None for nobody.
     """
 
-    def __init__(self, capacity: Sequence[int], spare: int, policy: str = "lru") -> None:
+    def __init__(self, capacity: Sequence[int], spare: int, policy: Policy = lru) -> None:
         self.capacity = tuple(capacity)
         self.spare = spare
-        self.policy = policy_by_name(policy)
+        self.policy = policy
         self.forward = 0
         self._clock = 0
         self._free = list(range(sum(self.capacity) + spare))[::-1]

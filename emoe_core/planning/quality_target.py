@@ -27,6 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from emoe_core.budget import Budget, SlotPlan, plan_given, plan_slots
+from emoe_core.checkpoint.index import CheckpointIndex
 from emoe_core.errors import OptionError
 from emoe_core.planning.tasks import Profile, ProfileError, TaskProfile
 
@@ -113,6 +115,36 @@ def choose(
         exact[name] = frozenset(range(len(num_experts))) - kept
         predicted[name] = math.expm1(float(sum(per_layer[layer] for layer in kept)))
     return QualityPlan(max_quality_loss, tuple(slots), exact, predicted)
+
+
+def plan_memory(
+    index: CheckpointIndex, budget: Budget | str | int | float | None, profile: Profile | None, target: float | None
+) -> tuple[SlotPlan, QualityPlan | None]:
+    """Return the slots that a budget and a quality target come to, and what the target, if any, allows.
+
+    Parameters
+    ----------
+    index : CheckpointIndex
+    budget : Budget, str, int, float or None
+        None: as few slots as the target allows; all experts without one.
+    profile : Profile or None
+        Must be the model's own.
+    target : float or None
+        Allowed rise of perplexity; needs a profile.
+
+    Raises
+    ------
+    BudgetError, ProfileError, OptionError
+        As `emoe_core.load`.
+    """
+    if profile is not None:
+        profile.require_model(index.source_hash)
+    if profile is None or target is None:
+        return plan_slots(index, "100%" if budget is None else budget), None
+    given = None if budget is None else plan_slots(index, budget)
+    experts = [layer.num_experts for layer in index.layers]
+    quality = choose(profile, target, experts, index.top_k, None if given is None else given.slots_per_layer)
+    return given or plan_given(index, quality.slots_per_layer, f"a quality loss of at most {target:.2%}"), quality
 
 
 def unscaled_loss_nats(task: TaskProfile, slots: Sequence[int]) -> float:

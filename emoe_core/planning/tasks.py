@@ -13,9 +13,7 @@ task profile
     curve of Fig. 5), the divergence when routing is random in one layer alone, the mask ``s`` of Eq. 2 that follows,
     and how long outputs are (``W_o`` of Eq. 2).
 
-Two rules make a mask: `insensitive_until` (the paper's: leading layers whose random routing keeps the output) and
-`insensitive_within` (ours: layers whose divergences, taken alone and added up, stay within an allowance).
-This module defines the file format; `workbench.quality.profile.profiling` measures.
+This module defines the file format; `workbench.quality.profile` measures, and makes masks of what was measured.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -46,58 +44,6 @@ _NUMBERS = re.compile(r"\[[\s\d.,eE+a-z\-\[\]]*\]")
 
 class ProfileError(EmoeError):
     """A task profile is damaged, lacks a task or layer, or was measured on another model."""
-
-
-def insensitive_until(similarities_per_layer: Sequence[float], threshold: float = DEFAULT_SIMILARITY_THRESHOLD) -> int:
-    """Return how many leading MoE layers a task tolerates being routed at random.
-
-    Parameters
-    ----------
-    similarities_per_layer : sequence of float, length = MoE layers
-        Entry j is the output's similarity (0..1) to the undisturbed output when layers 0..j are routed at random.
-    threshold : float
-        Similarity that must be kept (the paper takes 0.85).
-
-    Returns
-    -------
-    int
-        Number of leading layers for which the similarity never falls below the threshold: layers ``0..n-1`` are
-        insensitive. A later recovery is noise and does not count.
-
-    Raises
-    ------
-    ProfileError
-        When a similarity is not a finite number or the threshold lies outside 0..1.
-    """
-    if not 0.0 <= threshold <= 1.0:
-        raise ProfileError(f"similarity threshold {threshold} is outside 0..1; the usual value is 0.85.")
-    for layer, value in enumerate(similarities_per_layer):
-        if not math.isfinite(value):
-            raise ProfileError(f"similarity of layer {layer} is {value}; measure the profile again.")
-        if value < threshold:
-            return layer
-    return len(similarities_per_layer)
-
-
-def insensitive_within(kl_nats_per_layer: Sequence[float], allowance_nats: float) -> frozenset[int]:
-    """Return the layers that may be routed wrongly together: cheapest first, while their sum stays in the allowance.
-
-    Parameters
-    ----------
-    kl_nats_per_layer : sequence of float
-        Divergence (nats per token) when the layer alone is routed at random.
-    allowance_nats : float
-        Adding up takes layers for independent, which they are not quite: measure what a mask costs.
-    """
-    if not allowance_nats >= 0.0:
-        raise ProfileError(f"an allowance of {allowance_nats} nats per token makes no sense; give zero or more.")
-    chosen, spent = set(), 0.0
-    for layer in sorted(range(len(kl_nats_per_layer)), key=lambda layer: kl_nats_per_layer[layer]):
-        spent += max(0.0, kl_nats_per_layer[layer])
-        if not spent <= allowance_nats:
-            break
-        chosen.add(layer)
-    return frozenset(chosen)
 
 
 @dataclass(frozen=True)
@@ -178,25 +124,6 @@ class TaskProfile:
             raise ProfileError(
                 f"the curves of task {self.task!r} do not fit {layers} layers; measure the profile again."
             )
-
-    def similarity_per_layer(self) -> tuple[float, ...]:
-        """Return the curve layer by layer: entry j for random routing in layers 0..j, as far as it was measured.
-
-        A layer between two depths takes the value of the deeper one, which errs towards calling it sensitive.
-        """
-        reach = self.depths[-1] if self.depths else 0
-        place = [next(i for i, depth in enumerate(self.depths) if depth > layer) for layer in range(reach)]
-        return tuple(self.similarities[i] for i in place)
-
-    def mask_by_similarity(self, threshold: float) -> tuple[bool, ...]:
-        """Return the paper's mask; a task without a curve is sensitive everywhere."""
-        free_layers = insensitive_until(self.similarity_per_layer(), threshold)
-        return tuple(layer >= free_layers for layer in range(len(self.sensitive)))
-
-    def mask_by_kl(self, allowance_nats: float) -> tuple[bool, ...]:
-        """Return the mask that spends at most an allowance of divergence; without measurement, sensitive everywhere."""
-        free_layers = insensitive_within(self.layer_kl_nats, allowance_nats)
-        return tuple(layer not in free_layers for layer in range(len(self.sensitive)))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Who is served next: one protocol for the paper's scheduler (section 3.5) and for what it is compared with.
 
-``fcfs`` order of arrival; ``edf`` due first; ``shortest`` shortest expected first; ``affine`` tasks together whose
-experts are resident; ``emoe`` Algorithm 1; ``emoe_no_loading`` the same with dE = 0. Oracle lengths are no scheduler:
-the driver then tells the true length as the expected one.
+``fcfs`` order of arrival; ``edf`` due first; ``emoe`` Algorithm 1; ``emoe_no_loading`` the same with dE = 0. Oracle
+lengths are no scheduler: the driver then tells the true length as the expected one.
 
 A scheduler decides on a `Situation` and keeps no state and no clock, so that the engine's loop and a simulation run the
 same one.
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from emoe_core.errors import require_known
 from emoe_core.scheduler.admission import MAX_BYPASSED, Scheduler, Situation
 from emoe_core.scheduler.costs import CostsError, ServingCosts
-from emoe_core.scheduler.orders import EarliestDueFirst, FirstComeFirstServed, ShortestExpectedFirst, TaskAffine
+from emoe_core.scheduler.orders import EarliestDueFirst, FirstComeFirstServed
 from emoe_core.scheduler.requests import BatchLimits, Objective, RequestTooLargeError, ServiceRequest, WaitingQueue
 from emoe_core.scheduler.slo_aware import SloAware
 
@@ -30,11 +29,10 @@ __all__ = [
     "Situation",
     "WaitingQueue",
     "make_scheduler",
-    "require_scheduler",
+    "require_costs",
 ]
 
 _COSTED: dict[str, Callable[[ServingCosts, int], Scheduler]] = {
-    "shortest": ShortestExpectedFirst,
     "emoe": SloAware,
     "emoe_no_loading": lambda costs, bypasses: SloAware(costs, bypasses, counts_loading=False),
 }
@@ -44,14 +42,15 @@ _COSTED: dict[str, Callable[[ServingCosts, int], Scheduler]] = {
 COSTLESS: dict[str, Callable[[int], Scheduler]] = {
     "fcfs": lambda bypasses: FirstComeFirstServed(),
     "edf": EarliestDueFirst,
-    "affine": TaskAffine,
 }
-SCHEDULERS = ("fcfs", "edf", "shortest", "affine", "emoe", "emoe_no_loading")
+SCHEDULERS = (*COSTLESS, *_COSTED)
 
 
-def require_scheduler(name: str) -> None:
-    """Raise `OptionError` when there is no scheduler of that name."""
-    require_known(name, SCHEDULERS, "scheduler")
+def require_costs(name: str, costs: ServingCosts | None) -> ServingCosts:
+    """Return the costs that a scheduler decides by, or raise `CostsError` where there are none."""
+    if costs is None:
+        raise CostsError(f"scheduler {name!r} decides by measured costs: measure them with `emoe model costs MODEL`")
+    return costs
 
 
 def make_scheduler(name: str, costs: ServingCosts | None, max_bypassed: int = MAX_BYPASSED) -> Scheduler:
@@ -64,9 +63,7 @@ def make_scheduler(name: str, costs: ServingCosts | None, max_bypassed: int = MA
     CostsError
         When it needs costs and there are none.
     """
-    require_scheduler(name)
+    require_known(name, SCHEDULERS, "scheduler")
     if name in COSTLESS:
         return COSTLESS[name](max_bypassed)
-    if costs is None:
-        raise CostsError(f"scheduler {name!r} decides by measured costs: measure them with `emoe model costs MODEL`")
-    return _COSTED[name](costs, max_bypassed)
+    return _COSTED[name](require_costs(name, costs), max_bypassed)

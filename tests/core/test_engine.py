@@ -61,7 +61,7 @@ def forward(engine: emoe_core.Engine, ids: torch.Tensor = IDS) -> torch.Tensor:
     ("options", "error", "message"),
     [
         ({"bugdet": "40%"}, OptionError, "unknown option bugdet: the options are attn_implementation, budget"),
-        ({"policy": "clock"}, OptionError, "choose one of decayed_demand, least_stale, lfu, lru, static"),
+        ({"policy": "clock"}, OptionError, "choose one of lru, decayed_demand"),
         ({"predictor": "oracle"}, OptionError, "choose one of frequency"),
         ({"device": "abacus"}, OptionError, "use 'auto', 'cpu' or 'cuda'"),
         ({"device": "meta"}, OptionError, "not supported"),

@@ -10,8 +10,11 @@ from exact_passes import FAMILIES, prefill_and_decode, prompt_ids, stock
 
 import emoe_core
 from emoe_core.loader.eviction import POLICY_NAMES
+from emoe_core.loader.slots import Policy
 from workbench.models.reference.tiny import tiny_moe
+from workbench.predictors.bounds import RandomPredictor
 from workbench.replay.scoring import score
+from workbench.systems.eviction_rules import RULES
 
 DTYPES = (torch.float32, torch.bfloat16)
 BUDGETS = ("1 slots", "30%", "60%", "100%")
@@ -45,14 +48,13 @@ def test_zero_tolerance_is_bit_identical_to_eager(case, budget: str, tmp_path: P
         assert stats.counters.evictions > 0
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
-def test_every_policy_is_exact(policy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", [*POLICY_NAMES, *RULES.values()])
+def test_every_policy_is_exact(policy: str | Policy, tmp_path: Path) -> None:
     path = tiny_moe(tmp_path / "model", family="mixtral", seed=3, dtype=torch.float32)
     ids = prompt_ids(stock(path, torch.float32).config.vocab_size)
     expected = prefill_and_decode(stock(path, torch.float32), ids)
-    with emoe_core.load(
-        path, budget="3 slots", policy=policy, predictor="random", interval=1, pack_dir=tmp_path, verify="always"
-    ) as engine:
+    options = {"policy": policy, "predictor": RandomPredictor}
+    with emoe_core.load(path, budget="3 slots", interval=1, pack_dir=tmp_path, verify="always", **options) as engine:
         for _ in range(3):
             mine = prefill_and_decode(engine.model, ids)
             assert all(torch.equal(got, want) for got, want in zip(mine, expected, strict=True))

@@ -66,13 +66,14 @@ def estimate(
     from emoe_core.budget import plan_slots
     from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.config import EngineConfig
-    from emoe_core.engine import plan_engine
     from emoe_core.footprint import memory_breakdown
+    from emoe_core.planning.quality_target import plan_memory
     from workbench.metrics.show import show_bytes
     from workbench.models.names import resolve_model
 
     index = open_checkpoint(resolve_model(model), dtype).with_expert_dtype(expert_dtype)
-    plan, quality = plan_engine(index, EngineConfig(**memory_options(model, budget, max_quality_loss)))
+    wanted = EngineConfig(**memory_options(model, budget, max_quality_loss))
+    plan, quality = plan_memory(index, wanted.budget, wanted.profile, wanted.max_quality_loss)
     least = plan_slots(index, "1 slot")
     console = Console()
     kind = "" if expert_dtype == "auto" else f", experts in {expert_dtype}"

@@ -156,9 +156,9 @@ def serve(
     require_safe_host(host, api_key)
     require_free_port(host, port)
 
-    from emoe_core.scheduler import COSTLESS
     from workbench.models.names import require_model
     from workbench.serving.costs.measure import stored_costs
+    from workbench.serving.orders import COSTLESS
 
     require_model(model)
     service = Service(
@@ -193,8 +193,9 @@ def _refuse_replica_options(context: typer.Context) -> None:
 
 def _serve_here(service: Service) -> None:
     """Serve with one engine, in this process."""
-    from emoe_core.scheduler import BatchLimits, make_scheduler
+    from emoe_core.scheduler import BatchLimits
     from workbench.serving.costs import conditions
+    from workbench.serving.orders import make_scheduler
     from workbench.serving.server.listen import EmoeServer
 
     batch = BatchLimits(service.limits.max_batch, service.kv_tokens)
@@ -214,10 +215,11 @@ def _serve_replicas(service: Service, placement: Placement, ray_address: str | N
     """Serve with engines on a Ray cluster; this process is their front."""
     from emoe_core.budget import plan_slots
     from emoe_core.checkpoint.index import open_checkpoint
-    from emoe_core.scheduler import BatchLimits, make_scheduler
+    from emoe_core.scheduler import BatchLimits
     from workbench.machine.environment import code_hash
     from workbench.models.names import resolve_model
     from workbench.serving.costs import conditions
+    from workbench.serving.orders import make_scheduler
     from workbench.serving.replicas.replica import ReplicaConfig
     from workbench.serving.replicas.service import running_replicas
     from workbench.serving.server.app import make_app

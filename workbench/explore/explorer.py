@@ -28,9 +28,9 @@ import emoe_core
 from emoe_core.config import EngineConfig
 from emoe_core.cpu_memory import return_free_memory
 from emoe_core.engine import RESTARTABLE
-from emoe_core.engine_plan import plan_engine
 from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.planning.quality_target import plan_memory
 from workbench.machine.busy import OtherWork
 from workbench.machine.process_counters import status_bytes
 from workbench.measure.peak_memory import process_peak_bytes, reset_peak
@@ -183,7 +183,7 @@ class Explorer:
         if engine is not None and checkpoint == self._checkpoint:
             wanted = EngineConfig(**options)
             # Refused here, a budget leaves the engine that is there.
-            plan, _ = plan_engine(engine.index, wanted)
+            plan, _ = plan_memory(engine.index, wanted.budget, wanted.profile, wanted.max_quality_loss)
             changes = {name: options[name] for name in RESTARTABLE if name in options}
             if plan == engine.plan and replace(engine.config, **changes) == wanted:
                 engine.restart(**changes)

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from workbench.machine.control_groups import Controller, Group, find_controller, limited_group
+from workbench.machine.control_groups import Controller, find_controller, limited_group
 
 # Dies with its parent (PR_SET_PDEATHSIG), which could no longer end it. Waits for a byte: until it comes, the process
 # is under no limit; if it never comes, it ends. Python ignores SIGPIPE, which a command would inherit.
@@ -101,33 +101,27 @@ def run_process(
     LimitError
         When the limit cannot be set, or the process cannot be put under it. The command did not run then.
     """
-    if limit_bytes is None:
-        return _run(command, None, timeout_s, env, on_line)
-    with limited_group(controller or find_controller(), limit_bytes) as group:
-        return _run(command, group, timeout_s, env, on_line)
-
-
-def _run(
-    command: Sequence[str],
-    group: Group | None,
-    timeout_s: float | None,
-    env: Mapping[str, str] | None,
-    on_line: Callable[[str], None] | None,
-) -> ProcessRun:
+    limit = (
+        contextlib.nullcontext() if limit_bytes is None else limited_group(controller or find_controller(), limit_bytes)
+    )
     started, too_late = time.perf_counter(), threading.Event()
     output: list[str] = []
     errors: list[str] = []
-    with subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=None if env is None else dict(env),
-        # A group of processes to end at once; and an interrupt from the keyboard is for us.
-        start_new_session=True,
-    ) as process:
+    with (
+        limit as group,
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=None if env is None else dict(env),
+            # A group of processes to end at once; and an interrupt from the keyboard is for us.
+            start_new_session=True,
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
 
         def end() -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -139,7 +133,6 @@ def _run(
             too_late.set()
             end()
 
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         # Both pipes are read at once: a full one would stop the command.
         reader = threading.Thread(target=lambda stream: errors.append(stream.read()), args=(process.stderr,))
         timer = threading.Timer(threading.TIMEOUT_MAX if timeout_s is None else timeout_s, give_up)
@@ -163,19 +156,21 @@ def _run(
             # One that was not put into the group is not among its members.
             if process.poll() is None:
                 end()
-    run = ProcessRun(
-        process.returncode, "".join(output), "".join(errors), time.perf_counter() - started, too_late.is_set()
-    )
-    return run if group is None else _under_limit(run, group)
-
-
-def _under_limit(run: ProcessRun, group: Group) -> ProcessRun:
-    # The machine may run out too, and the kernel then counts its kill in the victim's group.
-    killed = run.returncode == -signal.SIGKILL and group.kills > 0 and group.limit_hits > 0
-    return replace(
-        run,
-        limit_bytes=group.limit_bytes,
-        group_peak_bytes=group.peak_bytes,
-        limit_hits=group.limit_hits,
-        killed_by_limit=killed and not run.timed_out,
-    )
+        run = ProcessRun(
+            returncode=process.returncode,
+            output="".join(output),
+            errors="".join(errors),
+            duration_s=time.perf_counter() - started,
+            timed_out=too_late.is_set(),
+        )
+        if group is None:
+            return run
+        killed = process.returncode == -signal.SIGKILL and not run.timed_out
+        return replace(
+            run,
+            limit_bytes=group.limit_bytes,
+            group_peak_bytes=group.peak_bytes,
+            limit_hits=group.limit_hits,
+            # The machine may run out too, and the kernel then counts its kill in the victim's group.
+            killed_by_limit=killed and group.kills > 0 and group.limit_hits > 0,
+        )

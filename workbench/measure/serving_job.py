@@ -29,7 +29,7 @@ def serve(spec: dict[str, Any]) -> dict[str, Any]:
     """Answer a spec of `memory.py` and return what it needed."""
     kept = None
     if spec.get("tokenizer"):
-        from emoe_core.tokenizer import load_tokenizer
+        from emoe_core.generation import load_tokenizer
 
         # A control process has the tokenizer of the model that it is held against.
         kept = load_tokenizer(spec["tokenizer"])

@@ -19,6 +19,7 @@ from emoe_core.planning.tasks import LENGTH_QUANTILES, Profile
 from workbench.paper.figures import say_n
 from workbench.quality.configuration import ExperimentConfig
 from workbench.quality.experiment import run_experiment
+from workbench.quality.profile.masks import mask_by_kl, mask_by_similarity, similarity_per_layer
 from workbench.quality.token_quality import LEAST_PROMPTS
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def with_mask(profile: Profile, rule: str, allowance_nats: float) -> Profile:
     tasks = {
         name: replace(
             task,
-            sensitive=task.mask_by_similarity(profile.threshold)
+            sensitive=mask_by_similarity(task, profile.threshold)
             if rule == PAPER_RULE
-            else task.mask_by_kl(allowance_nats),
+            else mask_by_kl(task, allowance_nats),
         )
         for name, task in profile.tasks.items()
     }
@@ -186,7 +187,7 @@ def beside_paper(profile: Profile) -> pd.DataFrame:
     means = {name: task.expected_output_tokens for name, task in tasks.items()}
     ranked = sorted(ends, key=lambda name: ends[name])
     capped = ", ".join(name for name, task in tasks.items() if task.capped_share >= 0.5) or "none"
-    free = {name: task.mask_by_similarity(profile.threshold).count(False) for name, task in tasks.items()}
+    free = {name: mask_by_similarity(task, profile.threshold).count(False) for name, task in tasks.items()}
 
     def listed(names: tuple[str, ...]) -> str:
         return ", ".join(f"{name} {ends[name]:.0%}" for name in names if name in ends) or "not measured in this run"
@@ -194,7 +195,7 @@ def beside_paper(profile: Profile) -> pd.DataFrame:
     half = "not measured in this run"
     if "qa" in tasks:
         layers = (profile.n_layers + 1) // 2
-        half = f"qa {tasks['qa'].similarity_per_layer()[layers - 1]:.0%} with half random, {listed(('qa',))} with all"
+        half = f"qa {similarity_per_layer(tasks['qa'])[layers - 1]:.0%} with half random, {listed(('qa',))} with all"
 
     lengths = f"factor {max(means.values()) / max(min(means.values()), 1e-9):.1f} between the longest and shortest mean"
     rows = [

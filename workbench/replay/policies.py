@@ -1,6 +1,7 @@
 """Residency tables that replay eviction policies: the engine's own, and those that only the simulator knows.
 
-The engine's policies (`emoe_core.loader.eviction.POLICY_NAMES`) run on the engine's table, unchanged. Beside them:
+The engine's policies (`emoe_core.loader.eviction.POLICY_NAMES`) and the rules that it takes as they are
+(`workbench.systems.eviction_rules.RULES`) run on the engine's table. Beside them:
 
 random
     Evicts anyone: the sanity bound.
@@ -18,7 +19,8 @@ import numpy as np
 from emoe_core.errors import require_known
 from emoe_core.loader.eviction import POLICY_NAMES as ENGINE_POLICIES
 from emoe_core.loader.eviction import make_table
-from emoe_core.loader.slots import Entry, SlotTable
+from emoe_core.loader.slots import Entry, Policy, SlotTable
+from workbench.systems.eviction_rules import RULES
 
 
 def random_table(capacity: Sequence[int], spare: int, seed: int) -> SlotTable:
@@ -28,21 +30,20 @@ def random_table(capacity: Sequence[int], spare: int, seed: int) -> SlotTable:
     def anyone(candidates: Sequence[Entry], forward: int) -> Entry | None:
         return candidates[int(generator.integers(len(candidates)))]
 
-    table = SlotTable(capacity, spare)
-    table.policy = anyone
-    return table
+    return SlotTable(capacity, spare, anyone)
 
 
 # Made with (slots of each layer, spare slots, experts of the largest layer, seed).
 TableFactory = Callable[[Sequence[int], int, int, int], SlotTable]
 
 
-def _engine(name: str) -> TableFactory:
-    return lambda capacity, spare, experts, seed: make_table(capacity, spare, name, experts)
+def _engine(policy: str | Policy) -> TableFactory:
+    return lambda capacity, spare, experts, seed: make_table(capacity, spare, policy, experts)
 
 
 TABLES: dict[str, TableFactory] = {
     **{name: _engine(name) for name in ENGINE_POLICIES},
+    **{name: _engine(rule) for name, rule in RULES.items()},
     "random": lambda capacity, spare, experts, seed: random_table(capacity, spare, seed),
 }
 PINNED, BOUND = "pinned", "min"

@@ -1,4 +1,4 @@
-"""Options of the engine as the bench names them: its own predictors stand beside the engine's.
+"""Options of the engine as the bench names them: its own predictors and eviction rules stand beside the engine's.
 
 Configurations, sweeps and jobs in processes of their own carry names. Where an engine is loaded, what they name is put
 in their place::
@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from emoe_core.errors import require_known
+from emoe_core.loader.eviction import POLICY_NAMES
 from emoe_core.predictor import FREQUENCY, NO_PREDICTOR, TRAINED
 from workbench.predictors import PREDICTORS
+from workbench.systems.eviction_rules import RULES
 
 
 def resolve_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of `emoe_core.load`, with what makes a predictor in place of a name that only the bench knows.
+    """Return options of `emoe_core.load`, with predictors and rules in place of names that only the bench knows.
 
     Raises
     ------
@@ -30,4 +32,8 @@ def resolve_options(options: Mapping[str, Any]) -> dict[str, Any]:
         require_known(name, sorted((*PREDICTORS, TRAINED, NO_PREDICTOR)), "predictor")
         if name != FREQUENCY:
             resolved["predictor"] = PREDICTORS.get(name, name)
+    policy = options.get("policy")
+    if isinstance(policy, str):
+        require_known(policy, sorted((*POLICY_NAMES, *RULES)), "eviction policy")
+        resolved["policy"] = RULES.get(policy, policy)
     return resolved

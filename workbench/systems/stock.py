@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from emoe_core.errors import OptionError
-from emoe_core.tokenizer import load_tokenizer
+from emoe_core.generation import load_tokenizer
 
 
 def load_stock(checkpoint: str | Path, dtype: Any = "auto", experts: str = "eager", **options: Any) -> Any:

@@ -78,9 +78,9 @@ def test_choices_on_the_command_line_are_those_of_the_code() -> None:
     from emoe_core.planning.control import REPLANS
     from emoe_core.planning.tasks import TASK_TYPES
     from emoe_core.predictor.network import VARIANTS
-    from emoe_core.scheduler import SCHEDULERS
     from workbench.compare.verify.plan import SOURCES
     from workbench.models.reference import EMBEDDED
+    from workbench.serving.orders import SCHEDULERS
     from workbench.serving.simulation.router import ROUTERS
     from workbench.workloads.store import SOURCES as PREPARED
 

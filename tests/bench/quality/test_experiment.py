@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from tiny_encoder import tiny_encoder
 
 from emoe_core.errors import ExperimentError
 from workbench.metrics.catalogue import metric_of
@@ -19,16 +20,11 @@ from workbench.quality.configuration import ORACLE, ExperimentConfig
 from workbench.quality.experiment import Result, run_experiment
 
 
-def _alike(expected: Sequence[str], given: Sequence[str]) -> np.ndarray:
-    return np.array([float(a == b) for a, b in zip(expected, given, strict=True)])
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExperimentConfig]:
     with pytest.MonkeyPatch.context() as context:
         context.setenv("EMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        # MiniLM's package is not fetched by tests: equal texts stand in for alike ones.
-        context.setattr(similarity, "similarity", _alike)
+        context.setattr(similarity, "encoder", tiny_encoder)
         checkpoint = tiny_moe(tmp_path_factory.mktemp("experiment"), family="mixtral", seed=3)
         yield ExperimentConfig(
             str(checkpoint),

@@ -5,26 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import BertConfig, BertModel
+from tiny_encoder import tiny_encoder
 
 from emoe_core.errors import OptionError
-from workbench.models.reference.tiny import tiny_moe, tiny_tokenizer
+from workbench.models.reference.tiny import tiny_moe
 from workbench.quality import similarity
 from workbench.quality.configuration import ExperimentConfig
 from workbench.quality.noise_floor import VARIANTS, noise_floor
-from workbench.quality.similarity import SentenceEncoder
-
-
-def tiny_encoder() -> SentenceEncoder:
-    """Return a random sentence encoder that reads bytes; MiniLM's package is not fetched by tests."""
-    tokenizer = tiny_tokenizer()
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return SentenceEncoder(BertModel(config), tokenizer, max_tokens=128)
 
 
 def test_rounding_parts_some_texts_and_leaves_the_parted_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

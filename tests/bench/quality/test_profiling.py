@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_encoder import tiny_encoder
 
 from emoe_core.errors import DataError
 from emoe_core.loader.cache_folder import cache_dir
@@ -17,6 +18,7 @@ from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 from workbench.quality import similarity as similarity_module
 from workbench.quality.profile import disturbance
 from workbench.quality.profile.coverage import coverage
+from workbench.quality.profile.masks import mask_by_similarity
 from workbench.quality.profile.profiling import (
     ProfileConfig,
     extend_profile,
@@ -27,19 +29,11 @@ from workbench.quality.profile.profiling import (
 from workbench.replay.references import reference_outputs
 
 
-class LetterCounts:
-    """Stands in for the sentence encoder, which would have to be fetched: texts are as alike as their letters."""
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        rows = np.array([np.bincount(np.frombuffer(t.encode(), np.uint8), minlength=256) for t in texts], dtype=float)
-        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
-
-
 @pytest.fixture(scope="module")
 def patch(tmp_path_factory: pytest.TempPathFactory) -> pytest.MonkeyPatch:
     with pytest.MonkeyPatch.context() as context:
         context.setenv("EMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        context.setattr(similarity_module, "encoder", LetterCounts)
+        context.setattr(similarity_module, "encoder", tiny_encoder)
         yield context
 
 
@@ -70,7 +64,7 @@ def test_every_task_is_measured_and_every_field_filled(profile: Profile) -> None
         assert task.loss_scale is not None
         assert task.loss_scale > 0
         assert (task.n_prompts, task.n_kl_prompts) == (2, 1)
-        assert task.sensitive == task.mask_by_similarity(profile.threshold)
+        assert task.sensitive == mask_by_similarity(task, profile.threshold)
 
 
 @pytest.mark.long

@@ -23,6 +23,8 @@ from workbench.replay.bound import fewest_misses
 from workbench.replay.cache import replay_policy, replay_table, simulate
 from workbench.replay.policies import POLICY_NAMES
 from workbench.replay.references import reference_outputs
+from workbench.systems.eviction_rules import RULES
+from workbench.systems.option_names import resolve_options
 
 PROMPTS = ["A heron waits.", "Two and two", "Why is the sky blue at noon?"]
 
@@ -49,12 +51,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_moe(tmp_path_factory.mktemp("simulated") / "model", "mixtral", seed=5)
 
 
-@pytest.mark.parametrize("policy", sorted(ENGINE_POLICIES))
+@pytest.mark.parametrize("policy", sorted((*ENGINE_POLICIES, *RULES)))
 @pytest.mark.parametrize(("budget", "batch_size"), [("1 slot", 1), ("3 slots", 1), ("5 slots", 2), ("8 slots", 1)])
 def test_the_replay_counts_what_the_engine_counts(model: Path, policy: str, budget: str, batch_size: int) -> None:
     packs = model.parent / "packs"
     options = {"predictor": None, "policy": policy, "record": True, "pack_dir": packs}
-    with emoe_core.load(model, budget=budget, **options) as engine:
+    with emoe_core.load(model, budget=budget, **resolve_options(options)) as engine:
         engine.generate(PROMPTS, max_new_tokens=12, batch_size=batch_size)
         counters, accesses = engine.stats().counters, accesses_of(engine.trace(), batch_size=batch_size)
         capacity = engine.plan.slots_per_layer

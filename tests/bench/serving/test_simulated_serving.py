@@ -13,8 +13,9 @@ from serving_bench import FOREVER, make_costs, make_request, two_tasks
 
 from emoe_core.errors import OptionError
 from emoe_core.planning.planner import RunningRequest, expected_tokens, make_plan
-from emoe_core.scheduler import SCHEDULERS, BatchLimits, Objective, RequestTooLargeError, make_scheduler
+from emoe_core.scheduler import BatchLimits, Objective, RequestTooLargeError
 from emoe_core.scheduler.costs import ServingCosts
+from workbench.serving.orders import SCHEDULERS, make_scheduler
 from workbench.serving.simulation.arrivals import Arrival
 from workbench.serving.simulation.cluster import Cluster
 from workbench.serving.simulation.experiment import ServingConfig, capacity_per_s, objectives, simulate_serving

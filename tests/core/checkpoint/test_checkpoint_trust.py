@@ -12,8 +12,8 @@ import transformers
 import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import CheckpointError, PredictorError
+from emoe_core.generation import load_tokenizer
 from emoe_core.loader.pack import ensure_pack
-from emoe_core.tokenizer import load_tokenizer
 from workbench.models.reference.tiny import tiny_moe
 from workbench.models.reference.tiny_families import tiny_family
 

@@ -21,9 +21,12 @@ from emoe_core.errors import PackError
 from emoe_core.loader.eviction import POLICY_NAMES, make_table
 from emoe_core.loader.loader import ExpertLoader
 from emoe_core.loader.pack import Pack, write_pack
-from emoe_core.loader.slots import SlotTable
+from emoe_core.loader.slots import Policy, SlotTable
 from emoe_core.loader.storage import PackedFile
 from workbench.models.reference.tiny import EXPERTS, LAYERS, tiny_moe
+from workbench.systems.eviction_rules import RULES
+
+POLICIES = [*POLICY_NAMES, *RULES.values()]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ class Flaky(PackedFile):
         super().read_into(layer, expert, out)
 
 
-def make(pack: Pack, capacity: int = 3, spare: int = 1, policy: str = "lru", threads: int = 2) -> ExpertLoader:
+def make(pack: Pack, capacity: int = 3, spare: int = 1, policy: str | Policy = "lru", threads: int = 2) -> ExpertLoader:
     table = make_table([capacity] * LAYERS, spare, policy, EXPERTS)
     layers = [packed.spec for packed in pack.layers]
     return ExpertLoader(layers, Flaky(pack), table, torch.device("cpu"), threads)
@@ -122,9 +125,11 @@ EVENTS = st.one_of(
 @given(
     st.lists(EVENTS, max_size=12),
     st.integers(1, 4),
-    st.sampled_from(POLICY_NAMES),
+    st.sampled_from(POLICIES),
 )
-def test_bytes_are_right_after_any_leases_swaps_and_failures(pack: Pack, events, capacity: int, policy: str) -> None:
+def test_bytes_are_right_after_any_leases_swaps_and_failures(
+    pack: Pack, events, capacity: int, policy: str | Policy
+) -> None:
     loader = make(pack, capacity, policy=policy)
     broken: set[tuple[int, int]] = loader.storage.broken
     try:
@@ -155,8 +160,8 @@ def test_bytes_are_right_after_any_leases_swaps_and_failures(pack: Pack, events,
     loader.counters.check()
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
-def test_one_slot_streams_all_experts_in_order(pack: Pack, policy: str) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_slot_streams_all_experts_in_order(pack: Pack, policy: str | Policy) -> None:
     loader = make(pack, capacity=1, policy=policy)
     for _ in range(2):
         borrow(pack, loader, 1, list(range(EXPERTS)))

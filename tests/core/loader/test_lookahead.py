@@ -10,15 +10,16 @@ import torch
 from exact_passes import FAMILIES, prefill_and_decode, prompt_ids, stock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loader import borrow, check_all, make, pack  # noqa: F401
+from test_loader import POLICIES, borrow, check_all, make, pack  # noqa: F401
 
 import emoe_core
 from emoe_core.errors import OptionError
-from emoe_core.loader.eviction import POLICY_NAMES
 from emoe_core.loader.pack import Pack
 from emoe_core.loader.prefetch import MIN_TRUST, Lookahead, norm_scale
+from emoe_core.loader.slots import Policy
 from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 from workbench.quality.configuration import ExperimentConfig, as_params
+from workbench.systems.eviction_rules import static
 
 
 @pytest.mark.parametrize("distance", [1, 2])
@@ -87,14 +88,14 @@ def test_a_set_that_does_not_fit_is_not_guessed(tmp_path: Path) -> None:
     st.sets(st.integers(0, EXPERTS - 1), max_size=4).map(sorted),
     st.lists(st.integers(0, EXPERTS - 1), unique=True, min_size=1, max_size=4),
     st.integers(0, 4),
-    st.sampled_from(POLICY_NAMES),
+    st.sampled_from(POLICIES),
 )
 def test_a_guess_evicts_nothing_in_use_and_nothing_guessed(
     pack: Pack,  # noqa: F811
     before: list[int],
     guess: list[int],
     pinned: int,
-    policy: str,
+    policy: str | Policy,
 ) -> None:
     loader = make(pack, capacity=4, policy=policy)
     try:
@@ -109,7 +110,7 @@ def test_a_guess_evicts_nothing_in_use_and_nothing_guessed(
         resident = loader.table.resident(1)
         assert {entry.expert for entry in held} | (set(before) & set(guess)) <= resident
         assert len(resident) <= 4 and loads == loader.counters.lookahead_loads == len(resident - set(before))
-        if not held and policy != "static":  # which evicts for nobody
+        if not held and policy is not static:  # which evicts for nobody
             assert set(guess) <= resident, "nothing is in use: the whole guess fits"
         assert all(entry.pins == 1 for entry in held)
         for entry in held:

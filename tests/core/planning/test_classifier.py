@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from emoe_core.planning.classifier import classify, keyword_matches
-from emoe_core.planning.task_keywords import KEYWORDS
+from emoe_core.planning.classifier import KEYWORDS, classify, keyword_matches
 from emoe_core.planning.tasks import TASK_TYPES
 from workbench.workloads import load_fixture
 

@@ -10,6 +10,7 @@ import torch
 
 import emoe_core
 from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
+from workbench.predictors.bounds import RandomPredictor
 from workbench.replay.scoring import score
 
 
@@ -94,7 +95,7 @@ def test_an_admission_plan_follows_the_running_requests(model: Path, tmp_path: P
 
 
 def test_after_a_swap_the_plan_is_resident(model: Path, tmp_path: Path) -> None:
-    with load(model, tmp_path, predictor="random", interval=1) as engine:
+    with load(model, tmp_path, predictor=RandomPredictor, interval=1) as engine:
         numbers = engine.admit(["qa"], [5])
         engine.loader.settle()
         plan = engine.control.plan

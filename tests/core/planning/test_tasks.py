@@ -1,4 +1,4 @@
-"""Task profiles: masks, file format, refusals."""
+"""Task profiles: file format, refusals."""
 
 import json
 import math
@@ -6,27 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from emoe_core.planning.tasks import Profile, ProfileError, TaskProfile, insensitive_until, insensitive_within
-
-
-@given(st.lists(st.floats(0, 1), max_size=40), st.floats(0, 1))
-def test_insensitive_layers_are_the_longest_prefix_over_the_threshold(curve, threshold):
-    free_layers = insensitive_until(curve, threshold)
-    assert all(value >= threshold for value in curve[:free_layers])
-    assert free_layers == len(curve) or curve[free_layers] < threshold
-
-
-def test_a_recovery_after_the_first_drop_does_not_count():
-    assert insensitive_until([0.99, 0.9, 0.6, 0.95]) == 2
-
-
-@pytest.mark.parametrize(("curve", "threshold"), [([0.9, math.nan], 0.85), ([math.inf], 0.85), ([0.9], 1.5)])
-def test_an_unusable_curve_or_threshold_is_refused(curve, threshold):
-    with pytest.raises(ProfileError):
-        insensitive_until(curve, threshold)
+from emoe_core.planning.tasks import Profile, ProfileError, TaskProfile
 
 
 def make_profile() -> Profile:
@@ -43,29 +24,6 @@ def make_profile() -> Profile:
     )
     code = TaskProfile("code", (True, True, True, False), expected_output_tokens=80)
     return Profile("model-hash", "data-hash", 4, {"qa": qa, "code": code})
-
-
-def test_a_measured_curve_gives_its_mask():
-    qa = make_profile().tasks["qa"]
-    # Layer 2 lies between two depths and takes the deeper one's value.
-    assert qa.similarity_per_layer() == (0.99, 0.9, 0.4, 0.4)
-    assert qa.mask_by_similarity(0.85) == (False, False, True, True)
-    assert make_profile().tasks["code"].mask_by_similarity(0.0) == (True,) * 4
-
-
-def test_a_divergence_mask_takes_the_cheapest_layers_within_the_allowance():
-    qa = make_profile().tasks["qa"]
-    assert qa.mask_by_kl(0.05) == (False, False, True, True)
-    assert qa.mask_by_kl(0.14) == (False, False, True, False)
-    assert make_profile().tasks["code"].mask_by_kl(10.0) == (True,) * 4
-    with pytest.raises(ProfileError, match="zero or more"):
-        qa.mask_by_kl(-1.0)
-
-
-@given(st.lists(st.floats(0, 1), max_size=30), st.floats(0, 3))
-def test_the_allowance_is_never_overspent(divergences, allowance):
-    chosen = insensitive_within(divergences, allowance)
-    assert sum(divergences[layer] for layer in sorted(chosen)) <= allowance + 1e-9
 
 
 def test_a_saved_profile_is_read_back_equal(tmp_path):

@@ -12,16 +12,16 @@ from serving_bench import make_costs, make_request
 
 from emoe_core.errors import OptionError
 from emoe_core.scheduler import (
-    SCHEDULERS,
     BatchLimits,
     Objective,
     RequestTooLargeError,
     ServiceRequest,
     Situation,
     WaitingQueue,
-    make_scheduler,
 )
-from emoe_core.scheduler.latency import DecodeForecast, expected_latency_s
+from emoe_core.scheduler.latency import DecodeForecast
+from workbench.serving.orders import SCHEDULERS, make_scheduler
+from workbench.serving.printed_latency import expected_latency_s
 
 ROOMY = BatchLimits(8, 10**6)
 

@@ -36,6 +36,7 @@ from workbench.models.names import resolve_model
 from workbench.models.reference import RECIPES
 from workbench.quality.profile.coverage import extend
 from workbench.quality.profile.disturbance import layer_divergences, random_routing
+from workbench.quality.profile.masks import mask_by_similarity
 from workbench.quality.similarity import similarity
 from workbench.quality.token_quality import bootstrap_interval
 from workbench.replay.references import Reference, ReferenceOutput, reference_outputs
@@ -201,7 +202,7 @@ def _task_profile(
         n_prompts=len(outputs),
         **measured,
     )
-    return replace(found, sensitive=found.mask_by_similarity(config.threshold))
+    return replace(found, sensitive=mask_by_similarity(found, config.threshold))
 
 
 @dataclass

@@ -23,7 +23,7 @@ import pandas as pd
 import emoe_core
 from emoe_core.errors import OptionError
 from emoe_core.planning.planner import RunningRequest
-from emoe_core.scheduler import BatchLimits, Objective, make_scheduler
+from emoe_core.scheduler import BatchLimits, Objective
 from emoe_core.scheduler.costs import ServingCosts
 from emoe_core.serving.loop import ServingLoop
 from emoe_core.serving.records import Answer, Pass
@@ -33,6 +33,7 @@ from workbench.serving.checks.agreement import compare, parts_of
 from workbench.serving.costs import conditions
 from workbench.serving.costs.task_loads import cut, task_tokens
 from workbench.serving.costs.times import Times, fitted, measure_times
+from workbench.serving.orders import make_scheduler
 from workbench.serving.simulation.arrivals import Arrival, at_rate, draw_arrivals
 from workbench.serving.simulation.cluster import Cluster
 from workbench.serving.simulation.experiment import (

@@ -13,10 +13,11 @@ from prometheus_client import Metric
 
 import emoe_core
 from emoe_core.errors import ExperimentError
-from emoe_core.scheduler import BatchLimits, make_scheduler
+from emoe_core.scheduler import BatchLimits
 from emoe_core.scheduler.costs import ServingCosts
 from emoe_core.serving.records import Answer
 from workbench.machine.environment import code_hash
+from workbench.serving.orders import make_scheduler
 from workbench.serving.replicas.residency import Residency, look
 from workbench.serving.replicas.routing import RESIDENCY
 from workbench.serving.server.backend import WorkerExchange

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from emoe_core.serving.records import Answer
-from emoe_core.text_stream import TextStream
+from emoe_core.serving.text_stream import TextStream
 from workbench.serving.server.backend import Backend, Exchange
 from workbench.serving.server.fields import UNUSED_HEADER
 from workbench.serving.server.limits import ApiError, ServerLimits

@@ -23,7 +23,7 @@ from emoe_core.scheduler.costs import ServingCosts
 from emoe_core.serving.loop import ServingLoop
 from emoe_core.serving.records import Answer
 from emoe_core.serving.sampling import Sampling
-from emoe_core.text_stream import TextStream
+from emoe_core.serving.text_stream import TextStream
 from workbench.serving.server.limits import ApiError, ServerLimits, shutting_down
 from workbench.serving.server.metrics import ServerMetrics
 from workbench.serving.server.served_model import ServedModel

@@ -22,8 +22,9 @@ import numpy as np
 import pandas as pd
 
 from emoe_core.errors import OptionError, require_known
-from emoe_core.scheduler import MAX_BYPASSED, SCHEDULERS, BatchLimits, Objective, ServiceRequest, make_scheduler
+from emoe_core.scheduler import MAX_BYPASSED, BatchLimits, Objective, ServiceRequest
 from emoe_core.scheduler.costs import ServingCosts
+from workbench.serving.orders import SCHEDULERS, make_scheduler
 from workbench.serving.simulation import request_traces
 from workbench.serving.simulation.arrivals import PROCESSES, Arrival, at_rate, draw_arrivals
 from workbench.serving.simulation.cluster import Cluster, Progress
@@ -42,7 +43,7 @@ class ServingConfig:
     Attributes
     ----------
     scheduler : str
-        One of `emoe_core.scheduler.SCHEDULERS`.
+        One of `serving.orders.SCHEDULERS`.
     lengths : str
         What schedulers are told: "profile" (the task's mean) or "oracle" (the truth).
     arrivals : str

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from emoe_core.text_stream import TextStream
+from emoe_core.serving.text_stream import TextStream
 from workbench.models.reference.tiny import tiny_tokenizer
 
 # Characters of one to four bytes; what tidying looks for; the replacement character itself.

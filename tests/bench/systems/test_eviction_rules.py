@@ -1,0 +1,56 @@
+"""Promises of the eviction rules of comparison: who leaves first."""
+
+from __future__ import annotations
+
+import pytest
+
+from emoe_core.errors import OptionError
+from emoe_core.loader.slots import Policy, SlotTable
+from workbench.systems.eviction_rules import RULES, least_stale, lfu
+from workbench.systems.option_names import resolve_options
+
+
+def filled(rule: Policy) -> SlotTable:
+    """Return a full layer of experts 0, 1 and 2, used once in this order."""
+    table = SlotTable([3], 1, rule)
+    for expert in range(3):
+        admitted = table.admit(0, expert)
+        assert admitted is not None
+        admitted[0].ready, admitted[0].pins = True, 0
+        table.touch(admitted[0])
+    return table
+
+
+def use(table: SlotTable, expert: int) -> None:
+    entry = table.get(0, expert)
+    assert entry is not None
+    table.touch(entry)
+
+
+def test_lfu_evicts_the_least_often_used_and_ties_go_to_the_oldest() -> None:
+    table = filled(lfu)
+    use(table, 0)
+    use(table, 2)
+    assert table.admit(0, 7)[1].expert == 1
+    assert filled(lfu).admit(0, 7)[1].expert == 0
+
+
+def test_least_stale_keeps_what_this_pass_used() -> None:
+    table = filled(least_stale)
+    table.forward += 1
+    use(table, 0)
+    assert table.admit(0, 7)[1].expert == 1
+    streaming = filled(least_stale)
+    assert streaming.admit(0, 7)[1].expert == 2, "with nothing stale the newest goes"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_of_nobody_no_rule_chooses_anybody(name: str) -> None:
+    assert RULES[name]([], 0) is None
+
+
+def test_names_that_nobody_knows_are_refused_with_those_that_the_bench_knows() -> None:
+    with pytest.raises(OptionError, match="choose one of decayed_demand, least_stale, lfu, lru, static"):
+        resolve_options({"policy": "clock"})
+    with pytest.raises(OptionError, match=r"choose one of activation_map, .*none, random, transformer, transition"):
+        resolve_options({"predictor": "oracle"})
