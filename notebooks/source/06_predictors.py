@@ -27,7 +27,6 @@ seed: int = 0
 
 # %%
 # %matplotlib inline
-from IPython.display import display
 
 from workbench.paper import figures
 from workbench.paper import predictors as report
@@ -74,7 +73,7 @@ shown(found["next_element"])
 # %%
 closing = report.beside_paper(first, found["next_element"])
 print("won in this run:", report.winner(first))
-display(closing_table(closing, found.prompts))
+closing_table(closing, found.prompts)
 
 # %%
 found.log(

@@ -30,8 +30,6 @@ seed: int = 0
 # %matplotlib inline
 from functools import partial
 
-from IPython.display import display
-
 from workbench.paper import figures
 from workbench.paper import interval as report
 from workbench.paper.tables import closing_table, shown
@@ -78,7 +76,7 @@ shown(overhead)
 
 # %%
 closing = report.beside_paper(summary)
-display(closing_table(closing, found.prompts))
+closing_table(closing, found.prompts)
 
 # %%
 found.log(

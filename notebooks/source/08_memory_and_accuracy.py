@@ -91,7 +91,7 @@ if times is not None:
 
 # %%
 closing = report.beside_paper(summary, times, floor)
-display(closing_table(closing, found.prompts))
+closing_table(closing, found.prompts)
 
 # %%
 found.log(

@@ -85,7 +85,7 @@ wrong
 
 # %%
 closing = report.beside_paper(tasks, errors_seen[errors_seen["mix"] == summary["mix"].iloc[0]])
-display(closing_table(closing, found.prompts))
+closing_table(closing, found.prompts)
 
 # %%
 found.log(

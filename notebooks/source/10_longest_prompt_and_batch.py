@@ -86,9 +86,8 @@ if found is not None:
     display(trials.drop(columns="limited_by").style.format(precision=2, thousands=",", na_rep="–").hide())
 
 # %%
-if found is not None:
-    closing = report.beside_paper(longest)
-    display(closing_table(closing, found.prompts, "trials"))
+closing = None if found is None else report.beside_paper(longest)
+None if found is None else closing_table(closing, found.prompts, "trials")
 
 # %%
 if found is not None:

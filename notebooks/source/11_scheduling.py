@@ -132,7 +132,7 @@ if throughput is not None:
 
 # %%
 closing = report.beside_paper(found)
-display(closing_table(closing, found.prompts, "requests"))
+closing_table(closing, found.prompts, "requests")
 
 # %%
 found.log(

@@ -89,7 +89,7 @@ print(
 
 # %%
 closing = report.beside_paper(found["validation"], scaled)
-display(closing_table(closing, found.prompts, "requests"))
+closing_table(closing, found.prompts, "requests")
 
 # %%
 found.log(
