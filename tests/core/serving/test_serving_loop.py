@@ -12,11 +12,12 @@ from serving_bench import make_costs
 import emoe_core
 from emoe_core.errors import OptionError
 from emoe_core.generation import encode
-from emoe_core.scheduler import BatchLimits, Request, RequestTooLargeError, make_scheduler
+from emoe_core.scheduler import BatchLimits, Request, RequestTooLargeError
 from emoe_core.scheduler.costs import CostsError, TaskLoad
 from emoe_core.serving.loop import ServingLoop, limits_within
 from emoe_core.serving.records import Answer
 from workbench.models.reference.tiny import tiny_moe
+from workbench.serving.orders import make_scheduler
 from workbench.serving.simulation.arrivals import Arrival
 from workbench.serving.simulation.experiment import ServingConfig, simulate_serving
 
