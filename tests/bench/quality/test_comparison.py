@@ -165,6 +165,7 @@ def test_reports_of_intervals_and_tasks_hold_the_runs_figures(base: ExperimentCo
     assert "x1.50" in task_report.beside_paper(tasks, errors)["here"].iloc[1]
 
 
+@pytest.mark.long
 def test_variants_are_timed_in_turn_and_compared_with_the_first_within_each_round(base: ExperimentConfig) -> None:
     variants = {"stock": {"implementation": "stock"}, "on demand": {"budget": "3 slots", "predictor": None}}
     done: list[tuple[str, int, int]] = []

@@ -14,6 +14,7 @@ from workbench.quality.configuration import ExperimentConfig
 from workbench.quality.noise_floor import VARIANTS, noise_floor
 
 
+@pytest.mark.long
 def test_rounding_parts_some_texts_and_leaves_the_parted_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(similarity, "encoder", tiny_encoder)

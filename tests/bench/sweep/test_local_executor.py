@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import papermill
 import pytest
 from test_sweep_file import notebook
 
@@ -11,6 +13,7 @@ from emoe_core.errors import ExperimentError, OptionError
 from workbench.sweep.executors.choice import executor_maker
 from workbench.sweep.executors.local import LocalExecutor, Machine, visible_gpus
 from workbench.sweep.executors.protocol import Ending, Job
+from workbench.sweep.executors.run_notebook import execute
 from workbench.sweep.schema import Needs
 from workbench.tracking.place import HOME_VARIABLE
 
@@ -88,3 +91,30 @@ def test_unknown_executors_and_stray_addresses_are_refused() -> None:
         executor_maker("cloud")
     with pytest.raises(OptionError, match="--executor ray"):
         executor_maker("local", "host:1")
+
+
+def test_a_kernel_that_never_answers_is_started_anew(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = project / "starts"
+    wrapper = project / "kernel.py"
+    wrapper.write_text(
+        f"import os, runpy, time\nstarts = {str(starts)!r}\nheard = os.path.exists(starts)\n"
+        "open(starts, 'a').write('x')\n"
+        "while not heard:\n    time.sleep(1)\n"
+        "runpy.run_module('ipykernel_launcher', run_name='__main__')\n"
+    )
+    spec = project / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    command = [sys.executable, str(wrapper), "-f", "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "p", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(project))
+    first, whole = iter([2]), papermill.execute_notebook
+
+    def impatient_at_first(*given: Any, start_timeout: int, **more: Any) -> Any:
+        return whole(*given, start_timeout=next(first, start_timeout), **more)
+
+    monkeypatch.setattr(papermill, "execute_notebook", impatient_at_first)
+    path = notebook(project / "n.ipynb", "number = 1", "print(number + 1)")
+    job = {"notebook": str(path), "output": str(project / "out.ipynb"), "parameters": {"number": 41}}
+    assert execute(job | {"working_folder": str(project)}) == {"ok": True}
+    assert "42" in (project / "out.ipynb").read_text()
+    assert starts.read_text() == "xx"

@@ -30,6 +30,7 @@ def cluster() -> Iterator[Any]:
         yield made
 
 
+@pytest.mark.long
 def test_a_node_that_is_killed_loses_nothing_and_nothing_runs_twice(bench: Bench, cluster: Any) -> None:
     gate = bench.root / "gate"
     path = bench.write(grid={"seed": [0, 1, 2]}, fixed={"outcome": "wait", "gate": str(gate)})
@@ -68,6 +69,7 @@ def test_a_node_that_is_killed_loses_nothing_and_nothing_runs_twice(bench: Bench
     ]
 
 
+@pytest.mark.long
 def test_runs_that_no_node_can_hold_are_refused_after_a_while(bench: Bench, cluster: Any) -> None:
     from workbench.sweep.executors.ray_cluster import RayExecutor
     from workbench.sweep.schema import Needs

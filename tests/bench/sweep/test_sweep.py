@@ -144,7 +144,8 @@ def test_a_run_whose_process_is_killed_is_recorded_and_done_again(bench: Bench) 
     assert bench.store_is_intact()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.long
 def test_an_interrupted_sweep_marks_its_run_as_killed(bench: Bench, number: signal.Signals) -> None:
     path = bench.write(grid={"outcome": ["wait", "ok"]}, fixed={"gate": str(bench.root / "never")})
     process = bench.start("sweep", str(path), "--jobs", "1")
@@ -157,6 +158,7 @@ def test_an_interrupted_sweep_marks_its_run_as_killed(bench: Bench, number: sign
     assert not (bench.root / "mlruns" / "running" / "dummy").exists()
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_the_sweep_with_a_reason_and_it_resumes_with_room(bench: Bench) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(bench.root / "mlruns" / "artifacts")]
     (bench.root / "mlruns" / "artifacts").mkdir(exist_ok=True)

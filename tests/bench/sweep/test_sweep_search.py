@@ -179,6 +179,7 @@ def test_a_search_says_at_which_line_it_is_wrong(project: Path, change: str, lin
     assert f"sweep.yaml:{line if name != 'objectives' else 5}:" in str(error.value)
 
 
+@pytest.mark.long
 def test_a_search_runs_resumes_and_shows_its_front(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     def search(runs: int) -> Path:
         goals = {"peak_bytes": "minimize", "perplexity_ratio": "minimize"}

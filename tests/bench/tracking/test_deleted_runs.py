@@ -19,8 +19,6 @@ from workbench.tracking.runs import ERROR_TAG, INDEX_TAG, SWEEP_TAG, current_run
 from workbench.tracking.store import open_store
 from workbench.tracking.store_errors import DeletedError
 
-# One worker runs all sweeps of tests: they share the machine.
-
 
 def sweep_while(bench: Bench, meddle: Callable[[Any, Any], object]) -> SweepResult:
     """Run a sweep of two points; `meddle` is called with a client and the first run while that waits at a gate."""
@@ -42,6 +40,7 @@ def sweep_while(bench: Bench, meddle: Callable[[Any, Any], object]) -> SweepResu
         thread.join()
 
 
+@pytest.mark.long
 def test_a_run_that_is_deleted_while_it_runs_has_failed_and_the_next_one_runs(bench: Bench) -> None:
     result = sweep_while(bench, lambda client, run: client.delete_run(run.info.run_id))
     assert (result.failed, result.finished, result.exit_code) == (["dummy outcome=wait"], ["dummy outcome=ok"], 1)

@@ -121,6 +121,7 @@ def test_errors_of_a_full_disk_are_told_from_others() -> None:
     assert disk_reason("KeyError: 'x'") is None
 
 
+@pytest.mark.long
 def test_two_processes_may_open_a_new_store_at_once(tmp_path: Path) -> None:
     import subprocess
     import sys

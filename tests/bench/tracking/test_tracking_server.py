@@ -16,6 +16,7 @@ from workbench.tracking.place import HOME_VARIABLE, SERVER_VARIABLE, store_uri
 from workbench.tracking.store import open_store
 
 
+@pytest.mark.long
 def test_runs_and_artifacts_go_through_the_server_into_its_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
