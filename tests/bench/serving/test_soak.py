@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from soak import Reply, SoakConfig, Soaked, memory_slope, questions, soak
+from soak_check import Offline, judge
 
 import emoe_core
 from workbench.models.reference.tiny import tiny_moe
-from workbench.serving.checks.soak import Reply, SoakConfig, Soaked, memory_slope, questions, soak
-from workbench.serving.checks.soak_check import Offline, judge
 
 
 @pytest.mark.long

@@ -1,1 +1,1 @@
-"""Serving checked for real: against its simulation, for throughput, and for hours."""
+"""Serving checked for real: against its simulation, and for throughput."""

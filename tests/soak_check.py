@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from soak import Question, Reply
 
 import emoe_core
 from emoe_core.planning.tasks import UNKNOWN
@@ -18,7 +19,6 @@ from emoe_core.scheduler import Request
 from emoe_core.serving.batch import RunningBatch
 from emoe_core.serving.generation_rules import GenerationRules, end_tokens
 from emoe_core.serving.sampling import Sampler
-from workbench.serving.checks.soak import Question, Reply
 
 ROUNDING = 1e-3
 TRIES = 8
