@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -21,9 +23,11 @@ def ray_cluster(head: dict[str, Any], node: dict[str, Any], nodes: int) -> Itera
 
     made = Cluster()
     try:
-        _add(made, head | {"include_dashboard": False})
-        for _ in range(nodes):
-            _add(made, node)
+        # Ray's workers give way to whatever else runs: beside two busy loops they would get a thirtieth of a core.
+        with patch.dict(os.environ, RAY_worker_niceness="0"):
+            _add(made, head | {"include_dashboard": False})
+            for _ in range(nodes):
+                _add(made, node)
         made.wait_for_nodes(timeout=PATIENCE_S)
         yield made
     finally:
