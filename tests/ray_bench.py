@@ -38,9 +38,10 @@ def _add(cluster: Cluster, options: dict[str, Any]) -> None:
     for left in reversed(range(TRIES)):
         try:
             cluster.add_node(wait=False, **options, **_agent_ports())
-        except Exception:
-            # Ray gives a node, and each of its processes, 30 s at most to start, whatever the machine does beside.
-            if not left:
+        except Exception as error:
+            # Ray gives a node, and each of its processes, 30 s at most to start, whatever the machine does beside, and
+            # says so by several classes. A wrong option stays wrong.
+            if not left or isinstance(error, TypeError | ValueError):
                 raise
         else:
             return

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from slot_tables import filled, use
 
 from emoe_core.errors import OptionError
-from emoe_core.loader.slots import Policy, SlotTable
 from workbench.systems.eviction_rules import RULES, least_stale, lfu
 from workbench.systems.option_names import resolve_options
-
-
-def filled(rule: Policy) -> SlotTable:
-    """Return a full layer of experts 0, 1 and 2, used once in this order."""
-    table = SlotTable([3], 1, rule)
-    for expert in range(3):
-        admitted = table.admit(0, expert)
-        assert admitted is not None
-        admitted[0].ready, admitted[0].pins = True, 0
-        table.touch(admitted[0])
-    return table
-
-
-def use(table: SlotTable, expert: int) -> None:
-    entry = table.get(0, expert)
-    assert entry is not None
-    table.touch(entry)
 
 
 def test_lfu_evicts_the_least_often_used_and_ties_go_to_the_oldest() -> None:

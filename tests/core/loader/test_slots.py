@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from slot_tables import filled, use
 
 from emoe_core.errors import OptionError
 from emoe_core.loader.eviction import POLICY_NAMES, make_table, require_policy
@@ -93,22 +94,6 @@ class AnyUseOfTheTable(RuleBasedStateMachine):
 
 AnyUseOfTheTable.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestAnyUseOfTheTable = AnyUseOfTheTable.TestCase
-
-
-def filled(policy: Policy, experts: int = 3) -> SlotTable:
-    table = make_table([experts], 1, policy, 7)
-    for expert in range(experts):
-        admitted = table.admit(0, expert)
-        assert admitted is not None
-        admitted[0].ready, admitted[0].pins = True, 0
-        table.touch(admitted[0])
-    return table
-
-
-def use(table: SlotTable, expert: int) -> None:
-    entry = table.get(0, expert)
-    assert entry is not None
-    table.touch(entry)
 
 
 def test_lru_evicts_the_least_recently_used() -> None:
