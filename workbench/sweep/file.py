@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from emoe_core.errors import ExperimentError, did_you_mean
-from workbench.sweep.schema import Needs, NeedsWhere, Search, Stage, SweepFile
+from workbench.sweep.schema import Needs, NeedsWhere, Stage, SweepFile
 from workbench.sweep.yaml_file import read_yaml
 
 
@@ -34,7 +34,7 @@ class Source:
         for key in self.written(keys):
             found = entries(node).get(key)
             if found is None:
-                continue  # a name that pydantic puts in, such as the form of an axis
+                continue  # a name that pydantic puts in
             line, node = found
         return f"{self.path}:{line}"
 
@@ -95,7 +95,7 @@ def read_sweep(path: Path) -> SweepSource:
         raise ExperimentError("\n".join([f"{path} is not a usable sweep file:", *told])) from None
 
 
-KEYS = tuple({name for part in (SweepFile, Stage, Search, Needs, NeedsWhere) for name in part.model_fields})
+KEYS = tuple({name for part in (SweepFile, Stage, Needs, NeedsWhere) for name in part.model_fields})
 REPHRASED = {
     "extra_forbidden": "unknown key",
     "missing": "this key is missing",

@@ -12,7 +12,6 @@ from emoe_core.errors import did_you_mean
 from workbench.sweep.file import read_sweep
 from workbench.sweep.points import Point, StagePlan, plan_stages
 from workbench.sweep.schema import SweepFile
-from workbench.sweep.search import known_points
 from workbench.tracking.runs import DIGEST_TAG, NOTEBOOK_TAG, children, find_parent, search
 from workbench.tracking.store import encode, open_store
 
@@ -41,7 +40,7 @@ class SweepPreview:
 
 
 def describe_plan(path: Path) -> SweepPreview:
-    """Return what a sweep file would do; runs that a search has not chosen yet are called by their number."""
+    """Return what a sweep file would do."""
     sweep = read_sweep(path)
     client = open_store()
     parent = find_parent(client, sweep.file.name)
@@ -52,12 +51,7 @@ def describe_plan(path: Path) -> SweepPreview:
     found = SweepPreview(sweep.file, [], expected.warnings(plans))
     for plan in plans:
         kind, seconds = plan.stage.kind, expected.seconds(plan)
-        points = [point for point, _ in known_points(plan, runs)] if plan.study else plan.points
-        found.runs.extend(PlannedRun(point.label, kind, point.digest in digests, seconds) for point in points)
-        if plan.study and plan.stage.search:
-            label = " ".join(filter(None, [plan.notebook.stem, plan.stage.label, "search"]))
-            rest = range(len(points), plan.stage.search.runs)
-            found.runs.extend(PlannedRun(f"{label} {number + 1}", kind, False, seconds) for number in rest)
+        found.runs.extend(PlannedRun(point.label, kind, point.digest in digests, seconds) for point in plan.points)
     return found
 
 
@@ -81,8 +75,7 @@ class Expectation:
         told: dict[str, None] = {}
         for plan in plans:
             recorded = {name for item in self._runs_like(plan) for name in item.data.metrics}
-            wanted = [*plan.stage.metrics, *(plan.stage.search.objectives if plan.stage.search else ())]
-            for name in wanted if recorded else ():
+            for name in plan.stage.metrics if recorded else ():
                 if name not in recorded:
                     meant = did_you_mean(get_close_matches(name, recorded))
                     told[f"No finished run of {plan.notebook.stem} recorded the metric {name!r}.{meant}"] = None

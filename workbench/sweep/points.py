@@ -2,8 +2,7 @@
 
 Parameters are checked against the notebook's cell tagged ``parameters``: unknown names and wrong types are refused
 before anything runs, because papermill itself only warns, and so are values that the bench knows to be impossible.
-Points of a grid and of a random search are known at the start; those of an Optuna search come one by one
-(`sweep_search`). Nothing is run here.
+Nothing is run here.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import hashlib
 import itertools
 import json
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,13 +20,12 @@ from typing import Any
 from emoe_core.errors import ExperimentError
 from workbench.models.reference import EMBEDDED, RECIPES
 from workbench.sweep.file import SweepSource
-from workbench.sweep.schema import Needs, Range, Scalar, Search, Stage, Values
+from workbench.sweep.schema import Needs, Stage
 from workbench.sweep.values import check_parameter, check_value
 from workbench.tracking.notebook import Parameter, find_notebook, notebook_parameters, source_hash
 
 MODEL_PARAMETER = "model"
 MAX_POINTS = 10_000
-DRAWS_WITHOUT_NEWS = 1000  # that many repeated draws mean that a random search has seen its whole space
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,6 @@ class Point:
         Identity of the run: notebook source, parameters and the model. Equal digests need not run twice.
     index : int
         Place in the sweep.
-    study : str
-        Identity of the Optuna search that proposed the point, empty for a point of a grid or a random search.
     """
 
     stage: Stage
@@ -53,7 +48,6 @@ class Point:
     axes: dict[str, Any]
     digest: str
     index: int = 0
-    study: str = ""
 
     @property
     def label(self) -> str:
@@ -91,31 +85,15 @@ class StagePlan:
         """Return the run with these values at a place within the stage."""
         parameters = {**self.stage.fixed, **axes}
         digest = point_digest(self.source, parameters, parameters.get(MODEL_PARAMETER, self.model))
-        return Point(self.stage, self.notebook, parameters, axes, digest, self.first + place, self.study)
-
-    @cached_property
-    def study(self) -> str:
-        """Return the identity of the stage's Optuna search: all that its results depend on but the number of runs."""
-        search = self.stage.search
-        if search is None or search.method != "optuna":
-            return ""
-        asked = search.model_dump(exclude={"runs"})
-        parts = [self.source, self.stage.fixed, self.stage.exclude, asked, model_state(self.model)]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return Point(self.stage, self.notebook, parameters, axes, digest, self.first + place)
 
     @cached_property
     def points(self) -> list[Point]:
-        """Return the runs that are known at the start: all but those of an Optuna search."""
-        search = self.stage.search
-        if search is None:
-            if math.prod(len(axis) for axis in self.stage.grid.values()) > MAX_POINTS:
-                raise ExperimentError(f"a grid has more than {MAX_POINTS:,} points: leave out some values, or search.")
-            found: Iterator[dict[str, Any]] = (
-                dict(zip(self.stage.grid, values, strict=True))
-                for values in itertools.product(*self.stage.grid.values())
-            )
-        else:
-            found = iter([] if search.method == "optuna" else random_draws(self.stage, search))
+        """Return the runs of the stage in order."""
+        grid = self.stage.grid
+        if math.prod(len(axis) for axis in grid.values()) > MAX_POINTS:
+            raise ExperimentError(f"a grid has more than {MAX_POINTS:,} points: leave out some values.")
+        found = (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
         kept = [axes for axes in found if not self.stage.excludes({**self.stage.fixed, **axes})]
         return [self.point(axes, place) for place, axes in enumerate(kept)]
 
@@ -151,7 +129,7 @@ def plan_stages(sweep: SweepSource, beside: Path | None = None) -> list[StagePla
         model = known[MODEL_PARAMETER].literal() if MODEL_PARAMETER in known else None
         plan = StagePlan(stage, notebook, source_hash(notebook), model, first)
         plans.append(plan)
-        first += stage.search.runs if plan.study and stage.search else len(plan.points)
+        first += len(plan.points)
     check_points(sweep.file.name, plans)
     return plans
 
@@ -162,16 +140,12 @@ def meant(known: dict[str, Parameter], name: str, value: Any) -> Any:
 
 
 def settings(stage: Stage) -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    """Yield (keys of the file, parameter, value) of all that a stage sets; of a range its ends."""
+    """Yield (keys of the file, parameter, value) of all that a stage sets."""
     for name, value in stage.fixed.items():
         yield ("fixed",), name, value
     for name, values in stage.grid.items():
         for value in values:
             yield ("grid",), name, value
-    for name, axis in stage.search.space.items() if stage.search else ():
-        ends = axis.values if isinstance(axis, Values) else [axis.written(axis.low), axis.written(axis.high)]
-        for value in ends:
-            yield ("search", "space"), name, value
 
 
 def check_points(name: str, plans: list[StagePlan]) -> None:
@@ -181,49 +155,8 @@ def check_points(name: str, plans: list[StagePlan]) -> None:
         if point.digest in seen:
             raise ExperimentError(f"sweep {name!r} holds the same run twice: {point.label} {point.parameters}")
         seen.add(point.digest)
-    if not seen and not any(plan.study for plan in plans):
+    if not seen:
         raise ExperimentError(f"sweep {name!r} excludes every point of its grid.")
-
-
-def random_draws(stage: Stage, search: Search) -> list[dict[str, Scalar]]:
-    """Return `runs` different points of the space, the same ones for the same seed; a larger `runs` adds to them.
-
-    Raises
-    ------
-    ExperimentError
-        When the space does not hold as many.
-    """
-    source = random.Random(search.seed)
-    drawn: dict[str, dict[str, Scalar]] = {}
-    in_vain = 0
-    while len(drawn) < search.runs:
-        axes = {name: draw(axis, source) for name, axis in search.space.items()}
-        key = json.dumps(axes)
-        if key in drawn or stage.excludes({**stage.fixed, **axes}):
-            in_vain += 1
-            if in_vain > DRAWS_WITHOUT_NEWS:
-                raise ExperimentError(
-                    f"the search over {stage.notebook} finds only {len(drawn)} different points, not {search.runs}: "
-                    f"set runs to {len(drawn)}, or use a grid."
-                )
-            continue
-        in_vain = 0
-        drawn[key] = axes
-    return list(drawn.values())
-
-
-def draw(axis: Values | Range, source: random.Random) -> Scalar:
-    """Return one value of an axis, evenly: of a logarithmic range its logarithm."""
-    if isinstance(axis, Values):
-        return source.choice(axis.values)
-    if axis.log:
-        value = math.exp(source.uniform(math.log(axis.low), math.log(axis.high)))
-        return axis.written(min(max(round(value) if axis.whole else value, axis.low), axis.high))
-    step = axis.step or (1 if axis.whole else None)
-    if step is None:
-        return axis.written(source.uniform(axis.low, axis.high))
-    count = math.floor((axis.high - axis.low) / step + 1e-9)
-    return axis.written(axis.low + step * source.randint(0, count))
 
 
 def short(value: Any) -> str:

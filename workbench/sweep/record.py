@@ -15,7 +15,6 @@ from workbench.sweep.executors.protocol import Ending, Job
 from workbench.sweep.points import Point, StagePlan
 from workbench.sweep.resume import ERROR_LETTERS, owner_tag, reconcile, refuse_running_elsewhere, start_parent
 from workbench.sweep.schema import SweepFile
-from workbench.sweep.search import known_points
 from workbench.tracking.run import NOTEBOOK_FOLDER, new_run
 from workbench.tracking.runs import (
     AXES_TAG,
@@ -27,10 +26,8 @@ from workbench.tracking.runs import (
     NOTEBOOK_TAG,
     OWNER_TAG,
     SOURCE_TAG,
-    STUDY_TAG,
     SUPERSEDED_TAG,
     SWEEP_TAG,
-    children,
     find_parent,
 )
 from workbench.tracking.store import encode, experiment_id, recorded_metrics
@@ -50,8 +47,6 @@ class SweepRecord:
     parent_id : str
     finished : dict of str to run
         Finished runs of earlier calls by digest.
-    known : dict of str to list
-        What earlier calls found out for each search: its study, and points with their metrics.
     """
 
     def __init__(
@@ -64,7 +59,6 @@ class SweepRecord:
         take_over: bool = False,
     ) -> None:
         self._client, self._sweep = client, sweep
-        self.known: dict[str, list[tuple[Point, dict[str, float]]]] = {}
         points = [point for plan in plans for point in plan.points]
         self._open: dict[str, Point] = {}
         self.finished: dict[str, MlflowRun] = {}
@@ -76,9 +70,6 @@ class SweepRecord:
             if not take_over:
                 refuse_running_elsewhere(parent)
             self.parent_id = parent.info.run_id
-            before = children(client, parent)
-            self.known = {plan.study: known_points(plan, before) for plan in plans if plan.study}
-            points += [point for known in self.known.values() for point, _ in known]
             self.finished = reconcile(client, parent, {point.digest for point in points}, take_over=take_over)
             client.update_run(self.parent_id, status="RUNNING")
         client.set_tag(self.parent_id, OWNER_TAG, owner_tag())
@@ -122,8 +113,6 @@ class SweepRecord:
             SUPERSEDED_TAG: "false",
             SOURCE_TAG: point.stage.notebook,
         }
-        if point.study:
-            tags[STUDY_TAG] = point.study
         run_id = new_run(self._client, self._sweep.name, point.label, parent=self.parent_id, tags=tags)
         self._open[run_id] = point
         for name, value in point.parameters.items():

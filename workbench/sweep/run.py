@@ -31,8 +31,6 @@ from workbench.sweep.plan import Expectation
 from workbench.sweep.points import Point, StagePlan, plan_stages
 from workbench.sweep.record import SweepRecord
 from workbench.sweep.screen import SweepScreen
-from workbench.sweep.search import OptunaSearch
-from workbench.sweep.sources import ListedPoints, PointSource
 from workbench.tracking.place import server_uri, store_dir
 from workbench.tracking.store import locked, open_store
 from workbench.tracking.store_errors import DeletedError, disk_reason
@@ -62,7 +60,7 @@ class Part:
     """Successive points of a sweep that may run at the same time."""
 
     kind: Kind
-    source: PointSource
+    points: list[Point]
     expected_s: float | None
 
 
@@ -173,27 +171,19 @@ class _Sweep:
         return self.result
 
     def _parts(self, plans: Sequence[StagePlan]) -> list[Part]:
-        """Return what is left to do; neighbours of one kind are one part, a search is one of its own."""
+        """Return what is left to do; neighbours of one kind are one part."""
         parts: list[Part] = []
-        for kind, group in groupby(plans, key=lambda plan: (plan.stage.kind, plan.study)):
-            stages = list(group)
-            if stages[0].study:
-                known = self.record.known.get(stages[0].study, [])
-                self.result.skipped.extend(point.label for point, _ in known)
-                seconds = self.expected.seconds(stages[0])
-                search = OptunaSearch(stages[0], known)
-                parts.append(Part(kind[0], search, None if seconds is None else seconds * search.left))
-                continue
+        for kind, stages in groupby(plans, key=lambda plan: plan.stage.kind):
             points = [point for plan in stages for point in plan.points]
             todo = [point for point in points if point.digest not in self.record.finished]
             self.result.skipped.extend(point.label for point in points if point.digest in self.record.finished)
             expected = [self.expected.seconds(point) for point in todo]
             known_s = sum(value for value in expected if value)
-            parts.append(Part(kind[0], ListedPoints(todo), known_s if all(expected) else None))
-        return [part for part in parts if part.source.left]
+            parts.append(Part(kind, todo, known_s if all(expected) else None))
+        return [part for part in parts if part.points]
 
     def _announce(self, parts: Sequence[Part]) -> None:
-        total = sum(part.source.left for part in parts)
+        total = sum(len(part.points) for part in parts)
         if done := len(self.result.skipped):
             self.screen.say(f"{done} of {total + done} runs are already finished.")
             if elsewhere := self.record.other_commits():
@@ -204,22 +194,14 @@ class _Sweep:
         self.screen.announce(total, None if None in seconds else sum(value or 0.0 for value in seconds))
 
     def _run_part(self, part: Part) -> None:
-        waiting: deque[Attempt] = deque()
-        while True:
-            while True:
-                if not waiting and (point := part.source.ask()):
-                    waiting.append(Attempt(point))
-                if not waiting or not self._start_if_room(waiting[0]):
-                    break
+        waiting = deque(Attempt(point) for point in part.points)
+        while self.running or waiting:
+            while waiting and self._start_if_room(waiting[0]):
                 waiting.popleft()
-            if not self.running and not waiting:
-                break
             for ending in self.place.wait():
-                again = self._end(part.source, ending)
+                again = self._end(ending)
                 if again is not None:
-                    waiting.append(again)
-        for line in part.source.conclusion():
-            self.screen.say(escape(line))
+                    waiting.appendleft(again)
 
     def _start_if_room(self, attempt: Attempt) -> bool:
         if not self.place.has_room(attempt.point.needs, attempt.point.stage.kind):
@@ -230,7 +212,7 @@ class _Sweep:
         self.screen.began(job.run_id, attempt.point, self.expected.seconds(attempt.point))
         return True
 
-    def _end(self, source: PointSource, ending: Ending) -> Attempt | None:
+    def _end(self, ending: Ending) -> Attempt | None:
         """Record how a run ended; return what to try again when it was lost."""
         attempt = self.running.pop(ending.run_id)
         again = ending.lost and attempt.number < ATTEMPTS
@@ -246,8 +228,6 @@ class _Sweep:
         if again:
             return Attempt(attempt.point, attempt.number + 1)
         (self.result.finished if ending.ok else self.result.failed).append(label)
-        if warning := source.tell(attempt.point, metrics if ending.ok else None):
-            self.screen.say(f"[yellow]{escape(warning)}[/]")
         if full := None if ending.ok else disk_reason(ending.error):
             raise ExperimentError(
                 f"a run could not write: {full}. Make room and run the same command again; finished runs are kept."

@@ -1,7 +1,6 @@
 """What a sweep file may say, as pydantic models; `sweep_file` reads one and says at which line it is wrong.
 
-A sweep file names a sweep and its stages. A *stage* runs one notebook over points of its parameters: the whole `grid`,
-or as many as a `search` may spend. ::
+A sweep file names a sweep and its stages. A *stage* runs one notebook over all points of a grid of its parameters. ::
 
     name: quick
     description: Memory against quality on the reference model.
@@ -18,26 +17,12 @@ or as many as a `search` may spend. ::
         needs_where:                  # runs that need something else, by their parameters; the last that fits counts
           - {where: {budget: "60%"}, memory: 8GB}
 
-and in place of `grid` ::
-
-        search:
-          method: optuna              # or random: drawn at the start, needs no objectives
-          runs: 30
-          seed: 0
-          space:
-            budget: {low: 20, high: 100, step: 5, suffix: "%"}
-            tolerance: {low: 0.0, high: 1.0}
-            interval: {low: 1, high: 80, log: true}
-            strategy: {values: [frequency, lru]}
-          objectives: {memory_ratio: minimize, tpot_ratio: minimize, perplexity_ratio: minimize}
-
 A file with a single stage may put these keys beside `name`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -46,9 +31,7 @@ from pydantic import (
     BaseModel,
     ByteSize,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     field_validator,
     model_validator,
 )
@@ -90,74 +73,6 @@ class NeedsWhere(Strict):
     gpus: int | None = Field(default=None, ge=0)
 
 
-class Values(Strict):
-    """A parameter that is one of some values."""
-
-    values: list[Scalar] = Field(min_length=1)
-
-    @field_validator("values")
-    @classmethod
-    def _once_each(cls, values: list[Scalar]) -> list[Scalar]:
-        return distinct(values)
-
-
-class Range(Strict):
-    """A number from `low` to `high`, whole when both are; with `suffix` it becomes a text such as ``"40%"``."""
-
-    low: int | float
-    high: int | float
-    step: int | float | None = Field(default=None, gt=0)
-    log: bool = Field(default=False, strict=False)  # yes and on are texts in YAML
-    suffix: str = ""
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Range:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"low ({self.low}) is not below high ({self.high})")
-        if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("log takes a low above 0 and no step")
-        if self.whole and isinstance(self.step, float):
-            raise ValueError(f"step {self.step} is not whole, but low and high are: write {float(self.low)}")
-        return self
-
-    @property
-    def whole(self) -> bool:
-        """Say whether the range holds whole numbers only."""
-        return isinstance(self.low, int) and isinstance(self.high, int)
-
-    def written(self, value: float) -> Scalar:
-        """Return a number of the range as the notebook gets it."""
-        number = int(value) if self.whole else float(value)
-        return f"{number:g}{self.suffix}" if self.suffix else number
-
-
-def form_of(axis: Any) -> str:
-    """Return the form that an axis of a search is meant in, so that an error speaks of that form alone."""
-    named = isinstance(axis, Values) or (isinstance(axis, dict) and "values" in axis)
-    return "values" if named else "range"
-
-
-Axis = Annotated[Annotated[Values, Tag("values")] | Annotated[Range, Tag("range")], Discriminator(form_of)]
-
-
-class Search(Strict):
-    """A search over the values of parameters, at most `runs` of them."""
-
-    method: Literal["random", "optuna"]
-    runs: int = Field(ge=1)
-    seed: int = Field(default=0, ge=0)
-    space: dict[str, Axis] = Field(min_length=1)
-    objectives: dict[str, Literal["minimize", "maximize"]] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _has_something_to_seek(self) -> Search:
-        if self.method == "optuna" and not self.objectives:
-            raise ValueError("optuna needs objectives, for example {perplexity_ratio: minimize}")
-        if self.method == "random" and self.objectives:
-            raise ValueError("random does not use objectives; drop them or take method optuna")
-        return self
-
-
 class Stage(Strict):
     """One notebook over points of its parameters."""
 
@@ -165,7 +80,6 @@ class Stage(Strict):
     kind: Literal["timing", "quality"]
     fixed: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
     grid: dict[str, list[Scalar]] = Field(default_factory=dict)
-    search: Search | None = None
     exclude: list[dict[str, Scalar]] = Field(default_factory=list)
     metrics: list[str] = Field(default_factory=list)
     label: str = ""
@@ -187,15 +101,11 @@ class Stage(Strict):
 
     @model_validator(mode="after")
     def _names_agree(self) -> Stage:
-        if self.grid and self.search:
-            raise ValueError("a stage has a grid or a search, not both")
-        varied = set(self.grid) | set(self.search.space if self.search else ())
-        twice = sorted(set(self.fixed) & varied)
+        twice = sorted(set(self.fixed) & set(self.grid))
         if twice:
-            where = "in the search" if self.search else "on the grid"
-            raise ValueError(f"both fixed and {where}: {', '.join(twice)}")
+            raise ValueError(f"both fixed and on the grid: {', '.join(twice)}")
         for key, entries in (("exclude", self.exclude), ("needs_where", [item.where for item in self.needs_where])):
-            unknown = sorted({name for entry in entries for name in entry} - set(self.fixed) - varied)
+            unknown = sorted({name for entry in entries for name in entry} - set(self.fixed) - set(self.grid))
             if unknown:
                 raise ValueError(f"{key} names parameters that the stage does not set: {', '.join(unknown)}")
         return self
@@ -212,14 +122,6 @@ class Stage(Strict):
             "exclude": [each(entry) for entry in self.exclude],
             "needs_where": [item.model_copy(update={"where": each(item.where)}) for item in self.needs_where],
         }
-        if self.search:
-            space = {
-                name: axis.model_copy(update={"values": [meant(name, value) for value in axis.values]})
-                if isinstance(axis, Values)
-                else axis
-                for name, axis in self.search.space.items()
-            }
-            changes["search"] = self.search.model_copy(update={"space": space})
         return self.model_copy(update=changes)
 
     def excludes(self, parameters: dict[str, Any]) -> bool:
