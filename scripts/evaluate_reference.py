@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from workbench.cli import run_script
-from workbench.models import reference
+from workbench.models.reference import EMBEDDED
 
 
 def evaluate(
@@ -19,7 +20,8 @@ def evaluate(
 ) -> None:
     """Measure perplexity by domain beside the dense model, and how the routers choose."""
     table = Table(title=f"Embedded model, {model}", show_header=False)
-    for name, value in reference.evaluate(path, kind=reference.EMBEDDED[model]).items():
+    evaluation = importlib.import_module(f"recipes.{EMBEDDED[model]}_evaluation")
+    for name, value in evaluation.evaluate(path).items():
         if isinstance(value, bool | int | float | str):
             table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from workbench.cli import run_script
-from workbench.models import reference
+from workbench.models.reference import EMBEDDED
 
 
 def train(
@@ -19,7 +20,8 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of the recipe.")] = 0,
 ) -> None:
     """Compute a recipe anew (reference: two hours, carved: ten minutes; goes on where it stopped)."""
-    recipe = reference.train(out, seed=seed, kind=reference.EMBEDDED[model])
+    training = importlib.import_module(f"recipes.{EMBEDDED[model]}_training")
+    recipe = training.train(out, seed)
     Console().print(f"Recipe: [bold]{escape(str(recipe))}[/]", soft_wrap=True)
 
 

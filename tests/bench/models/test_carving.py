@@ -12,14 +12,14 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from emoe_core.errors import OptionError
+from recipes.carved_training import Carver, Plan
+from recipes.carving import Shape, carve, contributions, router_start
+from recipes.held_out import losses
+from recipes.keeping import keeping, most_used, reroute
 from workbench.fetch import sha256_file
 from workbench.models.reference.carved.build import build
-from workbench.models.reference.carved.carving import Shape, carve, contributions, router_start
-from workbench.models.reference.carved.keeping import keeping, most_used, reroute
 from workbench.models.reference.carved.layer import assemble, pack, unpack
 from workbench.models.reference.carved.recipe import Recipe
-from workbench.models.reference.carved.train import Carver, Plan
-from workbench.models.reference.held_out import losses
 
 SHAPE = Shape(experts=4, top_k=2, shared=16)
 PLAN = Plan(block_tokens=16, blocks=4, cluster_tokens=100, repairable=10.0)

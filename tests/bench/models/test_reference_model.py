@@ -15,21 +15,18 @@ from tiny_parent import HIDDEN, VOCAB, TinyParent, tiny_dense
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from emoe_core.errors import CheckpointError, DataError, OptionError
+from recipes import carved_training, carving, mixture, upcycled_training
+from recipes.summary import normalised_mutual_information, summarise
+from recipes.upcycled_training import save_recipe
 from workbench.fetch import sha256_file
 from workbench.models import reference
 from workbench.models.names import resolve_model
 from workbench.models.reference import EMBEDDED, dense
-from workbench.models.reference.carved import carving
-from workbench.models.reference.carved import train as carved_train
 from workbench.models.reference.carved.build import ASSEMBLY as CARVED
 from workbench.models.reference.carved.layer import assemble
 from workbench.models.reference.checkpoint import Assembly
 from workbench.models.reference.recipe import ADAPTERS, DESCRIPTION, MANIFEST
-from workbench.models.reference.summary import normalised_mutual_information, summarise
-from workbench.models.reference.upcycled import mixture
-from workbench.models.reference.upcycled import train as upcycled_train
 from workbench.models.reference.upcycled.build import ASSEMBLY as UPCYCLED
-from workbench.models.reference.upcycled.recipe import save_recipe
 
 
 def texts() -> list[torch.Tensor]:
@@ -48,22 +45,22 @@ class Upcycling:
     assembly: Assembly = UPCYCLED
     stop_after = 4
     shape = mixture.Shape(experts=4, top_k=2, rank=2)
-    plan = upcycled_train.Plan(
+    plan = upcycled_training.Plan(
         branch_steps=3, mix_steps=4, branch_batch=2, branch_length=16, mix_length=16, probe_tokens=32, save_every=2
     )
     other_plan = replace(plan, mix_steps=9)
     committed_bytes = 26_000_000
 
-    def work(self, folder: Path, plan: upcycled_train.Plan | None = None) -> upcycled_train.Trainer:
-        return upcycled_train.Trainer(tiny_dense(), texts(), self.shape, plan or self.plan, seed=0, folder=folder)
+    def work(self, folder: Path, plan: upcycled_training.Plan | None = None) -> upcycled_training.Trainer:
+        return upcycled_training.Trainer(tiny_dense(), texts(), self.shape, plan or self.plan, seed=0, folder=folder)
 
-    def tensors(self, made: upcycled_train.Trainer) -> list[torch.Tensor]:
+    def tensors(self, made: upcycled_training.Trainer) -> list[torch.Tensor]:
         return [*made.adapters, *made.routers]
 
-    def save(self, folder: Path, made: upcycled_train.Trainer, parent: TinyParent) -> Path:
+    def save(self, folder: Path, made: upcycled_training.Trainer, parent: TinyParent) -> Path:
         return save_recipe(folder, made.mixtures, described(parent)).folder
 
-    def check(self, built: PreTrainedModel, made: upcycled_train.Trainer, parent: TinyParent, recipe: Path) -> None:
+    def check(self, built: PreTrainedModel, made: upcycled_training.Trainer, parent: TinyParent, recipe: Path) -> None:
         """See that the built model is the trained mixture: storing it moves the loss far less than training did."""
         assert built.config.model_type == "mixtral"
         ids = torch.stack([text[:32] for text in texts()])
@@ -71,7 +68,7 @@ class Upcycling:
             layer.fixed_expert = None
         with torch.no_grad():
             models = (built, made.model, parent.model)
-            found, expected, plain = (upcycled_train.next_token_loss(model, ids) for model in models)
+            found, expected, plain = (upcycled_training.next_token_loss(model, ids) for model in models)
         assert abs(found - expected) < 0.1 * abs(plain - expected)
 
     def is_whole(self, layer: dict[str, torch.Tensor]) -> bool:
@@ -85,21 +82,21 @@ class Carving:
     assembly: Assembly = CARVED
     stop_after = 1
     shape = carving.Shape(experts=4, top_k=2, shared=16)
-    plan = carved_train.Plan(block_tokens=16, blocks=4, cluster_tokens=100, repairable=10.0)
+    plan = carved_training.Plan(block_tokens=16, blocks=4, cluster_tokens=100, repairable=10.0)
     other_plan = replace(plan, ridge=1.0)
     committed_bytes = 20_000_000
 
-    def work(self, folder: Path, plan: carved_train.Plan | None = None) -> carved_train.Carver:
+    def work(self, folder: Path, plan: carved_training.Plan | None = None) -> carved_training.Carver:
         blocks = torch.randint(0, VOCAB, (40, 16), generator=torch.Generator().manual_seed(1))
-        return carved_train.Carver(tiny_dense(), blocks, self.shape, plan or self.plan, seed=0, folder=folder)
+        return carved_training.Carver(tiny_dense(), blocks, self.shape, plan or self.plan, seed=0, folder=folder)
 
-    def tensors(self, made: carved_train.Carver) -> list[torch.Tensor]:
+    def tensors(self, made: carved_training.Carver) -> list[torch.Tensor]:
         return [parts[name] for parts in made.finished for name in sorted(parts)]
 
-    def save(self, folder: Path, made: carved_train.Carver, parent: TinyParent) -> Path:
+    def save(self, folder: Path, made: carved_training.Carver, parent: TinyParent) -> Path:
         return self.assembly.recipe.save(folder, made.finished, vars(made.shape), described(parent)).folder
 
-    def check(self, built: PreTrainedModel, made: carved_train.Carver, parent: TinyParent, recipe: Path) -> None:
+    def check(self, built: PreTrainedModel, made: carved_training.Carver, parent: TinyParent, recipe: Path) -> None:
         """See that a layer of the built model computes what was fitted."""
         assert built.config.model_type == "qwen2_moe"
         matrices = tuple(parent.tensor(f"model.layers.1.mlp.{name}_proj.weight") for name in ("gate", "up", "down"))

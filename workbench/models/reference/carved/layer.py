@@ -18,10 +18,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workbench.models.reference.carved.carving import Shape
+from emoe_core.errors import OptionError
 
 SHARED_GATE = 0.5
 LARGEST_CODE = 7
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Routed experts per layer, experts per token, and neurons of the shared expert."""
+
+    experts: int = 24
+    top_k: int = 12
+    shared: int = 384
+
+    def width(self, neurons: int) -> int:
+        """Return the neurons of one routed expert when a feed-forward of `neurons` is carved."""
+        width, rest = divmod(neurons - self.shared, self.experts)
+        if width < 1 or rest:
+            raise OptionError(
+                f"{neurons} neurons less {self.shared} shared ones cannot be cut into {self.experts} equal experts"
+            )
+        return width
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from workbench.models.reference import recipe
-from workbench.models.reference.carved.carving import Shape
+from workbench.models.reference.carved.layer import Shape
 
 
 class Recipe(recipe.Recipe):

@@ -5,14 +5,19 @@ The dialogues are text to fit on that no package ships.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from workbench.models.reference import recipe
-from workbench.models.reference.upcycled.mixture import MixtureFeedForward, Shape
 
-PARTS = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b", "router")
+
+@dataclass(frozen=True)
+class Shape:
+    """Experts per layer, experts per token, and the rank of an expert's correction."""
+
+    experts: int = 8
+    top_k: int = 2
+    rank: int = 8
 
 
 class Recipe(recipe.Recipe):
@@ -25,9 +30,3 @@ class Recipe(recipe.Recipe):
     def shape(self) -> Shape:
         """Experts, experts per token and rank."""
         return Shape(**self.description["shape"])
-
-
-def save_recipe(folder: Path, mixtures: list[MixtureFeedForward], description: dict[str, Any]) -> Recipe:
-    """Write the trained parameters of all layers as a recipe."""
-    layers = [{part: getattr(mixture, part) for part in PARTS} for mixture in mixtures]
-    return Recipe.save(folder, layers, asdict(mixtures[0].shape), description)

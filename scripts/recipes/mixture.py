@@ -13,7 +13,6 @@ The result equals the materialised `MixtralForCausalLM` up to rounding; nothing 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,16 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
+from workbench.models.reference.upcycled.recipe import Shape
+
 BASE = -1
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Experts per layer, experts per token, and the rank of an expert's correction."""
-
-    experts: int = 8
-    top_k: int = 2
-    rank: int = 8
 
 
 class MixtureFeedForward(nn.Module):

@@ -12,36 +12,16 @@ weight: with all experts active at weight one the dense feed-forward is had back
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from emoe_core.errors import OptionError
+from workbench.models.reference.carved.layer import Shape
 
 CLUSTER_ROUNDS = 8
 # Share of neurons that count as a token's largest contributors.
 LARGEST = 0.1
 RIDGE = 0.01
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Routed experts per layer, experts per token, and neurons of the shared expert."""
-
-    experts: int = 24
-    top_k: int = 12
-    shared: int = 384
-
-    def width(self, neurons: int) -> int:
-        """Return the neurons of one routed expert when a feed-forward of `neurons` is carved."""
-        width, rest = divmod(neurons - self.shared, self.experts)
-        if width < 1 or rest:
-            raise OptionError(
-                f"{neurons} neurons less {self.shared} shared ones cannot be cut into {self.experts} equal experts"
-            )
-        return width
 
 
 def contributions(hidden: Tensor, down: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from workbench.models.reference import dense
-from workbench.models.reference.held_out import (
+from recipes.held_out import (
     answers,
     compute_type,
     counts,
@@ -24,8 +23,9 @@ from workbench.models.reference.held_out import (
     losses,
     predicted_tokens,
 )
+from recipes.summary import summarise
+from workbench.models.reference import dense
 from workbench.models.reference.recipe import FIGURES
-from workbench.models.reference.summary import summarise
 from workbench.models.reference.upcycled.build import ASSEMBLY, build
 from workbench.models.reference.upcycled.recipe import Recipe
 from workbench.systems.stock import load_stock

@@ -15,11 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from workbench.models.reference import corpora, dense
-from workbench.models.reference.carved.build import ASSEMBLY, build
-from workbench.models.reference.carved.keeping import keeping, most_used
-from workbench.models.reference.carved.recipe import Recipe
-from workbench.models.reference.held_out import (
+from recipes import corpora
+from recipes.held_out import (
     answers,
     compute_type,
     counts,
@@ -29,8 +26,12 @@ from workbench.models.reference.held_out import (
     losses,
     predicted_tokens,
 )
+from recipes.keeping import keeping, most_used
+from recipes.summary import summarise
+from workbench.models.reference import dense
+from workbench.models.reference.carved.build import ASSEMBLY, build
+from workbench.models.reference.carved.recipe import Recipe
 from workbench.models.reference.recipe import FIGURES
-from workbench.models.reference.summary import summarise
 from workbench.systems.stock import load_stock
 
 KEPT = (19, 14, 10)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from emoe_core.errors import OptionError
-from workbench.models.reference import corpora, dense
+from recipes import corpora
+from workbench.models.reference import dense
 from workbench.models.reference.recipe import Recipe
 
 QUESTIONS = (

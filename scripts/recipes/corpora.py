@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from recipes import dialogue
 from workbench.fetch import fetch_package
-from workbench.models.reference import dialogue
 
 DOCUMENT_END = 0
 PACKAGES = {

@@ -26,8 +26,9 @@ from transformers import LlamaForCausalLM
 
 from emoe_core.errors import OptionError
 from emoe_core.files import whole_file
-from workbench.models.reference import corpora, dense
-from workbench.models.reference.carved.carving import Shape, carve, contributions, router_start
+from recipes import corpora
+from recipes.carving import Shape, carve, contributions, router_start
+from workbench.models.reference import dense
 from workbench.models.reference.carved.layer import assemble, factors, pack
 from workbench.models.reference.carved.recipe import Recipe
 

@@ -24,11 +24,14 @@ from transformers import LlamaForCausalLM
 
 from emoe_core.errors import OptionError
 from emoe_core.files import whole_file
-from workbench.models.reference import corpora, dense
-from workbench.models.reference.upcycled.mixture import BASE, MixtureFeedForward, Shape, adapter_parameters, grow
-from workbench.models.reference.upcycled.recipe import Recipe, save_recipe
+from recipes import corpora
+from recipes.mixture import BASE, MixtureFeedForward, Shape, adapter_parameters, grow
+from workbench.models.reference import dense
+from workbench.models.reference.upcycled.recipe import Recipe
 
 STATE = "state.pt"
+
+PARTS = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b", "router")
 
 
 @dataclass(frozen=True)
@@ -296,3 +299,9 @@ def describe(trainer: Trainer, splits: list[corpora.Split], folder: Path) -> Rec
         },
     }
     return save_recipe(folder, trainer.mixtures, description)
+
+
+def save_recipe(folder: Path, mixtures: list[MixtureFeedForward], description: dict[str, Any]) -> Recipe:
+    """Write the trained parameters of all layers as a recipe."""
+    layers = [{part: getattr(mixture, part) for part in PARTS} for mixture in mixtures]
+    return Recipe.save(folder, layers, asdict(mixtures[0].shape), description)
