@@ -1,12 +1,12 @@
 """A memory budget for experts, what it buys in slots, and every other term of a model's memory.
 
 Terms. A *slot* holds one expert's record, padding included. *Slots per layer* is a partition: a layer's experts only
-use that layer's slots. The *spare* slot, as large as the largest record and shared by all layers, takes the record
+use that layer's slots. The *staging* slot, as large as the largest record and shared by all layers, takes the record
 that is in flight; it counts in the budget. *Share* is slots / experts, beside which k/E (experts a token uses / experts
 a layer has) says how far below one token's need a budget goes.
 
-The smallest exact budget is one slot a layer and the spare. Below top-k slots a layer, every token streams experts
-through its slots: exact, and slow. When all experts fit, nothing is in flight and there is no spare.
+The smallest exact budget is one slot a layer and the staging slot. Below top-k slots a layer, every token streams
+experts through its slots: exact, and slow. When all experts fit, nothing is in flight and there is no staging slot.
 
 Only routed experts are budgeted. `memory_breakdown` states every term of a model's memory beside the slots.
 """
@@ -127,7 +127,7 @@ class SlotPlan:
     budget_bytes : int
         What the budget comes to in bytes for this checkpoint.
     slots_per_layer : tuple of int
-    spare_slots : int
+    staging_slots : int
         1, or 0 when every expert is resident.
     record_bytes : tuple of int
         Size of a slot of each layer.
@@ -139,21 +139,21 @@ class SlotPlan:
     budget: Budget
     budget_bytes: int
     slots_per_layer: tuple[int, ...]
-    spare_slots: int
+    staging_slots: int
     record_bytes: tuple[int, ...]
     num_experts: tuple[int, ...]
     top_k: int
 
     @property
-    def spare_bytes(self) -> int:
-        """Bytes of the spare slot, 0 when there is none."""
-        return self.spare_slots * max(self.record_bytes)
+    def staging_bytes(self) -> int:
+        """Bytes of the staging slot, 0 when there is none."""
+        return self.staging_slots * max(self.record_bytes)
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of all slots, the spare included; never above ``budget_bytes``."""
+        """Bytes of all slots, the staging slot included; never above ``budget_bytes``."""
         slots = zip(self.slots_per_layer, self.record_bytes, strict=True)
-        return sum(count * size for count, size in slots) + self.spare_bytes
+        return sum(count * size for count, size in slots) + self.staging_bytes
 
     @property
     def expert_bytes(self) -> int:
@@ -162,7 +162,7 @@ class SlotPlan:
 
     @property
     def resident_share(self) -> float:
-        """Share of experts that have a slot, in (0, 1]; the spare is not counted."""
+        """Share of experts that have a slot, in (0, 1]; the staging slot is not counted."""
         return sum(self.slots_per_layer) / sum(self.num_experts)
 
     @property
@@ -197,7 +197,7 @@ class SlotPlan:
         return [
             ("budget", f"{self.budget.text} = {_bytes_text(self.budget_bytes)}"),
             ("slots per layer", str(low) if low == high else f"{low} to {high}"),
-            ("spare slots", str(self.spare_slots)),
+            ("staging slots", str(self.staging_slots)),
             ("slot memory", f"{_bytes_text(self.slot_bytes)} of {_bytes_text(self.expert_bytes)}"),
             ("experts resident", f"{self.resident_share:.1%} (one token uses k/E = {self.top_k_share:.1%})"),
         ]
@@ -218,7 +218,7 @@ def plan_slots(index: CheckpointIndex, budget: Budget | str | int | float) -> Sl
     Raises
     ------
     BudgetError
-        When the budget cannot hold one slot a layer and the spare, with the shortfall named.
+        When the budget cannot hold one slot a layer and the staging slot, with the shortfall named.
     """
     largest = max(layer.record_bytes for layer in index.layers)
     layers = tuple(replace(layer, record_bytes=largest) for layer in index.layers)
@@ -232,10 +232,10 @@ def plan_given(index: CheckpointIndex, slots_per_layer: Sequence[int], text: str
     slots = tuple(slots_per_layer)
     if len(slots) != len(experts) or not all(1 <= count <= most for count, most in zip(slots, experts, strict=True)):
         raise BudgetError(f"{list(slots)} slots do not fit {len(experts)} MoE layers: give each 1 up to its experts")
-    spare = int(slots != experts)
-    limit_bytes = (sum(slots) + spare) * record_bytes
+    staging = int(slots != experts)
+    limit_bytes = (sum(slots) + staging) * record_bytes
     sizes = (record_bytes,) * len(experts)
-    return SlotPlan(Budget("bytes", limit_bytes, text), limit_bytes, slots, spare, sizes, experts, index.top_k)
+    return SlotPlan(Budget("bytes", limit_bytes, text), limit_bytes, slots, staging, sizes, experts, index.top_k)
 
 
 def plan_layers(layers: tuple[MoeLayer, ...], top_k: int, budget: Budget) -> SlotPlan:
@@ -260,13 +260,13 @@ def plan_layers(layers: tuple[MoeLayer, ...], top_k: int, budget: Budget) -> Slo
             f'"{_round_number_above(minimum_bytes)}", "{minimum_percent:g}%" or "1 slot".'
         )
     if budget.kind == "slots":
-        # Taken literally, even where the spare's bytes would make the last expert resident.
-        slots, spare = tuple(wanted), int(tuple(wanted) != experts)
+        # Taken literally, even where the staging slot's bytes would make the last expert resident.
+        slots, staging = tuple(wanted), int(tuple(wanted) != experts)
     elif limit_bytes >= total_bytes:
-        slots, spare = experts, 0
+        slots, staging = experts, 0
     else:
-        slots, spare = _spread(experts, sizes, limit_bytes - max(sizes)), 1
-    return SlotPlan(budget, limit_bytes, slots, spare, sizes, experts, top_k)
+        slots, staging = _spread(experts, sizes, limit_bytes - max(sizes)), 1
+    return SlotPlan(budget, limit_bytes, slots, staging, sizes, experts, top_k)
 
 
 def _spread(experts: tuple[int, ...], sizes: tuple[int, ...], usable_bytes: int) -> tuple[int, ...]:

@@ -14,7 +14,6 @@ from emoe_core.loader.eviction import LRU, require_policy
 from emoe_core.loader.slots import Policy
 from emoe_core.loader.storage import VERIFY
 from emoe_core.planning.control import REPLANS
-from emoe_core.planning.interval import make_interval
 from emoe_core.planning.tasks import Profile
 from emoe_core.predictor import FREQUENCY, PredictorFactory
 
@@ -38,11 +37,8 @@ class EngineConfig:
         of MoE layers, of experts of the largest layer, and the seed; None for on demand only.
     predictor_path : Path or None
         File of a trained predictor; needed for "transformer".
-    interval : int or str
-        p: predict before every p-th admitted request; or "adaptive": when the plan stops fitting.
-    min_coverage : float
-        With "adaptive": predict when, over the last requests, the plan's experts cover less than this share of what
-        the best sets of the same size would have covered.
+    interval : int
+        p: predict before every p-th admitted request (paper, section 3.3).
     replan : str
         "admission" or "interval" (see `planning/control.py`).
     lookahead : int
@@ -84,8 +80,7 @@ class EngineConfig:
     cache_bias: float = 0.0
     predictor: str | PredictorFactory | None = FREQUENCY
     predictor_path: Path | None = None
-    interval: int | str = 40
-    min_coverage: float = 0.9
+    interval: int = 40
     replan: str = "admission"
     lookahead: int = 0
     policy: str | Policy = LRU
@@ -124,7 +119,8 @@ class EngineConfig:
                     "max_quality_loss needs a task profile of this model: measure one with `emoe model profile MODEL` "
                     "and pass it as profile=Profile.load(path)"
                 )
-        make_interval(self.interval, self.min_coverage)
+        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
+            raise OptionError(f"interval is {self.interval!r}: predict every 1 or more requests, 40 being the paper's")
         require_known(self.replan, REPLANS, "replan")
         if not isinstance(self.lookahead, int) or self.lookahead < 0:
             raise OptionError(f"lookahead is {self.lookahead!r}: give a number of layers, 0 being off")

@@ -40,7 +40,6 @@ from emoe_core.loader.slots import SlotTable
 from emoe_core.loader.storage import HostMemory, PackedFile
 from emoe_core.metrics import RunStats
 from emoe_core.planning.control import ControlLoop
-from emoe_core.planning.interval import make_interval
 from emoe_core.planning.quality_target import plan_memory
 from emoe_core.planning.tolerance import MissTolerance
 from emoe_core.predictor import NO_PREDICTOR, Predictor, make_predictor
@@ -81,7 +80,7 @@ def load(checkpoint: str | Path, *, progress: Progress | None = None, **options:
 
 
 # What `Engine.restart` changes: nothing that weights, files or slots depend on.
-RESTARTABLE = ("tolerance", "cache_bias", "interval", "min_coverage", "replan")
+RESTARTABLE = ("tolerance", "cache_bias", "interval", "replan")
 
 
 class Engine:
@@ -307,7 +306,7 @@ class Engine:
         return ExpertLoader(self.index.layers, storage, self._new_table(), self.device, self.config.threads)
 
     def _new_table(self) -> SlotTable:
-        return make_table(self.plan.slots_per_layer, self.plan.spare_slots, self.config.policy, self._most_experts)
+        return make_table(self.plan.slots_per_layer, self.plan.staging_slots, self.config.policy, self._most_experts)
 
     def _new_predictor(self) -> Predictor | None:
         config, layers = self.config, len(self.index.layers)
@@ -320,8 +319,7 @@ class Engine:
         # A quality target decides by itself who may reroute; of the profile, output lengths remain.
         if profile is not None and self.quality is not None:
             profile = profile.without_masks()
-        interval = make_interval(config.interval, config.min_coverage)
-        return ControlLoop(self.loader, predictor, interval, config.replan, profile)
+        return ControlLoop(self.loader, predictor, config.interval, config.replan, profile)
 
     def _miss_tolerance(self) -> MissTolerance:
         return MissTolerance(self.tolerance, self.config.profile, self.quality)

@@ -2,39 +2,39 @@
 
 Terms
 -----
-request
+lookup
     A distinct (forward pass, MoE layer, expert) that at least one real (not padding) token chose.
 hit
-    A request whose expert was in a slot, or on its way into one, when the layer was reached.
+    A lookup whose expert was in a slot, or on its way into one, when the layer was reached.
 load
-    A request whose expert was fetched because the layer needed it (on demand).
+    A lookup whose expert was fetched because the layer needed it (on demand).
 reroute
-    A request whose expert stayed absent: every token that chose it was served by resident experts instead.
+    A lookup whose expert stayed absent: every token that chose it was served by resident experts instead.
 miss
     A load or a reroute.
 prefetch
-    An expert brought in by the planner, at warm start or by lookahead, outside any request.
+    An expert brought in by the planner, at warm start or by lookahead, outside any lookup.
 lookahead load
     A prefetch inside a forward pass, of an expert that a later layer was guessed to want (`loader/prefetch.py`). It is
-    *used* when it first serves a request, in that pass or later, and *wasted* (see below) when it never does; one that
+    *used* when it first serves a lookup, in that pass or later, and *wasted* (see below) when it never does; one that
     is still in its slot and has not served yet is neither.
 guessed, wanted, right
     Over the (pass, layer) pairs that had a guess: distinct experts guessed, distinct experts wanted by real tokens, and
     the experts that are both. Recall is right / wanted, precision right / guessed.
 wasted
     An expert that was loaded or prefetched and left its slot, or was still in it at the end, without having served a
-    request; a read that failed too.
+    lookup; a read that failed too.
 stall
     Time in which a forward pass waited for an expert's bytes.
 
 Identities (checked by :meth:`Counters.check` and in the tests)
 ----------------------------------------------------------------
-* ``hits + loads + reroutes == requests`` and ``misses == loads + reroutes``, in a pass that died midway as well
-* ``token_hits + token_loads + token_reroutes == token_requests`` (one per token and choice)
+* ``hits + loads + reroutes == lookups`` and ``misses == loads + reroutes``, in a pass that died midway as well
+* ``token_hits + token_loads + token_reroutes == token_lookups`` (one per token and choice)
 * ``bytes_loaded == (loads + prefetches) * record_bytes`` when all records are of one size, failed reads included
 * ``wasted_bytes <= bytes_loaded``
 * ``lookahead_used + lookahead_wasted <= lookahead_loads <= prefetches``, the first two equal once the loader is closed
-* ``lookahead_right <= lookahead_guessed``, and ``<= lookahead_wanted <= requests``
+* ``lookahead_right <= lookahead_guessed``, and ``<= lookahead_wanted <= lookups``
 
 Nothing here is estimated: every counter is incremented where the event happens. The class does no locking of its own;
 the loader owns one instance and changes it from the thread that runs the model.
@@ -49,11 +49,11 @@ from dataclasses import asdict, dataclass, field, fields
 class Counters:
     """Event counts of one engine since it was loaded or last reset. Units are in the names."""
 
-    requests: int = 0
+    lookups: int = 0
     hits: int = 0
     loads: int = 0
     reroutes: int = 0
-    token_requests: int = 0
+    token_lookups: int = 0
     token_hits: int = 0
     token_loads: int = 0
     token_reroutes: int = 0
@@ -75,18 +75,18 @@ class Counters:
 
     @property
     def misses(self) -> int:
-        """Requests that found their expert absent."""
+        """Lookups that found their expert absent."""
         return self.loads + self.reroutes
 
     @property
     def hit_rate(self) -> float:
-        """Hits per request, in [0, 1]; 1.0 before the first request."""
-        return self.hits / self.requests if self.requests else 1.0
+        """Hits per lookup, in [0, 1]; 1.0 before the first."""
+        return self.hits / self.lookups if self.lookups else 1.0
 
     @property
     def token_hit_rate(self) -> float:
-        """Hits per (token, chosen expert), in [0, 1]; 1.0 before the first request."""
-        return self.token_hits / self.token_requests if self.token_requests else 1.0
+        """Hits per (token, chosen expert), in [0, 1]; 1.0 before the first lookup."""
+        return self.token_hits / self.token_lookups if self.token_lookups else 1.0
 
     @property
     def lookahead_recall(self) -> float:
@@ -100,12 +100,12 @@ class Counters:
 
     def check(self) -> None:
         """Raise AssertionError when an identity of the contract does not hold."""
-        assert self.hits + self.loads + self.reroutes == self.requests, self
-        assert self.token_hits + self.token_loads + self.token_reroutes == self.token_requests, self
+        assert self.hits + self.loads + self.reroutes == self.lookups, self
+        assert self.token_hits + self.token_loads + self.token_reroutes == self.token_lookups, self
         assert self.wasted_bytes <= self.bytes_loaded, self
         assert self.lookahead_used + self.lookahead_wasted <= self.lookahead_loads <= self.prefetches, self
         assert self.lookahead_right <= min(self.lookahead_guessed, self.lookahead_wanted), self
-        assert self.lookahead_wanted <= self.requests, self
+        assert self.lookahead_wanted <= self.lookups, self
         assert all(getattr(self, item.name) >= 0 for item in fields(self)), self
 
     def since(self, earlier: Counters) -> Counters:
@@ -133,7 +133,7 @@ class RunStats:
     tolerance: float
     policy: str
     predictor: str
-    interval: int | str
+    interval: int
     cold_start: bool
     storage: str
     requests_served: int

@@ -10,7 +10,7 @@ def filled(policy: Policy, experts: int = 3) -> SlotTable:
     """Return a full layer of experts 0, 1, ..., used once in this order."""
     table = make_table([experts], 1, policy, 7)
     for expert in range(experts):
-        admitted = table.admit(0, expert)
+        admitted = table.allocate(0, expert)
         assert admitted is not None
         admitted[0].ready, admitted[0].pins = True, 0
         table.touch(admitted[0])

@@ -212,7 +212,7 @@ class LayerHandle:
     ) -> None:
         """Count the layer's hits and reroutes, and its tokens; the lease counts each load where it starts."""
         counters = self._loader.counters
-        counters.token_requests += wanted.numel()
+        counters.token_lookups += wanted.numel()
         missed_tokens = sum(demand[expert] for expert in absent)
         counters.token_hits += wanted.numel() - missed_tokens
         replaced_tokens, replaced = 0, dict[int, int]()
@@ -227,7 +227,7 @@ class LayerHandle:
         hits = len(active) - len(absent)
         counters.hits += hits
         counters.reroutes += reroutes
-        counters.requests += hits + reroutes
+        counters.lookups += hits + reroutes
 
 
 def _demand(index: torch.Tensor, num_experts: int) -> list[int]:

@@ -5,7 +5,7 @@ Before a pass the layer chooses its *keepers*: the best C (slots) by score, of t
 first. A keeper leaves only for an expert that must be computed next when nothing else can give way.
 
 Two things differ from LRU. A pass over a prompt needs nearly every expert and LRU is left with whatever came last; here
-its token counts tell which experts the answer will want. And an expert that is needed once passes through the spare
+its token counts tell which experts the answer will want. And an expert that is needed once passes through the staging
 slot instead of displacing a better one. Replayed on recorded routing (notebook 04), one prompt at a time, it closes 51%
 of the gap from LRU's loads to Belady's MIN at half of the embedded model's experts, 66 to 68% at three quarters, 12 to
 18% at a quarter; 11 to 30% on the carved model. In the engine (embedded model, half of the experts, six test
@@ -30,7 +30,7 @@ class DemandTable(SlotTable):
 
     Parameters
     ----------
-    capacity, spare
+    capacity, staging
         As in `SlotTable`.
     experts : int
         Experts of the largest layer.
@@ -38,8 +38,10 @@ class DemandTable(SlotTable):
         Passes in which a score halves.
     """
 
-    def __init__(self, capacity: Sequence[int], spare: int, experts: int, half_life: float = HALF_LIFE_PASSES) -> None:
-        super().__init__(capacity, spare)
+    def __init__(
+        self, capacity: Sequence[int], staging: int, experts: int, half_life: float = HALF_LIFE_PASSES
+    ) -> None:
+        super().__init__(capacity, staging)
         self._decay = 0.5 ** (1.0 / half_life)
         self._scores = np.zeros((len(self.capacity), experts))
         self._keepers: list[set[int]] = [set() for _ in self.capacity]
@@ -54,14 +56,14 @@ class DemandTable(SlotTable):
         there = self.resident(layer).union(np.flatnonzero(tokens).tolist())
         self._keepers[layer] = set(sorted(there, key=lambda expert: -scores[expert])[: self.capacity[layer]])
 
-    def admit(self, layer: int, expert: int, *, may_use_spare: bool = True) -> tuple[Entry, Entry | None] | None:
-        """As `SlotTable.admit`; the victim depends on who comes.
+    def allocate(self, layer: int, expert: int, *, may_use_staging: bool = True) -> tuple[Entry, Entry | None] | None:
+        """As `SlotTable.allocate`; the victim depends on who comes.
 
-        Who may not use the spare slot comes ahead of need and takes any slot that its own layer can free.
+        Who may not use the staging slot comes ahead of need and takes any slot that its own layer can free.
         """
-        self._incoming = expert if may_use_spare else None
+        self._incoming = expert if may_use_staging else None
         try:
-            return super().admit(layer, expert, may_use_spare=may_use_spare)
+            return super().allocate(layer, expert, may_use_staging=may_use_staging)
         finally:
             self._incoming = None
 
@@ -73,8 +75,8 @@ class DemandTable(SlotTable):
         incoming = self._incoming
         # Experts are computed in ascending order: while a lower one is still pinned, the newcomer is only read ahead.
         ahead = incoming is not None and any(entry.pins and entry.expert < incoming for entry in entries)
-        spare_is_free = incoming is not None and self._lent() < self.spare
-        if not leaving and (ahead or spare_is_free):
+        staging_is_free = incoming is not None and self._staged() < self.staging
+        if not leaving and (ahead or staging_is_free):
             return None
         scores = self._scores[layer]
         return min(leaving or candidates, key=lambda entry: scores[entry.expert], default=None)
@@ -91,9 +93,9 @@ def policy_name(policy: str | Policy) -> str:
     return policy if isinstance(policy, str) else policy.__name__
 
 
-def make_table(capacity: Sequence[int], spare: int, policy: str | Policy, experts: int) -> SlotTable:
+def make_table(capacity: Sequence[int], staging: int, policy: str | Policy, experts: int) -> SlotTable:
     """Return the residency table of a policy; ``experts`` are those of the largest layer."""
     require_policy(policy)
     if policy == DECAYED_DEMAND:
-        return DemandTable(capacity, spare, experts)
-    return SlotTable(capacity, spare, lru if isinstance(policy, str) else policy)
+        return DemandTable(capacity, staging, experts)
+    return SlotTable(capacity, staging, lru if isinstance(policy, str) else policy)

@@ -4,7 +4,7 @@ A `Lease` covers the experts that the pass will compute, in ascending order of e
 family's own eager code computes and accumulates them):
 
 * experts already resident are pinned at once, so that nothing can overwrite them before they are used;
-* absent ones are requested ahead, in order, as far as evictable slots (and the spare one) reach;
+* absent ones are requested ahead, in order, as far as evictable slots (and the staging one) reach;
 * moving on to the next expert releases the previous one, whose slot may then take a later arrival.
 
 ``lease[expert]`` goes through them in ascending order; `Lease.take` takes them as they are ready, resident ones first.
@@ -93,7 +93,7 @@ class Lease:
         if not queues:
             assert not self._absent, "a lease without pins can always load"
             return None
-        # Absent experts are asked for in ascending order, and the spare slot serves the first: the lowest one is held.
+        # Absent experts are asked for in ascending order; the staging slot serves the first: the lowest one is held.
         expert = (min(queues, key=lambda queue: queue[0]) if lowest else queues[0]).popleft()
         entry = self._held[expert]
         self._current = expert
@@ -102,16 +102,16 @@ class Lease:
         return expert, loader.tensors(entry)
 
     def close(self) -> None:
-        """Release everything and give borrowed spare slots back. Idempotent."""
+        """Release everything and give the staging slot back. Idempotent."""
         held = list(self._held.values())
         for part in (self._held, self._absent, self._resident, self._fetched):
             part.clear()
         for entry in held:
             self._loader.release(entry)
         if not all(entry.ready for entry in held):
-            # An aborted pass: what is still arriving must be there before a spare slot can be given back.
+            # An aborted pass: what is still arriving must be there before a staging slot can be given back.
             self._loader.settle()
-        self._loader.return_spare(self._layer)
+        self._loader.return_staging(self._layer)
 
     def _move_to(self, expert: int) -> None:
         if expert not in self._held and expert not in self._absent:
@@ -136,5 +136,5 @@ class Lease:
                 return
             self._held[self._absent[0]] = entry
             self._fetched.append(self._absent.popleft())
-            self._loader.counters.requests += 1
+            self._loader.counters.lookups += 1
             self._loader.counters.loads += 1

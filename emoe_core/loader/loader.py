@@ -79,13 +79,13 @@ class ExpertLoader:
         """Return the parameters of a resident expert as views of its slot, by name."""
         return self.memory.tensors(entry)
 
-    def fetch(self, layer: int, expert: int, *, may_use_spare: bool = True) -> Entry | None:
+    def fetch(self, layer: int, expert: int, *, may_use_staging: bool = True) -> Entry | None:
         """Start loading an absent expert; the entry comes back pinned. None when no slot can be had now.
 
         The caller counts it as a load or a prefetch.
         """
         self.reap()
-        admitted = self.table.admit(layer, expert, may_use_spare=may_use_spare)
+        admitted = self.table.allocate(layer, expert, may_use_staging=may_use_staging)
         if admitted is None:
             return None
         entry, evicted = admitted
@@ -132,7 +132,7 @@ class ExpertLoader:
     def fetch_ahead(self, layer: int, experts: Sequence[int]) -> int:
         """Start loading what is absent of a guess, in its order; return the loads started.
 
-        The guess must fit the layer. None of its experts gives way to another, and the spare slot is not used.
+        The guess must fit the layer. None of its experts gives way to another, and the staging slot is not used.
         """
         assert len(experts) <= self.table.capacity[layer], (layer, experts)
         kept = [entry for expert in experts if (entry := self.table.get(layer, expert)) is not None]
@@ -142,7 +142,7 @@ class ExpertLoader:
         for expert in experts:
             if self.table.get(layer, expert) is not None:
                 continue
-            fetched = self.fetch(layer, expert, may_use_spare=False)
+            fetched = self.fetch(layer, expert, may_use_staging=False)
             if fetched is None:
                 break
             kept.append(fetched)
@@ -191,7 +191,7 @@ class ExpertLoader:
             for expert in missing:
                 while not self.table.room(layer):
                     self._remove(leaving.popleft())
-                entry = self.fetch(layer, expert, may_use_spare=False)
+                entry = self.fetch(layer, expert, may_use_staging=False)
                 assert entry is not None, "a plan never asks for more than the capacity"
                 entry.pins -= 1
                 self.counters.prefetches += 1
@@ -216,13 +216,13 @@ class ExpertLoader:
                 self._look_at(key, future)
 
     def recover(self) -> None:
-        """Put the table in order after a forward pass that was interrupted anywhere: no pins, no spare slot lent."""
+        """Put the table in order after a forward pass that was interrupted anywhere: no pins, no staging slot lent."""
         self.memory.synchronize()
         for entry in self.table.entries():
             entry.pins = 0
         self.settle()
         for layer in range(len(self.layers)):
-            self.return_spare(layer)
+            self.return_staging(layer)
 
     def empty(self, table: SlotTable) -> None:
         """Start over with empty slots, a table of as many, and new counters; between forward passes."""
@@ -231,9 +231,9 @@ class ExpertLoader:
         self.table = table
         self.reset_counters()
 
-    def return_spare(self, layer: int) -> None:
+    def return_staging(self, layer: int) -> None:
         """Give back what a layer holds beyond its capacity."""
-        while (extra := self.table.overdrawn(layer)) is not None:
+        while (extra := self.table.beyond_capacity(layer)) is not None:
             self.evict(extra)
 
     def reset_counters(self) -> None:

@@ -8,7 +8,7 @@ differ by weights alone, the hidden state is rescaled as if the later norm had b
 A *guess* is the set of experts that the real tokens of a pass choose that way. It is dropped unless the whole set fits
 the later layer's slots, so a prefill of many tokens never gets one. Guessed experts that are absent are fetched into
 the later layer's own slots: only ready, unpinned experts that were not guessed give way, by the layer's eviction
-policy; the spare slot is never used. The layer that computes keeps its experts, for slots are counted per layer.
+policy; the staging slot is never used. The layer that computes keeps its experts, for slots are counted per layer.
 
 Fetching ahead evicts, so wrong guesses cost more than they save. The share of fetched experts that their layer then
 wanted is followed; below `MIN_TRUST` nothing is fetched, and only every 16th pass guesses, to notice when that changes.

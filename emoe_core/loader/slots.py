@@ -1,7 +1,7 @@
 """Device memory for experts: fixed slots, who is in them, who may be evicted.
 
 A *slot* is a page-aligned piece of one buffer, as long as the longest expert record. Each MoE layer may hold as many
-experts as its *capacity*; ``spare`` slots belong to no layer and carry experts that are streamed through when every
+experts as its *capacity*; ``staging`` slots belong to no layer and carry experts that are streamed through when every
 resident of a layer is pinned. Slots are not bound to layers: capacities are counts, so an incoming expert is written
 to a free slot and the table alone decides whose it is.
 
@@ -24,7 +24,7 @@ import numpy as np
 class Entry:
     """One resident expert. Clock values are ticks of the table, one per touch; ``forward`` numbers forward passes.
 
-    ``borrowed`` tells that it came into a spare slot, its layer being full.
+    ``staged`` tells that it came into a staging slot, its layer being full.
     """
 
     layer: int
@@ -36,7 +36,7 @@ class Entry:
     touched: int = 0
     uses: int = 0
     forward: int = -1
-    borrowed: bool = False
+    staged: bool = False
 
     @property
     def served(self) -> bool:
@@ -53,31 +53,31 @@ def lru(candidates: Sequence[Entry], forward: int) -> Entry | None:
 
 
 class SlotTable:
-    """The residency table: at most ``capacity[layer]`` experts a layer, plus ``spare`` streamed ones in all.
+    """The residency table: at most ``capacity[layer]`` experts a layer, plus ``staging`` streamed ones in all.
 
     Parameters
     ----------
     capacity : sequence of int
         Slots of each MoE layer, >= 1 each.
-    spare : int
+    staging : int
         Slots beyond the capacities, shared by all layers, used only while a forward pass has a layer pinned full.
     policy : callable
         Chooses who leaves a layer, given its entries that may and the number of the forward pass; None for nobody.
     """
 
-    def __init__(self, capacity: Sequence[int], spare: int, policy: Policy = lru) -> None:
+    def __init__(self, capacity: Sequence[int], staging: int, policy: Policy = lru) -> None:
         self.capacity = tuple(capacity)
-        self.spare = spare
+        self.staging = staging
         self.policy = policy
         self.forward = 0
         self._clock = 0
-        self._free = list(range(sum(self.capacity) + spare))[::-1]
+        self._free = list(range(sum(self.capacity) + staging))[::-1]
         self._layers: list[dict[int, Entry]] = [{} for _ in self.capacity]
 
     @property
     def slots(self) -> int:
-        """All slots, spare ones included."""
-        return sum(self.capacity) + self.spare
+        """All slots, staging ones included."""
+        return sum(self.capacity) + self.staging
 
     @property
     def clock(self) -> int:
@@ -114,39 +114,39 @@ class SlotTable:
     def victim(self, layer: int) -> Entry | None:
         """Return the entry to evict from a layer next, among ready and unpinned ones, or None.
 
-        The policy chooses. Where it refuses and the layer is over its capacity, what came into a spare slot goes.
+        The policy chooses. Where it refuses and the layer is over its capacity, what came into a staging slot goes.
         """
         candidates = [entry for entry in self._layers[layer].values() if entry.ready and not entry.pins]
         if not candidates:
             return None
         chosen = self.policy(candidates, self.forward)
         if chosen is None and len(self._layers[layer]) > self.capacity[layer]:
-            chosen = next((entry for entry in candidates if entry.borrowed), None)
+            chosen = next((entry for entry in candidates if entry.staged), None)
         return chosen
 
-    def admit(self, layer: int, expert: int, *, may_use_spare: bool = True) -> tuple[Entry, Entry | None] | None:
+    def allocate(self, layer: int, expert: int, *, may_use_staging: bool = True) -> tuple[Entry, Entry | None] | None:
         """Give an absent expert a slot, pinned and *loading*; evict by the policy when the layer is full.
 
         Returns
         -------
         (entry, evicted) or None
-            None when nothing can be evicted and no spare slot is free: the caller must release something first.
+            None when nothing can be evicted and no staging slot is free: the caller must release something first.
         """
         assert expert not in self._layers[layer], (layer, expert)
-        evicted, borrowed = None, False
+        evicted, staged = None, False
         if not self.room(layer):
             evicted = self.victim(layer)
             if evicted is not None:
-                borrowed = evicted.borrowed
+                staged = evicted.staged
                 self.evict(evicted)
-            elif may_use_spare and self._lent() < self.spare:
-                borrowed = True
+            elif may_use_staging and self._staged() < self.staging:
+                staged = True
             else:
                 return None
         self._clock += 1
         now = self._clock
         entry = Entry(layer, expert, self._free.pop(), pins=1, arrived=now, touched=now, forward=self.forward)
-        entry.borrowed = borrowed
+        entry.staged = staged
         self._layers[layer][expert] = entry
         return entry, evicted
 
@@ -163,8 +163,8 @@ class SlotTable:
             del self._layers[entry.layer][entry.expert]
             self._free.append(entry.slot)
 
-    def overdrawn(self, layer: int) -> Entry | None:
-        """Return the next entry that a layer must give back to return a spare slot it borrowed, or None."""
+    def beyond_capacity(self, layer: int) -> Entry | None:
+        """Return the next entry that a layer must give back to return the staging slot, or None."""
         return self.victim(layer) if len(self._layers[layer]) > self.capacity[layer] else None
 
     def check(self) -> None:
@@ -172,7 +172,7 @@ class SlotTable:
         used = [entry.slot for entry in self.entries()]
         assert len(used) == len(set(used)), "two experts in one slot"
         assert len(used) + len(self._free) == self.slots, "a slot was lost"
-        assert self._lent() <= self.spare, "more experts than slots"
+        assert self._staged() <= self.staging, "more experts than slots"
 
-    def _lent(self) -> int:
+    def _staged(self) -> int:
         return sum(max(0, len(layer) - self.capacity[index]) for index, layer in enumerate(self._layers))

@@ -1,7 +1,7 @@
 """The control loop: who is running, what they used, when to predict, when to swap (paper, sections 3.3 and 3.4).
 
-Requests are numbered as they are admitted. Before every p-th one, or when the plan stops fitting (`interval.py`), the
-predictor is asked for each task's expert frequencies; these are cached. A plan (Eq. 2) is made from them
+Requests are numbered as they are admitted. Before every p-th one the predictor is asked for each task's expert
+frequencies; these are cached. A plan (Eq. 2) is made from them
 
 * ``replan="admission"``: whenever requests are admitted, for the requests that then run, or
 * ``replan="interval"``: only together with a prediction, for the task mix of the last p requests; the experts are
@@ -30,7 +30,6 @@ import torch
 
 from emoe_core.experts.step import StepContext
 from emoe_core.metrics import Counters
-from emoe_core.planning.interval import Interval, coverage
 from emoe_core.planning.planner import DEFAULT_OUTPUT_TOKENS, Plan, expected_tokens, make_plan
 from emoe_core.planning.tasks import Profile
 from emoe_core.predictor import Predictor
@@ -78,8 +77,8 @@ class ControlLoop:
     loader : Loader
     predictor : Predictor or None
         None: experts come on demand only.
-    interval : Interval
-        When to predict.
+    interval : int
+        p: predict before every p-th request.
     replan : str
         Of `REPLANS`.
     profile : Profile or None
@@ -90,7 +89,7 @@ class ControlLoop:
         self,
         loader: Loader,
         predictor: Predictor | None,
-        interval: Interval,
+        interval: int,
         replan: str,
         profile: Profile | None,
     ) -> None:
@@ -110,7 +109,7 @@ class ControlLoop:
         self.timeline: Timeline | None = None
         self._frequencies: dict[str, np.ndarray | None] = {}
         self._predicted = False
-        self._recent: deque[Request] = deque(maxlen=interval.span)
+        self._recent: deque[Request] = deque(maxlen=interval)
 
     @property
     def cold(self) -> bool:
@@ -124,7 +123,7 @@ class ControlLoop:
         """
         due = False
         for request in requests:
-            due |= self.interval.due(self.admitted)
+            due |= self.admitted % self.interval == 0
             request.engine_number, request.counts = self.admitted, np.zeros(self.shape)
             self.running[self.admitted] = request
             # What is planned for, without its tokens and counts: they need not outlive the request.
@@ -132,7 +131,6 @@ class ControlLoop:
             self.admitted += 1
         try:
             if due:
-                self.interval.predicted()
                 self._frequencies.clear()
                 self._predicted = True
                 self.loader.counters.predictions += self.predictor is not None
@@ -170,9 +168,6 @@ class ControlLoop:
                 continue
             del self.running[request.engine_number]
             self.finished += 1
-            fit = None if self.plan is None else coverage(self.plan, request.counts)
-            if fit is not None:
-                self.interval.served(fit)
             if self.predictor is not None:
                 self.predictor.observe(request.task, request.counts)
 

@@ -87,7 +87,7 @@ seen.trace
 # %%
 # NBVAL_CHECK_OUTPUT
 counters = seen.stats.counters
-print("hits + loads + reroutes == requests:", counters.hits + counters.loads + counters.reroutes == counters.requests)
+print("hits + loads + reroutes == lookups:", counters.hits + counters.loads + counters.reroutes == counters.lookups)
 print("every choice is told:", count_steps(seen.trace).sum() == seen.trace.chosen.size)
 print("exact means equal:", tolerance > 0 or seen.metrics["kl_nats"] == 0.0)
 

@@ -92,13 +92,13 @@ with stage_bars() as progress:
         progress=progress,
     )
 quality = ["perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high", "kl_nats", "top1_agreement"]
-routing = ["requests", "hit_rate", "token_hit_rate", "loads", "reroutes", "bytes_loaded", "predictions", "swaps"]
+routing = ["lookups", "hit_rate", "token_hit_rate", "loads", "reroutes", "bytes_loaded", "predictions", "swaps"]
 metric_table(result.metrics, [*quality, *routing, "slot_bytes", "expert_bytes"])
 
 # %%
 # NBVAL_CHECK_OUTPUT
 found = result.metrics
-print("hits + loads + reroutes == requests:", found["hits"] + found["loads"] + found["reroutes"] == found["requests"])
+print("hits + loads + reroutes == lookups:", found["hits"] + found["loads"] + found["reroutes"] == found["lookups"])
 print("slots within the budget:", found["slot_share"] <= 1.0)
 print("predicted every p-th prompt:", strategy == "lru" or found["predictions"] == -(-n_prompts // interval))
 print("exact means equal:", tolerance > 0 or (found["kl_nats"] == 0.0 and found["perplexity_ratio"] == 1.0))

@@ -117,8 +117,7 @@ found.log(
 #
 # Interval, frequency, 4 slots, warm. With plans at admission p hardly matters (0.894 at p = 1 and at p = 40): each
 # prompt gets its task's plan. With plans kept for the interval (`replan="interval"`) it matters: sticky 0.894, 0.825,
-# 0.769 at p = 1, 8, 40, uniform 0.903, 0.769, 0.697. The adaptive interval (threshold 0.9) reads 0.829 sticky with 5
-# predictions, where p = 8 took 15 for 0.825, and 0.773 uniform with 12.
+# 0.769 at p = 1, 8, 40, uniform 0.903, 0.769, 0.697.
 #
 #
 # Beside the paper:

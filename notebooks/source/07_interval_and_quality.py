@@ -2,10 +2,10 @@
 # # How long may a prediction be kept, and which layers may be skipped?
 #
 # The paper keeps a set of experts for p prompts and finds perplexity flat up to p = 40 (Fig. 10). Here the same, on a
-# stream of sessions of one task (*sticky*) and on tasks mixed uniformly, with the adaptive interval beside it: predict
-# when the plan stops fitting. `replan="interval"` is the paper's: one plan for all p prompts; `replan="admission"`
-# keeps only the predicted frequencies that long and plans for each prompt's own task. *Task skipping* uses the task
-# profile: layers that a task is not sensitive to claim no memory and take whatever is resident.
+# stream of sessions of one task (*sticky*) and on tasks mixed uniformly. `replan="interval"` is the paper's: one plan
+# for all p prompts; `replan="admission"` keeps only the predicted frequencies that long and plans for each prompt's own
+# task. *Task skipping* uses the task profile: layers that a task is not sensitive to claim no memory and take whatever
+# is resident.
 #
 # The defaults check that everything runs; their figures mean nothing. What was measured is at the end.
 
@@ -14,7 +14,7 @@ measure: bool = True  # False draws the result that ships with the project, wher
 model: str = "tiny"  # "tiny" (random), "reference", "carved", a checkpoint directory, or a hub id
 budget: str = "50%"  # expert memory: share, bytes ("300MB") or slots per layer ("3 slots")
 strategy: str = "frequency"  # who predicts
-intervals: str = "1,4"  # prediction intervals p, comma-separated; "adaptive" may be among them
+intervals: str = "1,4"  # prediction intervals p, comma-separated
 mixes: str = "sticky"  # orders of tasks: sticky, uniform, comma-separated
 skipping: str = "off"  # task skipping, by the model's profile: off, on, comma-separated
 replan: str = "interval"  # when to plan: interval or admission
@@ -34,14 +34,14 @@ from workbench.paper import figures
 from workbench.paper import interval as report
 from workbench.paper.tables import closing_table, shown
 from workbench.quality.configuration import ExperimentConfig
-from workbench.quality.variants import measure_variants, period, variant_metrics
+from workbench.quality.variants import measure_variants, variant_metrics
 from workbench.tracking.findings import findings
 from workbench.tracking.parameters import config_from, listed, parameters_of
 
 parameters = parameters_of(globals())
 variants = {
     f"{mix}, p={p}{', skipping' if skips == 'on' else ''}": config_from(
-        ExperimentConfig, parameters, tolerance=1.0, interval=period(p), mix=mix, skipping=skips == "on"
+        ExperimentConfig, parameters, tolerance=1.0, interval=int(p), mix=mix, skipping=skips == "on"
     )
     for mix in listed(mixes)
     for skips in listed(skipping)
@@ -55,9 +55,8 @@ shown(summary, [*quality, "predictions", "swaps"])
 
 # %%
 # NBVAL_CHECK_OUTPUT
-fixed = summary[summary["interval"].str.isdigit()]
-expected = -(-fixed["prompts"] // fixed["interval"].astype(int))
-print("predicted before every p-th prompt:", bool((fixed["predictions"] == expected).all()))
+expected = -(-summary["prompts"] // summary["interval"])
+print("predicted before every p-th prompt:", bool((summary["predictions"] == expected).all()))
 print("nothing was loaded for a token:", bool((summary["loads"] == 0).all()))
 
 # %%
@@ -93,7 +92,7 @@ found.log(
 #
 # 25 November 2026, model `reference`, 50% of experts, tolerance 1, decayed frequency warmed with 60 prompts, one plan
 # kept for p prompts (`replan="interval"`), 48 test prompts a stream, 24 tokens each, float32, seed 0. Not yet the full
-# settings of `sweeps/paper.yaml` (120 prompts, p up to 80, the adaptive interval, both models).
+# settings of `sweeps/paper.yaml` (120 prompts, p up to 80, both models).
 #
 # | stream | p | perplexity ratio (95%) | KL, nats | token hit rate | MB a prompt | predicting, swapping: time |
 # |---|---|---|---|---|---|---|
@@ -117,15 +116,11 @@ found.log(
 # | sticky | 1 | 1.63 (1.52 to 1.76) | 0.43 | 72.1% | 24 | 0.8% |
 # | sticky | 8 | 1.87 (1.65 to 2.16) | 0.52 | 68.6% | 3 | 0.5% |
 # | sticky | 20 | 1.81 (1.59 to 2.08) | 0.49 | 69.7% | 2 | 0.5% |
-# | sticky | adaptive | 1.81 (1.60 to 2.08) | 0.50 | 68.3% | 3 | 0.4% |
 # | uniform | 1 | 2.04 (1.80 to 2.33) | 0.65 | 70.6% | 24 | 1.2% |
 # | uniform | 8 | 2.59 (2.20 to 3.10) | 0.82 | 65.7% | 3 | 0.4% |
 # | uniform | 20 | 2.66 (2.21 to 3.27) | 0.84 | 65.1% | 2 | 0.4% |
-# | uniform | adaptive | 2.69 (2.31 to 3.16) | 0.86 | 65.9% | 2 | 0.3% |
 #
 # * Here the interval costs perplexity at once: +15% on the sticky stream, +27% on the uniform one from p = 1 to p = 8,
 #   and no more after that: a plan for a mix of tasks is what is paid for, not its age.
-# * The adaptive interval predicted as often as p = 8 to 20 and cost the same: what it watches (how much of the best
-#   set's choices the plan still covers) hardly falls where half of all experts are used by every token.
 # * At p = 1 on the uniform stream prediction and swap take 1.2% of the time beside another job (aim: 1%); at the
 #   default interval they take less than a half.

@@ -128,10 +128,10 @@ def test_a_plan_never_exceeds_its_budget_and_every_layer_has_a_slot(shapes: list
     plan = plan_layers(layers, 2, Budget.parse(given_bytes))
     assert plan.slot_bytes <= plan.budget_bytes == given_bytes
     slots = list(zip(plan.slots_per_layer, layers, strict=True))
-    assert plan.slot_bytes == sum(count * layer.record_bytes for count, layer in slots) + plan.spare_bytes
+    assert plan.slot_bytes == sum(count * layer.record_bytes for count, layer in slots) + plan.staging_bytes
     assert all(1 <= count <= layer.num_experts for count, layer in slots)
-    assert plan.spare_slots == (0 if plan.all_resident else 1)
-    assert plan.spare_bytes == plan.spare_slots * max(layer.record_bytes for layer in layers)
+    assert plan.staging_slots == (0 if plan.all_resident else 1)
+    assert plan.staging_bytes == plan.staging_slots * max(layer.record_bytes for layer in layers)
     assert 0 < plan.resident_share <= 1
 
 
@@ -146,7 +146,7 @@ def test_a_larger_budget_never_takes_a_slot_from_a_layer(shapes: list, first: in
 
 def test_a_layer_that_is_full_takes_no_turn_from_the_others() -> None:
     layers = layers_of((8, 1), (8, 1), (1, 1))
-    # Twelve records less the spare.
+    # Twelve records less the staging slot.
     assert plan_layers(layers, 2, Budget.parse(12 * PAGE)).slots_per_layer == (5, 5, 1)
 
 
@@ -225,14 +225,14 @@ def test_one_hundred_percent_keeps_every_expert_without_a_spare(shapes: list) ->
     for written in ("100%", 1.0, total_bytes(layers), 10 * total_bytes(layers)):
         plan = plan_layers(layers, 2, Budget.parse(written))
         assert plan.all_resident
-        assert plan.spare_slots == 0
+        assert plan.staging_slots == 0
         assert plan.slot_bytes == total_bytes(layers)
 
 
 def test_the_remainder_is_spread_over_the_depth() -> None:
     layers = layers_of(*[(8, 1)] * 30)
     plan = plan_layers(layers, 2, Budget.parse("60%"))
-    # 144 records less the spare: 4 a layer and 23 more.
+    # 144 records less the staging slot: 4 a layer and 23 more.
     assert sum(plan.slots_per_layer) == 143
     quarters = [sum(plan.slots_per_layer[start : start + 10]) for start in (0, 10, 20)]
     assert max(quarters) - min(quarters) <= 2
@@ -257,7 +257,7 @@ def test_a_plan_tells_its_terms() -> None:
     assert str(plan).splitlines() == [
         "budget: 50% = 12 MB",
         "slots per layer: 3 to 4",
-        "spare slots: 1",
+        "staging slots: 1",
         "slot memory: 12 MB of 24 MB",
         "experts resident: 43.8% (one token uses k/E = 25.0%)",
     ]
@@ -337,12 +337,12 @@ def test_given_slots_are_taken_as_they_are(checkpoint: Path) -> None:
     experts = [layer.num_experts for layer in index.layers]
     mixed = [1, *experts[1:]]
     plan = plan_given(index, mixed, "a target")
-    assert (plan.slots_per_layer, plan.spare_slots, plan.top_k) == (tuple(mixed), 1, index.top_k)
+    assert (plan.slots_per_layer, plan.staging_slots, plan.top_k) == (tuple(mixed), 1, index.top_k)
     assert (plan.budget.kind, plan.budget.text) == ("bytes", "a target")
     assert plan.num_experts == tuple(experts)
     everything = plan_given(index, experts, "all")
     assert everything.all_resident
-    assert everything.spare_slots == 0
+    assert everything.staging_slots == 0
     assert everything.slot_bytes == everything.budget_bytes == everything.expert_bytes
     for wrong in ([1], [0, *experts[1:]], [experts[0] + 1, *experts[1:]]):
         with pytest.raises(BudgetError, match=re.escape(f"{wrong} slots do not fit {len(experts)} MoE layers: give")):

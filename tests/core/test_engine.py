@@ -161,7 +161,7 @@ def test_a_closed_engine_says_so(model: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(IntegrationError, match="closed"):
             call()
-    assert engine.stats().counters.requests > 0
+    assert engine.stats().counters.lookups > 0
 
 
 @pytest.mark.parametrize("call", ["to", "half", "float", "state_dict", "save_pretrained"])
@@ -308,13 +308,13 @@ def test_the_telemetry_contract_holds(model: Path, tmp_path: Path, tolerance: fl
         flat = stats.to_dict()
         counters = stats.counters
         tokens = sum(len(encode(engine.tokenizer, text)) for text in ("one", "two", "three two", "four"))
-    assert counters.hits + counters.loads + counters.reroutes == counters.requests > 0
+    assert counters.hits + counters.loads + counters.reroutes == counters.lookups > 0
     assert counters.misses == counters.loads + counters.reroutes == flat["misses"]
-    assert counters.token_hits + counters.token_loads + counters.token_reroutes == counters.token_requests
+    assert counters.token_hits + counters.token_loads + counters.token_reroutes == counters.token_lookups
     assert counters.bytes_loaded == (counters.loads + counters.prefetches) * engine.index.layers[0].record_bytes
     assert counters.wasted_bytes <= counters.bytes_loaded
-    assert counters.token_requests >= tokens * LAYERS * TOP_K
-    assert flat["hit_rate"] == counters.hits / counters.requests
+    assert counters.token_lookups >= tokens * LAYERS * TOP_K
+    assert flat["hit_rate"] == counters.hits / counters.lookups
     assert flat["slot_bytes"] == stats.slots * engine.index.layers[0].record_bytes <= engine.plan.budget_bytes
     assert stats.requests_served == 4
     assert (counters.reroutes > 0) == (tolerance > 0)
@@ -324,12 +324,12 @@ def test_a_prompt_counts_each_token_layer_and_choice_once(model: Path, tmp_path:
     with load(model, tmp_path, budget="100%", predictor=None) as engine:
         forward(engine)
         counters = engine.stats().counters
-        assert counters.token_requests == IDS.numel() * LAYERS * TOP_K
-        assert counters.loads == counters.requests and counters.hits == 0
+        assert counters.token_lookups == IDS.numel() * LAYERS * TOP_K
+        assert counters.loads == counters.lookups and counters.hits == 0
         engine.reset_counters()
         forward(engine)
         again = engine.stats().counters
-    assert again.hits == again.requests == counters.requests
+    assert again.hits == again.lookups == counters.lookups
     assert again.bytes_loaded == 0 and again.stall_s == 0 and again.hit_rate == 1.0
 
 

@@ -38,7 +38,7 @@ def derive(row: dict[str, Any], prepared: Prepared, likeliest: Sequence[int] | N
     seconds = sum(row["token_s"])
     counters = row.get("counters") or {}
     routed = prepared.routing.routed_experts(tokens) * prepared.facts["record_bytes"]
-    requests = counters.get("requests")
+    lookups = counters.get("lookups")
     pairs = list(zip(row["likeliest"], likeliest or (), strict=False))
     return {
         **row,
@@ -46,9 +46,9 @@ def derive(row: dict[str, Any], prepared: Prepared, likeliest: Sequence[int] | N
         "tokens_per_s": tokens / seconds,
         "read_bytes_per_token": row["decode_read_bytes"] / tokens,
         "read_amplification": row["decode_read_bytes"] / routed,
-        "hit_rate": counters["hits"] / requests if requests else None,
-        "stall_share": counters["stall_s"] / seconds if requests else None,
-        "wasted_bytes": counters.get("wasted_bytes") if requests else None,
+        "hit_rate": counters["hits"] / lookups if lookups else None,
+        "stall_share": counters["stall_s"] / seconds if lookups else None,
+        "wasted_bytes": counters.get("wasted_bytes") if lookups else None,
         "agreement": sum(ours == theirs for ours, theirs in pairs) / len(pairs) if pairs else None,
     }
 

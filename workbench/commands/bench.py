@@ -126,9 +126,9 @@ def bench(
 
         def on_result(step: Step, row: dict[str, Any] | None, done: int, total: int) -> None:
             name = f"{step.system.name}, repeat {step.repeat + 1} of {plan.repeats}"
-            bar.update(task, description=name, completed=done, total=total)
+            bar.update(task, description=escape(name), completed=done, total=total)
             if row is not None:
-                bar.console.print(f"[dim]{name}: {_line(row)}[/]")
+                bar.console.print(f"[dim]{escape(f'{name}: {_line(row)}')}[/]")
 
         results = run_bench(plan, prepared, out, controller, on_result)
     table, notes = _summarised(plan, prepared, results, reference, out)
@@ -154,7 +154,7 @@ def _systems(names: list[str] | None, console: Console) -> tuple[str, ...]:
     obstacles = {system.name: system.obstacle for system in find_systems(DEFAULT_SYSTEMS)}
     for name, obstacle in obstacles.items():
         if obstacle:
-            console.print(f"[yellow]{name} is left out: {escape(obstacle)}[/]")
+            console.print(f"[yellow]{escape(f'{name} is left out: {obstacle}')}[/]")
     return tuple(name for name, obstacle in obstacles.items() if not obstacle)
 
 
@@ -201,7 +201,7 @@ def _tables(table: pd.DataFrame, plan: BenchPlan) -> tuple[Table, Table]:
         for heading in headings:
             shown.add_column(heading, justify="right")
     for row in table.to_dict("records"):
-        name = row["system"] if row["limited"] or not plan.limit else f"{row['system']} *"
+        name = escape(row["system"] if row["limited"] or not plan.limit else f"{row['system']} *")
         if row["processes"] == 0:
             speeds.add_row(name, "–", row["outcome"])
             continue
@@ -254,7 +254,7 @@ def _print_notes(console: Console, notes: dict[str, Any], plan: BenchPlan) -> No
         )
     console.print("[dim]" + "\n".join(lines) + "[/]", soft_wrap=True)
     for warning in notes["warnings"]:
-        console.print(f"[yellow]Warning: {warning}[/]", soft_wrap=True)
+        console.print(f"[yellow]Warning: {escape(warning)}[/]", soft_wrap=True)
 
 
 def _track(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from emoe_core.errors import OptionError
@@ -53,7 +54,7 @@ def families(
         console.print("[dim]All are exact at tolerance 0. --markdown says more of each.[/]")
     for row in rows:
         if row.refused:
-            console.print(f"[bold]{row.model_type}[/] is refused: {row.refused}", soft_wrap=True)
+            console.print(f"[bold]{row.model_type}[/] is refused: {escape(row.refused)}", soft_wrap=True)
 
 
 def _proven(wanted: list[str]) -> tuple[FamilyRow, ...]:

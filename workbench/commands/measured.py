@@ -108,5 +108,5 @@ def costs(
     console = Console()
     console.print(table)
     if warning := busy_warning(found.environment["others_cpu_share"]):
-        console.print(f"[yellow]{warning}[/]")
+        console.print(f"[yellow]{escape(warning)}[/]")
     console.print(f"Costs: [bold]{escape(str(found.save(out or costs_path(found.model_hash))))}[/]", soft_wrap=True)

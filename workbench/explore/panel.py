@@ -57,8 +57,8 @@ class Panel:
         self.explorer = explorer or Explorer()
         self.observations: list[Observation] = []
         self._refused = "no point was tried: call update()"
-        if not isinstance(start.interval, int) or start.budget is None:
-            raise ExperimentError("the panel slides over budgets and intervals: give a budget and a whole interval")
+        if start.budget is None:
+            raise ExperimentError("the panel slides over budgets: give one")
         tasks = (ALL_TASKS, *TASK_TYPES)
         begun = name_of(start.tasks)
         self.budget = _slider(widgets.IntSlider, "budget (%)", _percent(start), min=LEAST_PERCENT, max=100)

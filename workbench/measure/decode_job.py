@@ -21,7 +21,7 @@ from workbench.measure.job import answer_job
 from workbench.systems.decoder import Decoder, decoder_class
 
 # Counters of a system that are reported for the timed tokens alone.
-COUNTED = ("requests", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "stall_s")
+COUNTED = ("lookups", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "stall_s")
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:

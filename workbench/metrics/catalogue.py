@@ -29,7 +29,7 @@ GROUP_MEANINGS = {
     MEMORY: "Slots, experts and dense weights are computed, peaks are the operating system's.",
     QUALITY: "Against the same model with every expert resident.",
     TIME: "Of a clock, on the machine named below.",
-    OTHER: "How expert requests were served, and counts. A request is one expert that a layer wants in one pass.",
+    OTHER: "How expert lookups were served, and counts. A lookup is one expert that a layer wants in one pass.",
 }
 # How names end, and the unit that this says; the longer first. Shares keep the word.
 ENDINGS = {
@@ -186,8 +186,8 @@ CATALOGUE = (
     Metric("*_s_refitted_ratio", "", TIME, NEITHER, "simulated by the real loop's own times, over real; 1 is right"),
     Metric("scale_arrivals_per_s", "1/s", TIME, NEITHER, "requests a second of the largest simulated cluster"),
     Metric("scale_simulated_per_s", "1/s", TIME, HIGHER, "requests that a second of computing simulates"),
-    # How expert requests were served. A request is one expert that a layer wants in one pass.
-    Metric("requests", "", OTHER, NEITHER, "hits, loads and reroutes"),
+    # How expert lookups were served. A lookup is one expert that a layer wants in one pass.
+    Metric("lookups", "", OTHER, NEITHER, "hits, loads and reroutes"),
     Metric("hits", "", OTHER, NEITHER, "the expert was in a slot, or on its way"),
     Metric("loads", "", OTHER, LOWER, "the expert was fetched because a layer needed it"),
     Metric("reroutes", "", OTHER, LOWER, "the expert stayed absent, residents took its tokens"),

@@ -1,13 +1,12 @@
 """Figures of the bench, in one style.
 
 A figure that compares runs is a function of the table that `results.runs_frame` returns (one row per run) and returns a
-matplotlib figure, or None when the table does not hold what it shows. `REPORT_FIGURES` lists, by title, those that the
-report draws for every sweep. Figures of a single run are functions of its tables. Nothing here measures.
+matplotlib figure, or None when the table does not hold what it shows. Figures of a single run are functions of its
+tables. Nothing here measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -37,55 +36,22 @@ def say_n(axis: Axes, n: float, unit: str = "prompts") -> None:
 
 
 def served_shares(runs: pd.DataFrame) -> Figure | None:
-    """Draw how each run served its expert requests: hit, loaded on demand, rerouted."""
-    if not _has(runs, "hits", "loads", "reroutes", "requests", "strategy", "budget"):
+    """Draw how each run served its expert lookups: hit, loaded on demand, rerouted."""
+    if not _has(runs, "hits", "loads", "reroutes", "lookups", "strategy", "budget"):
         return None
-    table = runs.dropna(subset=["requests"])
-    table = table[table["requests"] > 0]
+    table = runs.dropna(subset=["lookups"])
+    table = table[table["lookups"] > 0]
     if table.empty:
         return None
     names = _run_names(table)
     figure, axes = _subplots(1, 1, figsize=(8.5, 0.36 * len(table) + 1.6))
-    _stacked(axes[0], names, [table[part] / table["requests"] for part in ("hits", "loads", "reroutes")])
-    axes[0].set_xlabel("share of expert requests (one per forward pass, layer and expert)")
-    return figure
-
-
-def interval_and_skipping(runs: pd.DataFrame) -> Figure | None:
-    """Draw what the prediction interval costs: quality and bytes moved, with task skipping off and on (Fig. 10)."""
-    if not _has(runs, "interval", "skipping", "perplexity_ratio", "bytes_loaded", "prompts"):
-        return None
-    table = _varied(runs.dropna(subset=["perplexity_ratio", "interval"]))
-    if table.empty:
-        return None
-    figure, axes = _subplots(1, 2, figsize=(11, 4.2))
-    palette = sns.color_palette("colorblind")
-    for skipping, group in table.groupby("skipping"):
-        label = f"task skipping {'on' if skipping else 'off'}"
-        look: dict[str, Any] = {
-            "label": label,
-            "color": palette[int(bool(skipping))],
-            "marker": "s" if skipping else "o",
-        }
-        ratio = group["perplexity_ratio"]
-        spread = [ratio - group["perplexity_ratio_low"], group["perplexity_ratio_high"] - ratio]
-        axes[0].errorbar(group["interval"], ratio, yerr=np.maximum(spread, 0), capsize=3, **look)
-        axes[1].plot(group["interval"], group["bytes_loaded"] / group["prompts"] / MEGABYTE, **look)
-    for axis in axes:
-        axis.set_xscale("log", base=2)
-        ticks = sorted(table["interval"].unique())
-        axis.set_xticks(ticks, [str(int(tick)) for tick in ticks])
-        axis.set_xlabel("prediction interval p (prompts)")
-    say_n(axes[1], table["prompts"].max())
-    axes[0].set_ylabel("perplexity ratio to all-resident")
-    axes[1].set_ylabel("expert bytes loaded per prompt (MB)")
-    axes[1].set_ylim(bottom=0)
-    _legend_below(figure, axes[1])
+    _stacked(axes[0], names, [table[part] / table["lookups"] for part in ("hits", "loads", "reroutes")])
+    axes[0].set_xlabel("share of expert lookups (one per forward pass, layer and expert)")
     return figure
 
 
 def request_timeline(requests: pd.DataFrame) -> Figure:
-    """Draw a run prompt by prompt: how its expert requests were served, and its KL divergence."""
+    """Draw a run prompt by prompt: how its expert lookups were served, and its KL divergence."""
     figure, axes = _subplots(2, 1, figsize=(9, 5.2), sharex=True)
     place = np.arange(len(requests))
     axes[0].plot(place, requests["token_hit_rate"], marker="o", markersize=4, color=sns.color_palette("colorblind")[0])
@@ -173,17 +139,6 @@ def residency_heatmap(residency: pd.DataFrame, prompts: int) -> Figure:
     return figure
 
 
-def _varied(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs that differ in interval and skipping alone; of several groups the one with most intervals."""
-    same = [
-        name
-        for name in ("model", "budget", "tolerance", "strategy", "replan", "mix", "prompts", "seed")
-        if name in runs
-    ]
-    groups = [group for _, group in runs.groupby(same, dropna=False) if group["interval"].nunique() > 1]
-    return max(groups, key=lambda group: group["interval"].nunique(), default=runs[:0]).sort_values("interval")
-
-
 def _stacked(axis: Axes, names: list[str], shares: list[pd.Series]) -> None:
     palette = sns.color_palette("colorblind")
     looks = (("hit", palette[2], ""), ("loaded on demand", palette[1], "//"), ("rerouted", palette[4], ".."))
@@ -221,9 +176,3 @@ def _legend_below(figure: Figure, axis: Axes) -> None:
 
 def _has(runs: pd.DataFrame, *columns: str) -> bool:
     return not runs.empty and all(column in runs.columns for column in columns)
-
-
-REPORT_FIGURES: dict[str, Callable[[pd.DataFrame], Figure | None]] = {
-    "Prediction interval and task skipping": interval_and_skipping,
-    "How expert requests were served": served_shares,
-}

@@ -121,7 +121,7 @@ def miss_curves(found: pd.DataFrame, prompts: int) -> Figure:
             part = found[(found["stream"] == stream) & (found["policy"] == policy)].sort_values("slots")
             label, marker, line = BOUNDS.get(policy, (policy.replace("_", " "), "s", "-"))
             axis.plot(
-                part["slots"], part["misses"] / part["requests"], marker=marker, linestyle=line, color=palette[place],
+                part["slots"], part["misses"] / part["lookups"], marker=marker, linestyle=line, color=palette[place],
                 label=label,
             )  # fmt: skip
         axis.set_title(f"{stream} stream", fontsize=11, loc="left")
@@ -130,8 +130,8 @@ def miss_curves(found: pd.DataFrame, prompts: int) -> Figure:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     say_n(axes[-1], prompts)
     # Panels share the axis, so its limits are set once all of them are drawn: a limit set earlier cuts later curves.
-    axes[0].set_ylim(0, 1.05 * float((found["misses"] / found["requests"])[found["policy"].isin(policies)].max()))
-    axes[0].set_ylabel("misses per expert request")
+    axes[0].set_ylim(0, 1.05 * float((found["misses"] / found["lookups"])[found["policy"].isin(policies)].max()))
+    axes[0].set_ylabel("misses per expert lookup")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure

@@ -42,7 +42,7 @@ class ExperimentConfig:
     cache_bias: float = 0.0
     strategy: str = "frequency"
     policy: str = "lru"
-    interval: int | str = 40
+    interval: int = 40
     replan: str = "admission"
     skipping: bool = False
     max_quality_loss: float | None = None

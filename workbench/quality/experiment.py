@@ -132,8 +132,7 @@ def run_experiment(
     told = told_tasks(prompts, config.labels, config.label_error, config.seed)
     if config.strategy == ORACLE:
         future = [(task, reference.trace.counts(place)) for place, task in enumerate(told)]
-        window = config.interval if isinstance(config.interval, int) else 1
-        options["predictor"] = lambda *shape: OraclePredictor(future, window)
+        options["predictor"] = lambda *shape: OraclePredictor(future, config.interval)
     with emoe_core.load(checkpoint, **resolve_options(options)) as engine:
         if warm is not None:
             engine.warm_start(warm)
@@ -305,7 +304,7 @@ def _metrics(
     metrics = quality_metrics(requests)
     for name in ("hit_rate", "token_hit_rate", "slot_share", "slot_bytes", "expert_bytes", "dense_bytes"):
         metrics[name] = float(stats[name])
-    for name in ("requests", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "evictions"):
+    for name in ("lookups", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "evictions"):
         metrics[name] = float(stats[name])
     for name in ("stall_s", "swap_s", "prediction_s", "predictions", "swaps"):
         metrics[name] = float(stats[name])

@@ -68,11 +68,9 @@ class Comparison:
 
     def findings(self, **more: pd.DataFrame | None) -> Findings:
         """Return the tables, and more of them, as a notebook draws and logs them."""
-        # Of intervals some may be text, which a column of numbers cannot hold.
-        summary = self.summary.astype({"interval": str})
-        tables = {"summary": summary, "requests": self.requests, "residency": self.residency, "answers": self.answers}
-        found = {name: table for name, table in {**tables, **more}.items() if table is not None and len(table)}
-        return Findings(found, self.identity, int(summary["prompts"].max()))
+        tables = {name: getattr(self, name) for name in ("summary", "requests", "residency", "answers")} | more
+        found = {name: table for name, table in tables.items() if table is not None and len(table)}
+        return Findings(found, self.identity, int(self.summary["prompts"].max()))
 
 
 def run_variants(variants: Mapping[str, ExperimentConfig], progress: Progress | None = None) -> Comparison:
@@ -257,8 +255,3 @@ def _fields(config: ExperimentConfig) -> dict[str, Any]:
         *("skipping", "mix", "labels", "label_error", "stepwise", "expert_dtype", "seed"),
     )
     return {name: getattr(config, name) for name in kept}
-
-
-def period(text: str) -> int | str:
-    """Return a prediction interval given as text: a number of prompts, or "adaptive"."""
-    return int(text) if text.isdigit() else text

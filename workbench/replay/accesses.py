@@ -71,7 +71,7 @@ class Accesses:
         return int(self.tokens.shape[2])
 
     @property
-    def requests(self) -> int:
+    def lookups(self) -> int:
         """Distinct (step, layer, expert): what hits and misses are counted in."""
         return int(self.needed.sum())
 

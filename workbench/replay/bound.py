@@ -1,7 +1,7 @@
 """The fewest misses that any cache of the same slots could have: Belady's MIN for passes that need several experts.
 
 After a pass, a layer may hold any C (its slots) of the experts that were resident or needed; MIN keeps those whose
-next use is nearest. A needed expert may pass through the spare slot without staying, so streamed passes (more needed
+next use is nearest. A needed expert may pass through the staging slot without staying, so streamed passes (more needed
 experts than slots) and policies that refuse newcomers are covered: no policy on the engine's table can miss less,
 whatever it knows. Keeping an expert between two uses is an interval; at most C may overlap; dropping the one that ends
 last keeps the most of them.

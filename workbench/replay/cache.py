@@ -15,7 +15,7 @@ gap closed
 Very long passes are the exception: where results would wait in more than 16 MiB, the engine takes experts in ascending
 order (`emoe_core/experts/compute.py`), and the last ones of the pass to be kept may be others.
 
-Time is not simulated: a policy that streams more through the one spare slot may load less and yet wait longer.
+Time is not simulated: a policy that streams more through the one staging slot may load less and yet wait longer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class _Count:
     """What a lease counts."""
 
-    requests: int = 0
+    lookups: int = 0
     loads: int = 0
 
 
@@ -54,7 +54,7 @@ class _ReplayLoader:
     counters: _Count = field(default_factory=_Count)
 
     def fetch(self, layer: int, expert: int) -> Entry | None:
-        admitted = self.table.admit(layer, expert)
+        admitted = self.table.allocate(layer, expert)
         if admitted is None:
             return None
         admitted[0].ready = True
@@ -72,8 +72,8 @@ class _ReplayLoader:
     def settle(self) -> None:
         """Nothing is on its way."""
 
-    def return_spare(self, layer: int) -> None:
-        while (extra := self.table.overdrawn(layer)) is not None:
+    def return_staging(self, layer: int) -> None:
+        while (extra := self.table.beyond_capacity(layer)) is not None:
             self.table.evict(extra)
 
     def tensors(self, entry: Entry) -> dict[str, object]:
@@ -130,8 +130,8 @@ def replay_policy(
         held = most_used(warm, slots)
         return Replay(policy, slots, (accesses.needed & ~held).sum(axis=2), int(held.sum()))
     # The engine keeps one slot to stream through, unless every expert has its own.
-    spare = int(any(count < accesses.experts for count in slots))
-    return replay_table(accesses, policy, TABLES[policy](slots, spare, accesses.experts, seed))
+    staging = int(any(count < accesses.experts for count in slots))
+    return replay_table(accesses, policy, TABLES[policy](slots, staging, accesses.experts, seed))
 
 
 def replay_table(accesses: Accesses, policy: str, table: SlotTable) -> Replay:
@@ -197,7 +197,7 @@ def simulate(
     Returns
     -------
     DataFrame
-        One row a replay: stream, size, slots (mean a layer), slot_share, policy, requests, misses, prefill_misses,
+        One row a replay: stream, size, slots (mean a layer), slot_share, policy, lookups, misses, prefill_misses,
         decode_misses, compulsory, loads, hit_rate, loaded_bytes, gap_closed (NaN where LRU is MIN).
     """
     for policy in policies:
@@ -223,13 +223,13 @@ def simulate(
                         "slots": float(np.mean(replayed.capacity)),
                         "slot_share": sum(replayed.capacity) / (accesses.layers * accesses.experts),
                         "policy": name,
-                        "requests": accesses.requests,
+                        "lookups": accesses.lookups,
                         "misses": misses,
                         "prefill_misses": prefill,
                         "decode_misses": misses - prefill,
                         "compulsory": accesses.compulsory,
                         "loads": replayed.loads,
-                        "hit_rate": 1 - misses / accesses.requests,
+                        "hit_rate": 1 - misses / accesses.lookups,
                         "loaded_bytes": replayed.loads * expert_bytes,
                         "gap_closed": (found["lru"].loads - replayed.loads) / gap if gap else float("nan"),
                     }

@@ -74,7 +74,7 @@ class CountingLoader:
             self._count_waste(entry.served)
 
     def _load(self, layer: int, expert: int) -> Entry:
-        admitted = self.table.admit(layer, expert, may_use_spare=False)
+        admitted = self.table.allocate(layer, expert, may_use_staging=False)
         assert admitted is not None, "there is room"
         entry = admitted[0]
         entry.ready, entry.pins = True, 0

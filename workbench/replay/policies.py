@@ -23,28 +23,28 @@ from emoe_core.loader.slots import Entry, Policy, SlotTable
 from workbench.systems.eviction_rules import RULES
 
 
-def random_table(capacity: Sequence[int], spare: int, seed: int) -> SlotTable:
+def random_table(capacity: Sequence[int], staging: int, seed: int) -> SlotTable:
     """Return the engine's table with victims drawn at random."""
     generator = np.random.default_rng(seed)
 
     def anyone(candidates: Sequence[Entry], forward: int) -> Entry | None:
         return candidates[int(generator.integers(len(candidates)))]
 
-    return SlotTable(capacity, spare, anyone)
+    return SlotTable(capacity, staging, anyone)
 
 
-# Made with (slots of each layer, spare slots, experts of the largest layer, seed).
+# Made with (slots of each layer, staging slots, experts of the largest layer, seed).
 TableFactory = Callable[[Sequence[int], int, int, int], SlotTable]
 
 
 def _engine(policy: str | Policy) -> TableFactory:
-    return lambda capacity, spare, experts, seed: make_table(capacity, spare, policy, experts)
+    return lambda capacity, staging, experts, seed: make_table(capacity, staging, policy, experts)
 
 
 TABLES: dict[str, TableFactory] = {
     **{name: _engine(name) for name in ENGINE_POLICIES},
     **{name: _engine(rule) for name, rule in RULES.items()},
-    "random": lambda capacity, spare, experts, seed: random_table(capacity, spare, seed),
+    "random": lambda capacity, staging, experts, seed: random_table(capacity, staging, seed),
 }
 PINNED, BOUND = "pinned", "min"
 POLICY_NAMES = (*TABLES, PINNED, BOUND)

@@ -34,7 +34,6 @@ import pandas as pd
 
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.planning.control import ControlLoop
-from emoe_core.planning.interval import make_interval
 from emoe_core.predictor import TRAINED, Predictor
 from emoe_core.predictor.transformer import TransformerPredictor
 from emoe_core.scheduler import Request
@@ -99,9 +98,8 @@ def replay(
     predictor: Predictor | None,
     *,
     slots: int,
-    interval: int | str = 1,
+    interval: int = 1,
     replan: str = "admission",
-    min_coverage: float = 0.9,
     expert_bytes: int = 1,
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """Play a stream through the control loop; the predictor brings its own history.
@@ -114,7 +112,7 @@ def replay(
         None keeps what came first.
     slots : int
         Experts that each layer may hold.
-    interval, replan, min_coverage
+    interval, replan
         As in `EngineConfig`.
     expert_bytes : int
         Bytes of one expert.
@@ -129,7 +127,7 @@ def replay(
     layers, experts = stream[0].counts.shape
     loader = CountingLoader(layers, experts, slots, expert_bytes)
     timed = None if predictor is None else _Timed(predictor)
-    control = ControlLoop(loader, timed, make_interval(interval, min_coverage), replan, None)
+    control = ControlLoop(loader, timed, interval, replan, None)
     rows, first_fill = [], 0
     for use in stream:
         before, cold = loader.counters.bytes_loaded, control.plan is None
@@ -204,7 +202,7 @@ def compare(
     streams: Mapping[str, Sequence[PromptUse]],
     *,
     slots: Sequence[int],
-    intervals: Sequence[int | str] = (1,),
+    intervals: Sequence[int] = (1,),
     warm: Sequence[PromptUse] = (),
     replan: str = "admission",
     expert_bytes: int = 1,
@@ -241,7 +239,7 @@ def compare(
 
 
 def _predictors(
-    factories: Mapping[str, Factory], stream: Sequence[PromptUse], warm: Sequence[PromptUse], interval: int | str
+    factories: Mapping[str, Factory], stream: Sequence[PromptUse], warm: Sequence[PromptUse], interval: int
 ) -> list[tuple[str, Predictor]]:
     made: list[tuple[str, Predictor]] = []
     for name, factory in factories.items():
@@ -249,8 +247,7 @@ def _predictors(
         for use in warm:
             predictor.observe(use.task, use.counts)
         made.append((name, predictor))
-    window = interval if isinstance(interval, int) else 1
-    return [*made, ("oracle", OraclePredictor([(use.task, use.counts) for use in stream], window))]
+    return [*made, ("oracle", OraclePredictor([(use.task, use.counts) for use in stream], interval))]
 
 
 def next_element_scores(

@@ -85,5 +85,5 @@ def replayed_hit_rates(reference: Reference, slots_per_layer: Sequence[int], see
     found = {}
     for name, policy in REPLAYED.items():
         misses = int(replay_policy(accesses, policy, capacity, seed=seed).misses.sum())
-        found[f"replayed_{name}_hit_rate"] = 1 - misses / accesses.requests if accesses.requests else 1.0
+        found[f"replayed_{name}_hit_rate"] = 1 - misses / accesses.lookups if accesses.lookups else 1.0
     return found

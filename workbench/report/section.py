@@ -9,6 +9,7 @@ everything. A column has one unit, in its heading.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from workbench.metrics.catalogue import metric_of
 from workbench.metrics.show import column_texts, in_order, main_metrics, words_of
-from workbench.paper.figures import REPORT_FIGURES
+from workbench.paper.figures import served_shares
+from workbench.paper.interval import swept_intervals
 from workbench.report.parameters import parameter_text
 from workbench.report.pictures import Picture, draw_picture
 from workbench.report.run_page import RunPage
@@ -25,7 +27,16 @@ from workbench.tracking.runs import AXES_TAG, METRICS_TAG, listed_in
 from workbench.tracking.store import decode, recorded_metrics
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
     from mlflow.entities import Run as MlflowRun
+
+
+# What is drawn across the runs of every notebook, by title, where the runs hold it.
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure | None]] = {
+    "Prediction interval and task skipping": swept_intervals,
+    "How expert lookups were served": served_shares,
+}
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,6 @@ def _pictures(runs: list[MlflowRun], site: Path, name: str) -> list[Picture]:
         return []
     drawn = [
         draw_picture(title, partial(draw, finished), site, f"{name}-{number}")
-        for number, (title, draw) in enumerate(REPORT_FIGURES.items(), start=1)
+        for number, (title, draw) in enumerate(FIGURES.items(), start=1)
     ]
     return [picture for picture in drawn if picture is not None]

@@ -80,7 +80,7 @@ def test_a_model_with_a_tokenizer_reads_text_and_one_without_is_refused(checkpoi
 
 def test_the_routing_pass_counts_what_the_engine_counts(checkpoint: Path, routed: RoutingPass) -> None:
     found = measure(spec_of(checkpoint, budget="3 slots", predictor=None))
-    assert found["counters"]["requests"] == routed.routed_experts()
+    assert found["counters"]["lookups"] == routed.routed_experts()
     assert found["counters"]["loads"] >= routed.belady_misses((3, 3, 3))
     assert routed.belady_misses((8, 8, 8)) <= routed.belady_misses((2, 2, 2)) <= routed.routed_experts()
 

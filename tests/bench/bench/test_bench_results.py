@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from forced_bench import FORCED, prepared_for
+from rich.console import Console
 
 from emoe_core.errors import OptionError
 from workbench.bench import runner
@@ -21,6 +23,7 @@ from workbench.bench.roofline import roofline
 from workbench.bench.routing_pass import RoutingPass, routing_pass
 from workbench.bench.runner import read_results, run_bench, schedule
 from workbench.bench.summary import as_metrics, summarise
+from workbench.commands.bench import _tables
 from workbench.machine.control_groups import Controller
 from workbench.measure.launch import FAILED, KILLED, MEASURED, Launched
 from workbench.metrics.catalogue import metric_of
@@ -88,7 +91,7 @@ def test_an_interrupted_bench_goes_on_and_does_not_try_the_killed_again(
 def test_the_table_has_medians_spread_ratios_and_bounds(checkpoint: Path, routed: RoutingPass) -> None:
     names = ("emoe", "stock-eager", "emoe-resident")
     plan = BenchPlan(str(checkpoint), systems=names, repeats=3, tokens=4, prompt_tokens=3, warm_tokens=2)
-    counters = {"requests": 24, "hits": 18, "stall_s": 0.4, "wasted_bytes": 7}
+    counters = {"lookups": 24, "hits": 18, "stall_s": 0.4, "wasted_bytes": 7}
     results = [measured_row("emoe", repeat, s, counters=counters) for repeat, s in enumerate((0.1, 0.2, 0.4))]
     results += [measured_row("emoe-resident", 0, 0.05, decode_read_bytes=0, likeliest=[1, 2, 3, 4, 6])]
     results += [{**measured_row("stock-eager", 0, 1.0), "outcome": KILLED}]
@@ -115,12 +118,21 @@ def test_the_table_has_medians_spread_ratios_and_bounds(checkpoint: Path, routed
         summarise(plan, given, results, "accelerate")
 
 
+def test_tables_name_a_system_with_its_options(checkpoint: Path, routed: RoutingPass) -> None:
+    name = "lru[threads=1]"
+    plan = BenchPlan(str(checkpoint), systems=(name,), repeats=1, tokens=4, prompt_tokens=3, warm_tokens=2)
+    table, _ = summarise(plan, prepared_for(checkpoint, routed), [measured_row(name, 0, 0.1)], None)
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(*_tables(table, plan))
+    assert console.export_text().count(name) == 2
+
+
 def test_reads_bound_a_system_that_computes_faster_than_it_reads(checkpoint: Path, routed: RoutingPass) -> None:
     bounds = roofline(prepared_for(checkpoint, routed), 4)
     assert bounds.bound_tokens_per_s(5e8, 0.001) == pytest.approx(2)
     assert bounds.bound_tokens_per_s(0, None) == pytest.approx(1 / bounds.memory_s)
     assert bounds.belady_bytes_per_token <= bounds.routed_bytes_per_token < bounds.weights_bytes_per_token
-    assert accesses_of(routed.trace, [3, 3]).requests == routed.accesses.requests
+    assert accesses_of(routed.trace, [3, 3]).lookups == routed.accesses.lookups
     assert memory_rate(1, 2**20, 1) > 0
 
 

@@ -125,7 +125,7 @@ def test_a_moved_slider_shows_another_point_and_a_refusal_is_one_line(
 def test_a_budget_in_slots_is_kept_until_its_slider_moves(config: ExperimentConfig) -> None:
     panel = Panel(replace(config, budget="4 slots"))
     assert panel.config.budget == "4 slots"
-    assert panel.budget.value == 54  # 3 layers of 4 slots and the spare one, of 24 experts
+    assert panel.budget.value == 54  # 3 layers of 4 slots and the staging one, of 24 experts
     panel.task.unobserve_all()
     panel.task.value = "qa"
     assert (panel.config.budget, panel.config.tasks) == ("4 slots", ("qa",))

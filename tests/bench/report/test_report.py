@@ -17,7 +17,7 @@ from sweep_bench import Bench
 from emoe_core.errors import ExperimentError
 from workbench.metrics.catalogue import GROUP_MEANINGS, metric_of
 from workbench.metrics.show import main_metrics
-from workbench.paper import figures
+from workbench.report import section as sections
 from workbench.report import write_report
 from workbench.report.metric_tables import place_of
 from workbench.report.section import Section
@@ -250,8 +250,8 @@ def test_figures_across_runs_are_drawn_for_both_grounds(bench: Bench, monkeypatc
         figure.subplots().plot(runs["loads"])
         return figure
 
-    monkeypatch.setitem(figures.REPORT_FIGURES, "Loads <by> budget", draw)
-    monkeypatch.setitem(figures.REPORT_FIGURES, "Never", lambda runs: None)
+    monkeypatch.setitem(sections.FIGURES, "Loads <by> budget", draw)
+    monkeypatch.setitem(sections.FIGURES, "Never", lambda runs: None)
     site = write_report(bench.root / "report").parent
     page = Page(site / "sweep-s.html")
     assert [table[["budget", "loads"]].values.tolist() for table in seen] == [[["20%", 3.0]]] * 2

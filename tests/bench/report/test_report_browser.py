@@ -75,7 +75,7 @@ def test_every_page_is_quiet_readable_and_stays_on_the_disk(
 
 
 def test_wide_figures_and_lists_of_files_have_the_room_they_need(browser: Any, bench: Bench, tmp_path: Path) -> None:
-    counts = {"hits": 5.0, "loads": 3.0, "reroutes": 2.0, "requests": 10.0, "slot_bytes": 1e9}
+    counts = {"hits": 5.0, "loads": 3.0, "reroutes": 2.0, "lookups": 10.0, "slot_bytes": 1e9}
     tables = {f"table_of_many_{number}_letters": pd.DataFrame({"x": [1]}) for number in range(5)}
     add_run(bench, "s", "one", metrics=counts, tables=tables, strategy="lru", budget="40%", tolerance=0.0)
     site = write_report(tmp_path / "report").parent

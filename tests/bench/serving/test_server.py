@@ -198,7 +198,7 @@ def test_metrics_count_what_was_served(service: Service) -> None:
     names: list[tuple[str, dict[str, str]]] = [
         ("emoe_requests_total", {"result": "finished"}),
         ("emoe_ttft_seconds_count", {}),
-        ("emoe_expert_requests_total", {}),
+        ("emoe_expert_lookups_total", {}),
     ]
     before = [service.metric(name, **labels) for name, labels in names]
     service.complete(extra_body={"slo": {"ttft": 1000, "tpot": 1000}, "task": "qa"}, max_tokens=3)

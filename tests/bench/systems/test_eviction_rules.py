@@ -14,17 +14,17 @@ def test_lfu_evicts_the_least_often_used_and_ties_go_to_the_oldest() -> None:
     table = filled(lfu)
     use(table, 0)
     use(table, 2)
-    assert table.admit(0, 7)[1].expert == 1
-    assert filled(lfu).admit(0, 7)[1].expert == 0
+    assert table.allocate(0, 7)[1].expert == 1
+    assert filled(lfu).allocate(0, 7)[1].expert == 0
 
 
 def test_least_stale_keeps_what_this_pass_used() -> None:
     table = filled(least_stale)
     table.forward += 1
     use(table, 0)
-    assert table.admit(0, 7)[1].expert == 1
+    assert table.allocate(0, 7)[1].expert == 1
     streaming = filled(least_stale)
-    assert streaming.admit(0, 7)[1].expert == 2, "with nothing stale the newest goes"
+    assert streaming.allocate(0, 7)[1].expert == 2, "with nothing stale the newest goes"
 
 
 @pytest.mark.parametrize("name", RULES)

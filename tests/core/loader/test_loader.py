@@ -52,8 +52,10 @@ class Flaky(PackedFile):
         super().read_into(layer, expert, out)
 
 
-def make(pack: Pack, capacity: int = 3, spare: int = 1, policy: str | Policy = "lru", threads: int = 2) -> ExpertLoader:
-    table = make_table([capacity] * LAYERS, spare, policy, EXPERTS)
+def make(
+    pack: Pack, capacity: int = 3, staging: int = 1, policy: str | Policy = "lru", threads: int = 2
+) -> ExpertLoader:
+    table = make_table([capacity] * LAYERS, staging, policy, EXPERTS)
     layers = [packed.spec for packed in pack.layers]
     return ExpertLoader(layers, Flaky(pack), table, torch.device("cpu"), threads)
 
@@ -233,7 +235,7 @@ def test_recover_mends_a_table_that_an_interrupt_left_behind(pack: Pack) -> None
     loader = make(pack, capacity=1)
     lease = loader.lease(0, [0, 1, 2])
     lease[0]
-    del lease  # Never closed: two entries stay pinned, one of them in the spare slot.
+    del lease  # Never closed: two entries stay pinned, one of them in the staging slot.
     loader.recover()
     check_all(pack, loader)
     borrow(pack, loader, 1, list(range(EXPERTS)))
@@ -320,7 +322,7 @@ def test_slots_of_the_largest_record_stay_within_the_budget(tmp_path: Path) -> N
     )
     for budget in ("1 slot", "40%", 20 * size, 45 * size, "100%"):
         plan = plan_slots(uneven, budget)
-        table = SlotTable(plan.slots_per_layer, plan.spare_slots)
+        table = SlotTable(plan.slots_per_layer, plan.staging_slots)
         stride = max(layer.record_bytes for layer in uneven.layers)
         assert table.slots * stride == plan.slot_bytes <= plan.budget_bytes
 

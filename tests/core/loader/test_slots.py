@@ -21,25 +21,25 @@ class AnyUseOfTheTable(RuleBasedStateMachine):
 
     @initialize(
         capacity=st.lists(st.integers(1, 3), min_size=1, max_size=3),
-        spare=st.integers(0, 1),
+        staging=st.integers(0, 1),
         policy=st.sampled_from(POLICIES),
     )
-    def make(self, capacity: list[int], spare: int, policy: str | Policy) -> None:
-        self.table = make_table(capacity, spare, policy, 7)
+    def make(self, capacity: list[int], staging: int, policy: str | Policy) -> None:
+        self.table = make_table(capacity, staging, policy, 7)
 
     def pick(self, data: st.DataObject, wanted) -> Entry | None:
         entries = [entry for entry in self.table.entries() if wanted(entry)]
         return data.draw(st.sampled_from(entries)) if entries else None
 
-    @rule(data=st.data(), may_use_spare=st.booleans())
-    def admit(self, data: st.DataObject, may_use_spare: bool) -> None:
+    @rule(data=st.data(), may_use_staging=st.booleans())
+    def admit(self, data: st.DataObject, may_use_staging: bool) -> None:
         layer = data.draw(st.integers(0, len(self.table.capacity) - 1))
         expert = data.draw(st.integers(0, 6))
         if self.table.get(layer, expert) is not None:
             return
         before = {(entry.layer, entry.expert): (entry.pins, entry.ready) for entry in self.table.entries()}
         full = self.table.room(layer) == 0
-        admitted = self.table.admit(layer, expert, may_use_spare=may_use_spare)
+        admitted = self.table.allocate(layer, expert, may_use_staging=may_use_staging)
         after = {(entry.layer, entry.expert) for entry in self.table.entries()}
         gone = set(before) - after
         assert all(before[key] == (0, True) for key in gone), "a pinned or loading expert was evicted"
@@ -49,7 +49,7 @@ class AnyUseOfTheTable(RuleBasedStateMachine):
         entry, evicted = admitted
         assert gone == (set() if evicted is None else {(layer, evicted.expert)})
         assert entry.pins == 1 and not entry.ready
-        if not may_use_spare:
+        if not may_use_staging:
             assert len(self.table.resident(layer)) <= max(self.table.capacity[layer], len(before))
 
     @rule(data=st.data())
@@ -86,9 +86,9 @@ class AnyUseOfTheTable(RuleBasedStateMachine):
     def never_over_budget_and_never_two_in_a_slot(self) -> None:
         self.table.check()
         used = [entry.slot for entry in self.table.entries()]
-        assert len(used) == len(set(used)) <= sum(self.table.capacity) + self.table.spare
+        assert len(used) == len(set(used)) <= sum(self.table.capacity) + self.table.staging
         over = sum(max(0, len(self.table.resident(layer)) - size) for layer, size in enumerate(self.table.capacity))
-        assert over <= self.table.spare
+        assert over <= self.table.staging
         assert all(0 <= slot < self.table.slots for slot in used)
 
 
@@ -99,29 +99,29 @@ TestAnyUseOfTheTable = AnyUseOfTheTable.TestCase
 def test_lru_evicts_the_least_recently_used() -> None:
     table = filled(lru)
     use(table, 0)
-    assert table.admit(0, 7)[1].expert == 1
+    assert table.allocate(0, 7)[1].expert == 1
 
 
 def test_static_never_evicts_a_planned_resident_on_demand() -> None:
     table = filled(static)
     for expert in (5, 6, 7):
-        admitted = table.admit(0, expert)
+        admitted = table.allocate(0, expert)
         assert admitted is not None
         entry, evicted = admitted
         assert evicted is None or evicted.expert >= 5
         entry.ready, entry.pins = True, 0
         assert {0, 1, 2} <= table.resident(0)
-    table.evict(table.overdrawn(0))
+    table.evict(table.beyond_capacity(0))
     assert table.resident(0) == {0, 1, 2}
-    assert table.overdrawn(0) is None
+    assert table.beyond_capacity(0) is None
 
 
 @given(st.sampled_from(POLICIES))
 def test_a_layer_pinned_full_without_spare_admits_nobody(policy: str | Policy) -> None:
     table = make_table([2], 0, policy, 7)
     for expert in range(2):
-        table.admit(0, expert)[0].ready = True
-    assert table.admit(0, 5) is None
+        table.allocate(0, expert)[0].ready = True
+    assert table.allocate(0, 5) is None
     assert table.resident(0) == {0, 1}
 
 
@@ -132,7 +132,7 @@ def test_an_unknown_policy_names_the_known_ones() -> None:
 
 def test_table_refuses_to_evict_pinned_and_loading_experts() -> None:
     table = SlotTable([1], 0)
-    admitted = table.admit(0, 3)
+    admitted = table.allocate(0, 3)
     assert admitted is not None
     entry = admitted[0]
     with pytest.raises(AssertionError, match="still arriving"):
@@ -140,14 +140,14 @@ def test_table_refuses_to_evict_pinned_and_loading_experts() -> None:
     entry.ready = True
     with pytest.raises(AssertionError, match="pinned"):
         table.evict(entry)
-    assert table.admit(0, 4) is None, "a full layer of pinned experts has no room"
+    assert table.allocate(0, 4) is None, "a full layer of pinned experts has no room"
     entry.pins = 0
-    assert table.admit(0, 4) is not None
+    assert table.allocate(0, 4) is not None
 
 
 def arrive(table: SlotTable, expert: int) -> Entry:
     """Admit an expert to layer 0 whose bytes are there and whom nobody uses."""
-    admitted = table.admit(0, expert)
+    admitted = table.allocate(0, expert)
     assert admitted is not None
     admitted[0].ready, admitted[0].pins = True, 0
     return admitted[0]
@@ -158,7 +158,7 @@ def overfull(policy: Policy) -> SlotTable:
     table = SlotTable([2], 1, policy)
     first, second = arrive(table, 0), arrive(table, 1)
     first.pins = second.pins = 1
-    assert arrive(table, 2).borrowed
+    assert arrive(table, 2).staged
     first.pins = second.pins = 0
     return table
 
@@ -197,15 +197,15 @@ def test_static_gives_back_only_what_was_borrowed_and_only_while_the_layer_is_ov
 
 
 def test_a_layer_within_its_capacity_owes_nothing() -> None:
-    assert filled(lru).overdrawn(0) is None
-    assert overfull(lru).overdrawn(0).expert == 0
+    assert filled(lru).beyond_capacity(0) is None
+    assert overfull(lru).beyond_capacity(0).expert == 0
 
 
 def test_a_table_that_contradicts_itself_says_how() -> None:
     twice, lost, crowded = overfull(lru), overfull(lru), overfull(lru)
     twice.get(0, 1).slot = twice.get(0, 0).slot
     lost._free.append(7)
-    crowded.spare = 0
+    crowded.staging = 0
     crowded.capacity = (2, 1)
     for table, contradiction in ((twice, "two experts in one slot"), (lost, "a slot was lost")):
         with pytest.raises(AssertionError, match=f"^{contradiction}"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import emoe_core
+from emoe_core.errors import OptionError
 from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 from workbench.predictors.bounds import RandomPredictor
 from workbench.replay.scoring import score
@@ -43,15 +45,10 @@ def test_predictions_come_before_every_pth_admitted_request(model: Path, tmp_pat
     assert seen == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
 
 
-def test_an_adaptive_interval_predicts_again_when_the_plan_no_longer_fits(model: Path, tmp_path: Path) -> None:
-    with load(model, tmp_path, interval="adaptive", min_coverage=0.999, replan="interval") as engine:
-        for _ in range(12):
-            score(engine, [sequence(1)], ["qa"])
-        # One without history, one that gives the first plan, which then fits the same prompt perfectly.
-        assert engine.stats().counters.predictions == 2
-        assert engine.stats().interval == "adaptive"
-        serve(engine, 12, first=20)
-        assert engine.stats().counters.predictions > 2
+@pytest.mark.parametrize("interval", [0, -1, 2.5, True, "often"])
+def test_what_is_no_interval_is_refused(model: Path, tmp_path: Path, interval: Any) -> None:
+    with pytest.raises(OptionError, match="interval is"):
+        load(model, tmp_path, interval=interval)
 
 
 def test_a_start_without_history_is_flagged_cold_until_the_first_plan(model: Path, tmp_path: Path) -> None:

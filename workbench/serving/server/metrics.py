@@ -77,9 +77,9 @@ class ServerMetrics(Collector):
         counters, waiting, running = self._state
         yield GaugeMetricFamily("emoe_queue_length", "Requests that wait to be admitted.", waiting)
         yield GaugeMetricFamily("emoe_running_requests", "Requests in the batch.", running)
-        yield GaugeMetricFamily("emoe_expert_hit_rate", "Expert hits per request since start.", counters.hit_rate)
+        yield GaugeMetricFamily("emoe_expert_hit_rate", "Expert hits per expert lookup since start.", counters.hit_rate)
         counts = {
-            "emoe_expert_requests": counters.requests,
+            "emoe_expert_lookups": counters.lookups,
             "emoe_expert_hits": counters.hits,
             "emoe_expert_loads": counters.loads,
             "emoe_expert_reroutes": counters.reroutes,
