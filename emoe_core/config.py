@@ -41,9 +41,6 @@ class EngineConfig:
         p: predict before every p-th admitted request (paper, section 3.3).
     replan : str
         "admission" or "interval" (see `planning/control.py`).
-    lookahead : int
-        While a MoE layer computes, fetch what the one this many layers further on is guessed to want (see
-        `loader/prefetch.py`); 0 is off.
     policy : str or callable
         Eviction on demand: "lru", "decayed_demand" (see `loader/eviction.py`), or a rule that chooses who leaves, as
         `loader.slots.lru` does.
@@ -82,7 +79,6 @@ class EngineConfig:
     predictor_path: Path | None = None
     interval: int = 40
     replan: str = "admission"
-    lookahead: int = 0
     policy: str | Policy = LRU
     profile: Profile | None = None
     max_quality_loss: float | None = None
@@ -122,8 +118,6 @@ class EngineConfig:
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
             raise OptionError(f"interval is {self.interval!r}: predict every 1 or more requests, 40 being the paper's")
         require_known(self.replan, REPLANS, "replan")
-        if not isinstance(self.lookahead, int) or self.lookahead < 0:
-            raise OptionError(f"lookahead is {self.lookahead!r}: give a number of layers, 0 being off")
         require_known(self.verify, VERIFY, "verify")
         require_known(self.expert_dtype, EXPERT_DTYPES, "expert_dtype")
         require_known(self.tier, ("disk", "host"), "tier")

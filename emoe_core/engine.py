@@ -35,7 +35,6 @@ from emoe_core.loader.cache_folder import cache_dir
 from emoe_core.loader.eviction import make_table, policy_name
 from emoe_core.loader.loader import ExpertLoader
 from emoe_core.loader.pack import Pack, Progress, ensure_pack
-from emoe_core.loader.prefetch import Lookahead
 from emoe_core.loader.slots import SlotTable
 from emoe_core.loader.storage import HostMemory, PackedFile
 from emoe_core.metrics import RunStats
@@ -120,11 +119,6 @@ class Engine:
         return obstacle(self._attached.cache, self.model.config)
 
     @property
-    def lookahead(self) -> Lookahead | None:
-        """Who guesses what later layers will want, if anybody does."""
-        return self._attached.lookahead
-
-    @property
     def reroutable(self) -> bool:
         """Whether a tolerance above 0 can be served."""
         return self._attached.exact_only is None
@@ -170,8 +164,6 @@ class Engine:
         self.control = self._new_control(self._new_predictor())
         self.passes.restart(self.control, self._miss_tolerance(), config.cache_bias)
         self.forget_trace()
-        if self.lookahead is not None:
-            self.lookahead.trust = 1.0
 
     def load_all(self) -> None:
         """Load every expert now, where each has a slot: on demand they would come one by one, long after loading."""
@@ -325,7 +317,7 @@ class Engine:
         return MissTolerance(self.tolerance, self.config.profile, self.quality)
 
     def _attach(self) -> None:
-        self._attached = attach_layers(self.model, self.index, self.loader, self.passes, self.config.lookahead)
+        self._attached = attach_layers(self.model, self.index, self.loader, self.passes)
         self._require_reroutable(self.config)
         if not self.plan.all_resident:
             # Handing memory back costs a tenth of a prompt's time: only where it is short.

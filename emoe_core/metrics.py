@@ -13,14 +13,7 @@ reroute
 miss
     A load or a reroute.
 prefetch
-    An expert brought in by the planner, at warm start or by lookahead, outside any lookup.
-lookahead load
-    A prefetch inside a forward pass, of an expert that a later layer was guessed to want (`loader/prefetch.py`). It is
-    *used* when it first serves a lookup, in that pass or later, and *wasted* (see below) when it never does; one that
-    is still in its slot and has not served yet is neither.
-guessed, wanted, right
-    Over the (pass, layer) pairs that had a guess: distinct experts guessed, distinct experts wanted by real tokens, and
-    the experts that are both. Recall is right / wanted, precision right / guessed.
+    An expert brought in by the planner or at warm start, outside any lookup.
 wasted
     An expert that was loaded or prefetched and left its slot, or was still in it at the end, without having served a
     lookup; a read that failed too.
@@ -33,8 +26,6 @@ Identities (checked by :meth:`Counters.check` and in the tests)
 * ``token_hits + token_loads + token_reroutes == token_lookups`` (one per token and choice)
 * ``bytes_loaded == (loads + prefetches) * record_bytes`` when all records are of one size, failed reads included
 * ``wasted_bytes <= bytes_loaded``
-* ``lookahead_used + lookahead_wasted <= lookahead_loads <= prefetches``, the first two equal once the loader is closed
-* ``lookahead_right <= lookahead_guessed``, and ``<= lookahead_wanted <= lookups``
 
 Nothing here is estimated: every counter is incremented where the event happens. The class does no locking of its own;
 the loader owns one instance and changes it from the thread that runs the model.
@@ -66,12 +57,6 @@ class Counters:
     forwards: int = 0
     predictions: int = 0
     swaps: int = 0
-    lookahead_loads: int = 0
-    lookahead_used: int = 0
-    lookahead_wasted: int = 0
-    lookahead_guessed: int = 0
-    lookahead_wanted: int = 0
-    lookahead_right: int = 0
 
     @property
     def misses(self) -> int:
@@ -88,24 +73,11 @@ class Counters:
         """Hits per (token, chosen expert), in [0, 1]; 1.0 before the first lookup."""
         return self.token_hits / self.token_lookups if self.token_lookups else 1.0
 
-    @property
-    def lookahead_recall(self) -> float:
-        """Share of the wanted experts that were guessed, in [0, 1]; 0.0 without a guess."""
-        return self.lookahead_right / self.lookahead_wanted if self.lookahead_wanted else 0.0
-
-    @property
-    def lookahead_precision(self) -> float:
-        """Share of the guessed experts that were wanted, in [0, 1]; 0.0 without a guess."""
-        return self.lookahead_right / self.lookahead_guessed if self.lookahead_guessed else 0.0
-
     def check(self) -> None:
         """Raise AssertionError when an identity of the contract does not hold."""
         assert self.hits + self.loads + self.reroutes == self.lookups, self
         assert self.token_hits + self.token_loads + self.token_reroutes == self.token_lookups, self
         assert self.wasted_bytes <= self.bytes_loaded, self
-        assert self.lookahead_used + self.lookahead_wasted <= self.lookahead_loads <= self.prefetches, self
-        assert self.lookahead_right <= min(self.lookahead_guessed, self.lookahead_wanted), self
-        assert self.lookahead_wanted <= self.lookups, self
         assert all(getattr(self, item.name) >= 0 for item in fields(self)), self
 
     def since(self, earlier: Counters) -> Counters:
@@ -147,8 +119,6 @@ class RunStats:
         flat["misses"] = self.counters.misses
         flat["hit_rate"] = self.counters.hit_rate
         flat["token_hit_rate"] = self.counters.token_hit_rate
-        flat["lookahead_recall"] = self.counters.lookahead_recall
-        flat["lookahead_precision"] = self.counters.lookahead_precision
         for item in fields(self):
             if item.name not in {"counters", "extra"}:
                 flat[item.name] = getattr(self, item.name)

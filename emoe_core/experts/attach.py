@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NoReturn
@@ -24,10 +24,6 @@ from emoe_core.experts.eager import EagerForm
 from emoe_core.experts.layer import INFERENCE_ONLY, Form, LayerHandle, Session
 from emoe_core.experts.router import watch_routers
 from emoe_core.loader.loader import ExpertLoader
-from emoe_core.loader.prefetch import Lookahead
-
-# The norm between attention and the MoE block, as the families of transformers call it.
-NORM = "post_attention_layernorm"
 
 
 @dataclass(frozen=True)
@@ -42,19 +38,15 @@ class Attached:
         Why tokens cannot be rerouted: the router of some layer follows no known rule.
     cache : Any
         What a pass over a few tokens returned as its cache; None where it returned none.
-    lookahead : Lookahead or None
     """
 
     eager_because: str | None
     exact_only: str | None
     cache: Any
-    lookahead: Lookahead | None
 
 
-def attach_layers(
-    model: PreTrainedModel, index: CheckpointIndex, loader: ExpertLoader, session: Session, lookahead_layers: int
-) -> Attached:
-    """Let a model's MoE layers compute from slots; ``lookahead_layers`` is how far ahead they guess, 0 not at all.
+def attach_layers(model: PreTrainedModel, index: CheckpointIndex, loader: ExpertLoader, session: Session) -> Attached:
+    """Let a model's MoE layers compute from slots.
 
     Forms first, then one pass that shows the routers, then each layer's handle, whole.
     """
@@ -66,18 +58,14 @@ def attach_layers(
             adapter.install(model.get_submodule(name.rpartition(".")[0]), module, emoe_experts_forward)
     watched = watch_routers(model, {layer.name: layer.num_experts for layer in index.layers})
     routers = [watched.routers.get(name) for name in modules]
-    lookahead = None
-    if lookahead_layers:
-        choose = [None if router is None else router.choose for router in routers]
-        lookahead = Lookahead(loader, choose, _norms(model, modules), lookahead_layers)
     for layer, form, router in zip(index.layers, forms, routers, strict=True):
-        handle = LayerHandle(layer.index, loader, session, form, router, layer.name in watched.routers, lookahead)
+        handle = LayerHandle(layer.index, loader, session, form, router, layer.name in watched.routers)
         attach(modules[layer.name], handle)
     unexplained = next((name for name, router in watched.routers.items() if router is None), None)
     exact_only = None if unexplained is None else f"no known routing rule explains the router of {unexplained}"
     if watched.failure is not None:
         exact_only = f"its routers could not be watched ({watched.failure})"
-    return Attached(eager_because, exact_only, watched.cache, lookahead)
+    return Attached(eager_because, exact_only, watched.cache)
 
 
 def _forms(
@@ -95,16 +83,6 @@ def _forms(
         form = found[kind].form
         forms.append(eager if form is None else form.for_module(module))
     return forms, next((one.failure for one in found.values() if one.form is None), None)
-
-
-def _norms(model: PreTrainedModel, names: Iterable[str]) -> list[torch.nn.Module | None]:
-    """Return the norm before each layer's router, where it is seen."""
-    norms = []
-    for name in names:
-        # The decoder layer holds the MoE block, which holds the experts.
-        norm = getattr(model.get_submodule(name.rsplit(".", 2)[0]), NORM, None)
-        norms.append(norm if isinstance(norm, torch.nn.Module) else None)
-    return norms
 
 
 def infer_only(model: PreTrainedModel) -> None:

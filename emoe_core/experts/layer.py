@@ -27,7 +27,6 @@ from emoe_core.experts.routing_rules import Choice
 from emoe_core.experts.step import StepContext
 from emoe_core.experts.trace import TraceRecorder
 from emoe_core.loader.loader import ExpertLoader
-from emoe_core.loader.prefetch import Lookahead
 
 INFERENCE_ONLY = (
     "emoe serves inference only: expert slots are overwritten, so gradients would be wrong. Run under torch.no_grad(), "
@@ -71,7 +70,6 @@ class LayerHandle:
         Keeps its logits for this layer from now on; None where no routing rule explains it.
     reads_text : bool
         False: a layer for images or sound, whose rows are not those of the pass over text.
-    lookahead : Lookahead or None
     """
 
     def __init__(
@@ -82,7 +80,6 @@ class LayerHandle:
         form: Form,
         router: WatchedRouter | None,
         reads_text: bool,
-        lookahead: Lookahead | None,
     ) -> None:
         self.layer = layer
         self.num_experts = loader.layers[layer].num_experts
@@ -93,7 +90,6 @@ class LayerHandle:
         self._loader = loader
         self._session = session
         self._reads_text = reads_text
-        self._lookahead = lookahead
         if router is not None:
             router.router.register_forward_hook(self._keeper(router))
 
@@ -133,11 +129,6 @@ class LayerHandle:
 
         # 4. Lease: experts that are needed stay until they are computed; what is missing still is read meanwhile.
         with self._loader.lease(self.layer, needed or [int(index.flatten()[0])]) as lease:
-            if self._lookahead is not None:
-                # What this layer lacks was asked for just now and is read first.
-                self._lookahead.score(self.layer, active)
-                self._lookahead.guess(self.layer, hidden, real)
-
             # 5. Compute.
             return self.form.layer(lease, hidden, served_index, served_weights)
 

@@ -26,7 +26,6 @@ from emoe_core.experts.dispatch import attach, attached_to, detach
 from emoe_core.experts.routing_rules import Choice, RoutingRule, find_rule
 
 WATCHED_TOKENS = 64
-Choose = Callable[[torch.Tensor], torch.Tensor]
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
@@ -40,15 +39,11 @@ class WatchedRouter:
     position : int or None
         Where its logits [..., E] are in its output; None if they are the output.
     rule : RoutingRule
-    choose : callable or None
-        Hidden [T, H], as the experts get it, to chosen experts int64 [T, k], without side effects; None where the
-        router needs more than that.
     """
 
     router: torch.nn.Module
     position: int | None
     rule: RoutingRule
-    choose: Choose | None
 
     def logits(self, output: Any) -> torch.Tensor:
         """Return the logits [T, E] within the router's output."""
@@ -170,7 +165,7 @@ def _asked(
     found: dict[str, WatchedRouter | None], name: str, parent: torch.nn.Module, seen: list[_Seen], num_experts: int
 ) -> Call:
     def asked(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        candidates = [_explain(call, parent, hidden, index, weights, num_experts) for call in seen]
+        candidates = [_explain(call, parent, index, weights, num_experts) for call in seen]
         seen.clear()
         found[name] = next((router for router in candidates if router is not None), None)
 
@@ -180,7 +175,6 @@ def _asked(
 def _explain(
     call: _Seen,
     parent: torch.nn.Module,
-    hidden: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,
     num_experts: int,
@@ -196,8 +190,7 @@ def _explain(
         rule = find_rule(choice, _per_expert(call, parent, num_experts), _groups(call.module))
         if rule is not None:
             position = place if isinstance(call.output, tuple | list) else None
-            watched = WatchedRouter(call.module, position, rule, None)
-            return WatchedRouter(call.module, position, rule, _chooser(watched, hidden, index))
+            return WatchedRouter(call.module, position, rule)
     return None
 
 
@@ -234,19 +227,3 @@ def _groups(router: torch.nn.Module) -> tuple[int, int] | None:
     count = getattr(router, "num_group", None) or getattr(router, "n_group", None)
     kept = getattr(router, "topk_group", None)
     return (count, kept) if isinstance(count, int) and isinstance(kept, int) else None
-
-
-def _chooser(watched: WatchedRouter, hidden: torch.Tensor, index: torch.Tensor) -> Choose | None:
-    """Return the router as a function of the experts' input alone, if it gives the same answer that way."""
-
-    def choose(rows: torch.Tensor) -> torch.Tensor:
-        # Past the module's hooks, which would take the logits of a guess for the layer's own.
-        return watched.rule.choose(watched.logits(watched.router.forward(rows)).float(), index.shape[-1])
-
-    try:
-        again = choose(hidden)
-    except (TypeError, RuntimeError, IndexError, ValueError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise
-        return None
-    return choose if torch.equal(again.sort(-1).values, index.sort(-1).values) else None

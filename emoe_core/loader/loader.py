@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 
@@ -62,7 +62,6 @@ class ExpertLoader:
         self._loading: dict[tuple[int, int], Future[None]] = {}
         # Reads that ended and have not been looked at: the reading threads append, so that nobody has to ask them all.
         self._ended: deque[tuple[tuple[int, int], Future[None]]] = deque()
-        self._ahead: set[tuple[int, int]] = set()
         self._counted_from = 0
         self._closed = False
 
@@ -125,50 +124,6 @@ class ExpertLoader:
     def serve(self, entry: Entry) -> None:
         """Note that an expert serves a request now."""
         self.table.touch(entry)
-        if (entry.layer, entry.expert) in self._ahead:
-            self._ahead.remove((entry.layer, entry.expert))
-            self.counters.lookahead_used += 1
-
-    def fetch_ahead(self, layer: int, experts: Sequence[int]) -> int:
-        """Start loading what is absent of a guess, in its order; return the loads started.
-
-        The guess must fit the layer. None of its experts gives way to another, and the staging slot is not used.
-        """
-        assert len(experts) <= self.table.capacity[layer], (layer, experts)
-        kept = [entry for expert in experts if (entry := self.table.get(layer, expert)) is not None]
-        for entry in kept:
-            entry.pins += 1
-        loads = 0
-        for expert in experts:
-            if self.table.get(layer, expert) is not None:
-                continue
-            fetched = self.fetch(layer, expert, may_use_staging=False)
-            if fetched is None:
-                break
-            kept.append(fetched)
-            self._ahead.add((layer, expert))
-            loads += 1
-        for entry in kept:
-            # No device has computed with them since: nothing to wait for before they are overwritten.
-            entry.pins -= 1
-        self.counters.prefetches += loads
-        self.counters.lookahead_loads += loads
-        return loads
-
-    def call_off(self, layer: int, experts: Iterable[int]) -> None:
-        """Drop loads ahead of need that no thread has begun; they are counted as if they had not been asked for."""
-        for expert in experts:
-            future = self._loading.get((layer, expert))
-            entry = self.table.get(layer, expert)
-            if future is None or entry is None or entry.pins or not future.cancel():
-                continue
-            del self._loading[(layer, expert)]
-            if (layer, expert) in self._ahead:
-                self._ahead.remove((layer, expert))
-                self.counters.prefetches -= 1
-                self.counters.lookahead_loads -= 1
-                self.counters.bytes_loaded -= self.layers[layer].record_bytes
-            self.table.discard(entry)
 
     def evict(self, entry: Entry) -> None:
         """Remove a ready, unpinned expert and count it."""
@@ -239,7 +194,6 @@ class ExpertLoader:
     def reset_counters(self) -> None:
         """Start counting anew; residents stay, and what was loaded before is no longer anybody's waste."""
         self.counters = Counters()
-        self._ahead.clear()
         self._counted_from = self.table.clock
 
     def close(self) -> None:
@@ -270,9 +224,6 @@ class ExpertLoader:
         self._count_waste(entry)
 
     def _count_waste(self, entry: Entry) -> None:
-        if (entry.layer, entry.expert) in self._ahead:
-            self._ahead.remove((entry.layer, entry.expert))
-            self.counters.lookahead_wasted += 1
         if not entry.served and entry.arrived > self._counted_from:
             self.counters.wasted_bytes += self.layers[entry.layer].record_bytes
 

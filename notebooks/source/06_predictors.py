@@ -50,7 +50,7 @@ shown(first, [*covered, "prediction_median_s", "prediction_p10_s", "prediction_p
 # %%
 # NBVAL_CHECK_OUTPUT
 worst = predictors.groupby("predictor")["skill"].mean().idxmin()
-print("nobody beats hindsight:", bool((predictors["skill"] <= 1 + 1e-9).all()))
+print("nobody beats the oracle:", bool((predictors["skill"] <= 1 + 1e-9).all()))
 print("the worst knows nothing:", worst)
 
 # %%
@@ -158,7 +158,7 @@ found.log(
 # | transition | 0.655 (93.0%) | 0.665 (94.6%) | 0.1 / 0.2 MB | 0.07 ms |
 # | random | 0.584 (83.0%) | 0.584 (83.2%) | 28.9 MB | 6 us |
 #
-# The same ranking, and again the learned predictors tie. Here prediction is not what is missing: hindsight itself
+# The same ranking, and again the learned predictors tie. Here prediction is not what is missing: the oracle itself
 # covers 70% of the choices where random covers 58%, because half of all experts are used by every token. p from 1 to 20
 # changes mass by 0.0002. Accuracy of the most used expert: frequency 52 to 56%, A 51 to 55%, L 52 to 55%, last prompt
 # 42 to 44%, random 4%.

@@ -2,9 +2,9 @@
 # # Memory against accuracy: eMoE, its bounds, and what others do
 #
 # At each expert budget: who chooses the resident experts (decayed frequency, an activation map as MoE-Infinity keeps, a
-# random subset, and hindsight, which knows every prompt to come), with absent experts replaced (tolerance 1). Beside
-# them all experts in 8 and 4 bits, the other way to save the same memory (Table 3). On demand with LRU eviction and
-# lookahead lose nothing and cost time: they are timed in fresh processes, in rounds, beside stock transformers.
+# random subset, and the oracle, which knows every prompt to come), with absent experts replaced (tolerance 1). Beside
+# them all experts in 8 and 4 bits, the other way to save the same memory (Table 3). On demand with LRU eviction loses
+# nothing and costs time: it is timed in fresh processes, in rounds, beside stock transformers.
 #
 # The defaults check that everything runs; their figures mean nothing. What was measured is at the end.
 
@@ -71,7 +71,7 @@ shown(table, ["label", "memory_share", *quality, "similarity"])
 control = summary.set_index("label").loc["all resident"]
 exact = control["perplexity_ratio"] == 1.0 and control["kl_nats"] == 0.0 and control["top1_agreement"] == 1.0
 print("all resident reads exactly 1:", bool(exact))
-print("clearly better than hindsight, or worse than random:", report.broken_bounds(summary, found["requests"]))
+print("clearly better than the oracle, or worse than random:", report.broken_bounds(summary, found["requests"]))
 
 # %%
 drawn = {"accuracy": report.accuracy_figure(summary)}
@@ -110,7 +110,7 @@ found.log(
 # the profile split, p = 1, tolerance 1. Not yet the full settings of `sweeps/paper.yaml`. Perplexity ratio (95%
 # interval over prompts); KL in nats per token.
 #
-# | model, stream | kept | decayed frequency | random subset | hindsight | experts in fewer bits |
+# | model, stream | kept | decayed frequency | random subset | oracle | experts in fewer bits |
 # |---|---|---|---|---|---|
 # | `reference`, uniform | 62.5% | 1.002 (.998-1.007); .0028 | 1.053 (1.03-1.09); .031 | 1.003 (0.999-1.007); .0022 | |
 # | | 53% | | | | 8 bits: 0.999 (0.998 to 1.001); 0.0004 |
@@ -124,14 +124,14 @@ found.log(
 # | | 53% | | | | 8 bits: 1.042 (1.024 to 1.062); 0.026 |
 # | | 28% | | | | 4 bits: 1.151 (1.097 to 1.211); 0.126 |
 #
-# * **Random is clearly worst at every budget on both models** (paired intervals exclude 0). Hindsight is not clearly
+# * **Random is clearly worst at every budget on both models** (paired intervals exclude 0). The oracle is not clearly
 #   better than a task's history, but at 62.5% of `reference` (KL lower by 0.0006, interval 0.00002 to 0.0014): there is
 #   little left for a better predictor to gain.
 # * **Fewer bits win at equal memory, the reverse of the paper's Table 3.** On `reference` 8 bits cost a tenth of the KL
 #   of a 50% cache; on `carved`, whose experts complement each other, replacing is out of the question and even 4 bits
 #   at half the memory lose far less. The two can be combined; that was not measured.
-# * `carved` contradicts the premise that few experts matter: with 14 of 24 in slots, perplexity doubles even in
-#   hindsight.
+# * `carved` contradicts the premise that few experts matter: with 14 of 24 in slots, perplexity doubles even for the
+#   oracle.
 # * Text similarity and times (Figs. 1, 2, 15, 16) were not measured here: the machine was busy.
 # * Why 8 bits do so well: weights of 16 bits rounded with a scale for every 32 of them. The paper does not say how it
 #   quantised.
@@ -139,7 +139,7 @@ found.log(
 # Three seeds, otherwise as above (one thread): median perplexity ratio of decayed frequency at 62.5 / 50 / 37.5% of
 # `reference` on the uniform stream 1.001 / 1.003 / 1.015, on the sticky stream 1.000 / 1.000 / 1.017; a random subset,
 # uniform, seeds 1 and 2: 1.043 to 1.106. Text similarity (sticky, seed 1, 24 answers) 96.0 / 96.0 / 93.6%: its noise
-# floor is not measured yet. `carved`, 60%: decayed frequency 2.04 / 2.13 / 2.05, hindsight 1.98 / 2.01 / 2.09 (seeds 0,
+# floor is not measured yet. `carved`, 60%: decayed frequency 2.04 / 2.13 / 2.05, oracle 1.98 / 2.01 / 2.09 (seeds 0,
 # 1, 2).
 #
 # Experts in 8 bits in the engine (`expert_dtypes`; one scale a row; uniform, seed 0): `reference` all resident, 50% of

@@ -103,13 +103,13 @@ found.log(
 # 25 November 2026, 24 uniform test prompts, 24 tokens each, float32, one thread, tolerance 1, p = 1, predictors warmed
 # with 60 prompts. Perplexity ratio to all resident. Not yet the full settings of `sweeps/paper.yaml`.
 #
-# | model, kept | seed | task-aware | task-agnostic | keywords | 10% / 20% / 50% wrong | hindsight (notebook 08) |
+# | model, kept | seed | task-aware | task-agnostic | keywords | 10% / 20% / 50% wrong | oracle (notebook 08) |
 # |---|---|---|---|---|---|---|
 # | `reference`, 50% | 0 | 1.0055 | 1.0073 | 1.0055 | 1.0059 / 1.0054 / 1.0159 | 1.006 |
 # | `carved`, 60% | 0 | 2.040 | 2.070 | 2.040 | - / 2.090 / - | 1.976 |
 # | | 1 | 2.130 | 2.450 | 2.130 | - / 2.125 / - | 2.009 |
 # | | 2 | 2.048 | 2.280 | 2.048 | - / 1.964 / - | 2.087 |
 #
-# * On `carved` task labels recover 86% of the gap between one global frequency and hindsight by the medians (2.280,
-#   2.048, 2.009), but a third only with seed 0, and with seed 2 hindsight is the worse one: 24 prompts are few.
+# * On `carved` task labels recover 86% of the gap between one global frequency and the oracle by the medians (2.280,
+#   2.048, 2.009), but a third only with seed 0, and with seed 2 the oracle is the worse one: 24 prompts are few.
 # * On `reference` labels are worth little, and wrong ones cost little until half of them are wrong.

@@ -4,7 +4,7 @@
 
 The first factor is the engine's: near 1 it read what its policy had to load and nothing else. The second is the price
 of not knowing the future, and is the policy's alone. Only systems whose loads follow from the routing are replayed: the
-engine, exact, on demand, without lookahead.
+engine, exact, on demand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from workbench.systems.systems import System
 def replayed_loads(prepared: Prepared, system: System) -> np.ndarray | None:
     """Return the experts that a system's policy loads in each timed step, int64 [timed steps]; None: not replayed."""
     options = system.options
-    chooses = options.get("predictor") is not None or options.get("lookahead") or options.get("tolerance")
+    chooses = options.get("predictor") is not None or options.get("tolerance")
     if system.adapter != "emoe" or system.resident or chooses:
         return None
     slots = prepared.slots if system.budgeted else plan_slots(prepared.index, options["budget"])

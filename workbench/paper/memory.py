@@ -199,7 +199,7 @@ def beside_paper(
             told("activation_map"),
             "its predictor in our engine: absent experts are replaced, not loaded",
         ),
-        ("hindsight", "not given", told("oracle"), "each prompt's own most used experts: no system can know them"),
+        ("oracle", "not given", told("oracle"), "each prompt's own most used experts: no system can know them"),
         (
             "Table 3, 8-bit experts",
             "95.2%",
@@ -222,18 +222,6 @@ def beside_paper(
                 "3.2x and 5x slower; memory 1.4 to 1.5x lower",
                 ratio("on demand", "emoe, all resident"),
                 "how long a miss takes against how long an expert computes: storage, expert size and processor",
-            ),
-            (
-                "Fig. 2, lookahead against on demand",
-                "1.2 to 1.6x faster",
-                ratio("lookahead", "on demand"),
-                "guessing ahead helps where reading is idle meanwhile; a wrong guess takes the disk from a right one",
-            ),
-            (
-                "Figs. 15, 16, lookahead against eMoE",
-                "2.4 to 3.5x slower",
-                ratio("lookahead", "eMoE"),
-                "eMoE loads when a prompt is admitted, not for a token",
             ),
         ]
     return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])

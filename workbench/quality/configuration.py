@@ -46,7 +46,6 @@ class ExperimentConfig:
     replan: str = "admission"
     skipping: bool = False
     max_quality_loss: float | None = None
-    lookahead: int = 0
     n_prompts: int = 24
     tasks: tuple[str, ...] = TASK_TYPES
     mix: str = "uniform"
@@ -97,7 +96,6 @@ class ExperimentConfig:
             "interval": self.interval,
             "replan": self.replan,
             "policy": self.policy,
-            "lookahead": self.lookahead,
             "device": self.device,
             "dtype": self.dtype,
             "expert_dtype": self.expert_dtype,

@@ -73,7 +73,6 @@ def _times(base: ExperimentConfig, timing: Timing, progress: Progress) -> pd.Dat
             "stock transformers": {**common, "implementation": "stock"},
             "emoe, all resident": {**common, "budget": "100%", "predictor": None},
             "on demand": exact,
-            "lookahead": {**exact, "lookahead": 1},
             "eMoE": lossy,
         },
         base,

@@ -1,7 +1,7 @@
 """Replay of recorded routing through expert caches: what each eviction policy would have loaded, beside the bound.
 
 The replay is the engine's own residency table, leases and eviction policies over a loader that moves nothing, so that
-its counts are those of an engine in exact mode (tolerance 0, no predictor, no lookahead) on the same routing.
+its counts are those of an engine in exact mode (tolerance 0, no predictor) on the same routing.
 
 Terms
 -----

@@ -41,7 +41,7 @@ class EngineDecoder(TorchDecoder):
     def description(self) -> str:
         config, plan, stats = self.engine.config, self.engine.plan, self.engine.stats()
         slots = f"{min(plan.slots_per_layer)} slots a layer of {plan.num_experts[0]}"
-        choice = f"policy {stats.policy}, predictor {stats.predictor}, lookahead {config.lookahead}"
+        choice = f"policy {stats.policy}, predictor {stats.predictor}"
         storage = self.engine.loader.storage.description
         return f"emoe, {slots}, tolerance {config.tolerance:g}, {choice}; {storage}"
 

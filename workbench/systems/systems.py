@@ -63,12 +63,12 @@ def _emoe(what: str, **options: Any) -> System:
 
 SYSTEMS: dict[str, System] = {
     "emoe": _emoe("the engine, exact (tolerance 0), keeping experts by decayed demand"),
-    "emoe-lookahead": _emoe("emoe, fetching what the next layer's router is guessed to want", lookahead=1),
     "emoe-lossy-0.1": _emoe("the engine at miss tolerance 0.1", tolerance=0.1),
     "emoe-lossy-1.0": _emoe("the engine at miss tolerance 1: absent experts are replaced, not loaded", tolerance=1.0),
     "emoe-resident": replace(_emoe("the engine with every expert resident", budget="100%"), resident=True),
     "lru": _emoe(
-        "on-demand LRU, the cache of mixtral-offloading, on our engine (its quantisation left out)", policy="lru"
+        "on-demand LRU, the cache of mixtral-offloading, on our engine (without its quantisation and guesses)",
+        policy="lru",
     ),
     "activation-map": _emoe(
         "MoE-Infinity's activation map choosing residents, on our engine, taught the warm-up's routing",
@@ -76,7 +76,6 @@ SYSTEMS: dict[str, System] = {
         predictor="activation_map",
         interval=1,
     ),
-    "lookahead": _emoe("on-demand LRU with lookahead, on our engine", policy="lru", lookahead=1),
     "stock-eager": System(
         "",
         "stock",
@@ -97,7 +96,7 @@ SYSTEMS: dict[str, System] = {
     "llama.cpp": System("", "llama.cpp", {}, "llama.cpp on a GGUF file of the same weights, memory-mapped"),
 }
 DEFAULT_SYSTEMS = (
-    "emoe", "emoe-lookahead", "emoe-lossy-0.1", "emoe-lossy-1.0", "lru", "activation-map", "lookahead",
+    "emoe", "emoe-lossy-0.1", "emoe-lossy-1.0", "lru", "activation-map",
     "stock-eager", "stock-eager:no-limit", "stock-grouped_mm:no-limit", "emoe-resident:no-limit",
     "accelerate", "llama.cpp", "llama.cpp:no-limit",
 )  # fmt: skip

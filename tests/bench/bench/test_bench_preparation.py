@@ -94,9 +94,7 @@ def test_replayed_loads_are_those_of_the_engine(system: str, checkpoint: Path, r
     assert replayed is not None and 0 < replayed.sum() == found["counters"]["loads"]
 
 
-@pytest.mark.parametrize(
-    "system", ["emoe-lossy-1.0", "emoe-lookahead", "activation-map", "emoe-resident", "accelerate"]
-)
+@pytest.mark.parametrize("system", ["emoe-lossy-1.0", "activation-map", "emoe-resident", "accelerate"])
 def test_systems_whose_loads_do_not_follow_from_the_routing_are_not_replayed(
     system: str, checkpoint: Path, routed: RoutingPass
 ) -> None:
