@@ -6,10 +6,8 @@ first. A keeper leaves only for an expert that must be computed next when nothin
 
 Two things differ from LRU. A pass over a prompt needs nearly every expert and LRU is left with whatever came last; here
 its token counts tell which experts the answer will want. And an expert that is needed once passes through the staging
-slot instead of displacing a better one. Replayed on recorded routing (notebook 04), one prompt at a time, it closes 51%
-of the gap from LRU's loads to Belady's MIN at half of the embedded model's experts, 66 to 68% at three quarters, 12 to
-18% at a quarter; 11 to 30% on the carved model. In the engine (embedded model, half of the experts, six test
-prompts of 24 tokens scored step by step, float32, seed 0, one run) it loaded 15% less than LRU: 11.8 against 13.9 GB.
+slot instead of displacing a better one, which costs reading ahead: fewer bytes, and more waiting where a layer has few
+slots (docs/results/speed.md). LRU is the default.
 """
 
 from __future__ import annotations

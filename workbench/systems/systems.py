@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emoe_core.errors import OptionError
+from emoe_core.loader.eviction import DECAYED_DEMAND, LRU
 from workbench.systems import llama_cpp
 
 NO_LIMIT = ":no-limit"
@@ -58,21 +59,20 @@ class System:
 
 
 def _emoe(what: str, **options: Any) -> System:
-    return System("", "emoe", {"predictor": None, "policy": "decayed_demand", **options}, what)
+    return System("", "emoe", {"predictor": None, "policy": LRU, **options}, what)
 
 
 SYSTEMS: dict[str, System] = {
-    "emoe": _emoe("the engine, exact (tolerance 0), keeping experts by decayed demand"),
+    "emoe": _emoe(
+        "the engine, exact (tolerance 0), on demand with LRU: also the cache of mixtral-offloading, without its "
+        "quantisation and guesses"
+    ),
+    "emoe-decayed": _emoe("emoe, keeping experts by decayed demand", policy=DECAYED_DEMAND),
     "emoe-lossy-0.1": _emoe("the engine at miss tolerance 0.1", tolerance=0.1),
     "emoe-lossy-1.0": _emoe("the engine at miss tolerance 1: absent experts are replaced, not loaded", tolerance=1.0),
     "emoe-resident": replace(_emoe("the engine with every expert resident", budget="100%"), resident=True),
-    "lru": _emoe(
-        "on-demand LRU, the cache of mixtral-offloading, on our engine (without its quantisation and guesses)",
-        policy="lru",
-    ),
     "activation-map": _emoe(
         "MoE-Infinity's activation map choosing residents, on our engine, taught the warm-up's routing",
-        policy="lru",
         predictor="activation_map",
         interval=1,
     ),
@@ -96,7 +96,7 @@ SYSTEMS: dict[str, System] = {
     "llama.cpp": System("", "llama.cpp", {}, "llama.cpp on a GGUF file of the same weights, memory-mapped"),
 }
 DEFAULT_SYSTEMS = (
-    "emoe", "emoe-lossy-0.1", "emoe-lossy-1.0", "lru", "activation-map",
+    "emoe", "emoe-decayed", "emoe-lossy-0.1", "emoe-lossy-1.0", "activation-map",
     "stock-eager", "stock-eager:no-limit", "stock-grouped_mm:no-limit", "emoe-resident:no-limit",
     "accelerate", "llama.cpp", "llama.cpp:no-limit",
 )  # fmt: skip

@@ -50,7 +50,7 @@ def test_bad_plans_are_refused(settings: dict[str, Any], message: str) -> None:
 
 def test_a_folder_takes_more_repeats_and_no_other_settings(tmp_path: Path) -> None:
     open_folder(tmp_path / "b", BenchPlan("m", limit="2GB", systems=("emoe",)))
-    open_folder(tmp_path / "b", BenchPlan("m", limit="2GB", systems=("emoe", "lru"), repeats=9))
+    open_folder(tmp_path / "b", BenchPlan("m", limit="2GB", systems=("emoe", "emoe-decayed"), repeats=9))
     with pytest.raises(OptionError, match=r"other settings \(limit, tokens\)"):
         open_folder(tmp_path / "b", BenchPlan("m", limit="1GB", systems=("emoe",), tokens=4))
 
@@ -85,7 +85,7 @@ def test_the_routing_pass_counts_what_the_engine_counts(checkpoint: Path, routed
     assert routed.belady_misses((8, 8, 8)) <= routed.belady_misses((2, 2, 2)) <= routed.routed_experts()
 
 
-@pytest.mark.parametrize("system", ["emoe", "lru", "emoe[budget=3 slots;policy=lfu]"])
+@pytest.mark.parametrize("system", ["emoe", "emoe-decayed", "emoe[budget=3 slots;policy=lfu]"])
 def test_replayed_loads_are_those_of_the_engine(system: str, checkpoint: Path, routed: RoutingPass) -> None:
     given, chosen = prepared_for(checkpoint, routed), find_system(system)
     plan = BenchPlan(str(checkpoint), systems=(system,), tokens=4, prompt_tokens=3, warm_tokens=2)

@@ -43,8 +43,11 @@ def routed(checkpoint: Path) -> RoutingPass:
 
 
 def test_systems_take_turns_and_each_round_starts_with_another() -> None:
-    steps = [(step.system.name, step.repeat) for step in schedule(find_systems(["emoe", "lru", "accelerate"]), 2)]
-    assert steps == [("emoe", 0), ("lru", 0), ("accelerate", 0), ("lru", 1), ("accelerate", 1), ("emoe", 1)]
+    steps = [
+        (step.system.name, step.repeat) for step in schedule(find_systems(["emoe", "emoe-decayed", "accelerate"]), 2)
+    ]
+    names = ["emoe", "emoe-decayed", "accelerate"]
+    assert steps == [*((name, 0) for name in names), *((name, 1) for name in (*names[1:], names[0]))]
 
 
 def measured_row(system: str, repeat: int, seconds: float, **more: Any) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def measured_row(system: str, repeat: int, seconds: float, **more: Any) -> dict[
 def test_an_interrupted_bench_goes_on_and_does_not_try_the_killed_again(
     checkpoint: Path, routed: RoutingPass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("emoe", "stock-eager", "lru")
+    names = ("emoe", "stock-eager", "emoe-decayed")
     plan = BenchPlan(str(checkpoint), systems=names, repeats=3, tokens=4, prompt_tokens=3, warm_tokens=2)
     started: list[str] = []
 
@@ -82,7 +85,7 @@ def test_an_interrupted_bench_goes_on_and_does_not_try_the_killed_again(
     assert started.count("stock") == 1
     outcomes = {(row["system"], row["repeat"]): row["outcome"] for row in results}
     assert outcomes[("stock-eager", 0)] == KILLED and len(outcomes) == 7
-    assert all(outcomes[(name, repeat)] == MEASURED for name in ("emoe", "lru") for repeat in range(3))
+    assert all(outcomes[(name, repeat)] == MEASURED for name in ("emoe", "emoe-decayed") for repeat in range(3))
     before = len(started)
     assert run_bench(plan, given, tmp_path, None, lambda *_: None) == results == read_results(tmp_path)
     assert len(started) == before
@@ -119,7 +122,7 @@ def test_the_table_has_medians_spread_ratios_and_bounds(checkpoint: Path, routed
 
 
 def test_tables_name_a_system_with_its_options(checkpoint: Path, routed: RoutingPass) -> None:
-    name = "lru[threads=1]"
+    name = "emoe[threads=1]"
     plan = BenchPlan(str(checkpoint), systems=(name,), repeats=1, tokens=4, prompt_tokens=3, warm_tokens=2)
     table, _ = summarise(plan, prepared_for(checkpoint, routed), [measured_row(name, 0, 0.1)], None)
     console = Console(width=160, record=True, file=io.StringIO())

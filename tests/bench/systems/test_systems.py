@@ -31,8 +31,8 @@ def test_every_system_is_described_and_every_default_is_known() -> None:
 
 
 def test_suffixes_change_limit_and_options() -> None:
-    system = find_system("emoe[policy=lru;threads=4]:no-limit")
-    assert not system.limited and system.options == {"predictor": None, "policy": "lru", "threads": 4}
+    system = find_system("emoe[policy=decayed_demand;threads=4]:no-limit")
+    assert not system.limited and system.options == {"predictor": None, "policy": "decayed_demand", "threads": 4}
     assert find_system("emoe").limited and find_system("emoe").budgeted
     assert not find_system("emoe-resident").budgeted
 
