@@ -13,10 +13,6 @@ experts get a bonus (`outranked`; cache-aware routing, arXiv 2412.00099). It the
 not only how much weight is lost. In a trial (token by token, half of the experts in slots, LRU, against a tolerance
 alone, too few prompts for an interval) it read 3 to 8% fewer bytes at equal KL on the embedded model (6 and 10 prompts,
 bias 0.2 and 0.4, tolerance 0.3 and 0.45), and about 14% fewer on the carved one (4 prompts, bias 0.4).
-
-Tried and left out: replacing an expert by the one whose outputs are most like its own (BuddyMoE, SMoE), ranked on
-profile prompts. At 3, 4 and 5 of 8 slots (16 prompts) KL changed by 0.0001, -0.0008 and -0.0010 nats, perplexity not
-measurably; at 9, 12 and 15 of the carved model's 24 (24 prompts) by +0.002, +0.021 and +0.034, for the worse.
 """
 
 from __future__ import annotations

@@ -11,11 +11,6 @@ Experts are swapped between forward passes only, and only when the plan's sets d
 The predictor learns at the end of a request from what its router *wanted*, not from what it got.
 
 Until the first plan, residents are what came first (a cold start, flagged).
-
-Tried and left out: planning once more when a prompt has been read, by what its own tokens wanted blended with the
-prediction. On the carved model (60% of experts, tolerance 1, 24 uniform prompts, seed 0, p = 1) it covered more of the
-answer's routing and was worse: perplexity 2.17 times all-resident's against 2.04, the paired difference of log
-perplexity 0.064 (0.030 to 0.096), and 1.6 times the bytes.
 """
 
 from __future__ import annotations

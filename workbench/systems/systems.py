@@ -63,10 +63,7 @@ def _emoe(what: str, **options: Any) -> System:
 
 
 SYSTEMS: dict[str, System] = {
-    "emoe": _emoe(
-        "the engine, exact (tolerance 0), on demand with LRU: also the cache of mixtral-offloading, without its "
-        "quantisation and guesses"
-    ),
+    "emoe": _emoe("the engine, exact (tolerance 0), on demand with LRU, the cache of mixtral-offloading"),
     "emoe-decayed": _emoe("emoe, keeping experts by decayed demand", policy=DECAYED_DEMAND),
     "emoe-lossy-0.1": _emoe("the engine at miss tolerance 0.1", tolerance=0.1),
     "emoe-lossy-1.0": _emoe("the engine at miss tolerance 1: absent experts are replaced, not loaded", tolerance=1.0),
