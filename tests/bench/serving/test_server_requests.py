@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,20 @@ def test_fields_that_change_nothing_pass_and_are_named(service: Service) -> None
     assert named.headers[UNUSED_HEADER] == ", ".join([*unused, "messages.name"])
     texts = {reply.json()["choices"][0]["message"]["content"] for reply in (plain, again, named)}
     assert len(texts) == 1
+
+
+@pytest.mark.parametrize("asked", [{"prompt": "Why?"}, {"messages": HELLO}], ids=["text", "chat"])
+def test_what_public_load_generators_send_is_answered_to_the_length_they_ask_for(
+    service: Service, asked: dict[str, Any]
+) -> None:
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    guidellm = {"stream": True, "stream_options": usage, "max_tokens": 7, "stop": None, "ignore_eos": True}
+    vllm = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 7, "temperature": 0.0,
+            "repetition_penalty": 1.0, "logprobs": None, "ignore_eos": True}  # fmt: skip
+    for body in (guidellm, vllm):
+        reply = post(service, **asked, **body)
+        *_, last, done = [line for line in reply.text.splitlines() if line]
+        assert done == "data: [DONE]" and json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"] == 7
 
 
 def test_stream_options_without_a_stream_are_refused(service: Service) -> None:

@@ -22,7 +22,8 @@ UNUSED_HEADER = "x-emoe-unused-fields"
 UNUSED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "prompt_cache_options", "prediction", "parallel_tool_calls", "request_id", "cache_salt",
-    "stream_options.include_obfuscation", "messages.name", "messages.content.cache_control",
+    "stream_options.include_obfuscation", "stream_options.continuous_usage_stats", "messages.name",
+    "messages.content.cache_control",
 )  # fmt: skip
 # Values of refused fields that ask for nothing, which clients send all the same. Null does so for every field.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
