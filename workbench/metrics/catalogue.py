@@ -184,6 +184,7 @@ CATALOGUE = (
     Metric("*_s_simulated", "s", TIME, NEITHER, "of the simulation of the same requests"),
     Metric("*_s_ratio", "", TIME, NEITHER, "simulated over real; 1 is right"),
     Metric("*_s_refitted_ratio", "", TIME, NEITHER, "simulated by the real loop's own times, over real; 1 is right"),
+    Metric("requests", "", OTHER, NEITHER, "requests that a service answered"),
     Metric("scale_arrivals_per_s", "1/s", TIME, NEITHER, "requests a second of the largest simulated cluster"),
     Metric("scale_simulated_per_s", "1/s", TIME, HIGHER, "requests that a second of computing simulates"),
     # How expert lookups were served. A lookup is one expert that a layer wants in one pass.
@@ -191,7 +192,7 @@ CATALOGUE = (
     Metric("hits", "", OTHER, NEITHER, "the expert was in a slot, or on its way"),
     Metric("loads", "", OTHER, LOWER, "the expert was fetched because a layer needed it"),
     Metric("reroutes", "", OTHER, LOWER, "the expert stayed absent, residents took its tokens"),
-    Metric("hit_rate", "%", OTHER, HIGHER, "hits per request"),
+    Metric("hit_rate", "%", OTHER, HIGHER, "hits per lookup"),
     Metric("token_hit_rate", "%", OTHER, HIGHER, "hits per token and chosen expert"),
     Metric("prefetches", "", OTHER, NEITHER, "experts that the planner brought in"),
     Metric("evictions", "", OTHER, LOWER, "experts that had to leave their slot"),
