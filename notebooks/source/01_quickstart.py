@@ -78,7 +78,7 @@ if shown_prompts:
 # ## What does it cost?
 #
 # Every prompt is scored by teacher forcing on the all-resident model's own continuation. A perplexity ratio of 1 is
-# equal, above 1 is worse; its 95% interval over prompts takes 8 of them. An expert *request* is one expert that one
+# equal, above 1 is worse; its 95% interval over prompts takes 8 of them. An expert *lookup* is one expert that one
 # layer needs in one forward pass: a hit, a load on demand, or a reroute.
 
 # %%

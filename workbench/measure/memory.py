@@ -63,7 +63,7 @@ class MemoryMeasurement:
     bytes_loaded, tokens : int
         Expert bytes read during the timed prompts, and their tokens in and out.
     hit_rate : float
-        Hits per request during the timed prompts.
+        Hits per lookup during the timed prompts.
     page_cache : str
         "bypassed (direct reads)" or why not.
     """

@@ -69,7 +69,7 @@ class ResidencyWatch:
 
 
 def replayed_hit_rates(reference: Reference, slots_per_layer: Sequence[int], seed: int = 0) -> dict[str, float]:
-    """Return hits per request on demand as ``replayed_NAME_hit_rate``: LRU, Belady's MIN (the best possible), random.
+    """Return hits per lookup on demand as ``replayed_NAME_hit_rate``: LRU, Belady's MIN (the best possible), random.
 
     Parameters
     ----------

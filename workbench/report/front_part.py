@@ -112,7 +112,7 @@ def read_fronts(
 
 
 def hit_curves(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """Return hits per request of replayed routing: ``policy``, ``slot_share``, ``hit_rate``."""
+    """Return hits per lookup of replayed routing: ``policy``, ``slot_share``, ``hit_rate``."""
     rows = []
     for record in records:
         for name, policy in REPLAYED.items():

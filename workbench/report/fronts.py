@@ -99,7 +99,7 @@ def hits_front(curves: pd.DataFrame) -> Figure | None:
         other = {"color": sns.color_palette("colorblind")[number % 10], "marker": MARKERS[number % len(MARKERS)]}
         axis.plot(mean.index, mean, **looks.get(policy, other | {"label": policy.replace("_", " ")}))
     axis.set_xlabel("slots, share of all experts")
-    axis.set_ylabel("hits per request, on demand")
+    axis.set_ylabel("hits per lookup, on demand")
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_xlim(0, 1)
