@@ -10,9 +10,7 @@ scores of the experts used, scaled to the token's original total (the paper's se
 
 A *cache bias* narrows that down: an absent expert is replaced only if it falls out of the token's top-k once available
 experts get a bonus (`outranked`; cache-aware routing, arXiv 2412.00099). It then matters how close a substitute comes,
-not only how much weight is lost. In a trial (token by token, half of the experts in slots, LRU, against a tolerance
-alone, too few prompts for an interval) it read 3 to 8% fewer bytes at equal KL on the embedded model (6 and 10 prompts,
-bias 0.2 and 0.4, tolerance 0.3 and 0.45), and about 14% fewer on the carved one (4 prompts, bias 0.4).
+not only how much weight is lost: fewer bytes at equal KL (docs/results/predictors.md).
 """
 
 from __future__ import annotations
