@@ -63,7 +63,7 @@ class Budget:
     def parse(value: str | int | float | Budget) -> Budget:
         """Understand a budget: an int is bytes, a float is a share in (0, 1], a text names its unit.
 
-        Decimal units (KB, MB, GB) are powers of 1000, binary ones (KiB, MiB, GiB) of 1024.
+        Decimal units (kB, MB, GB) are powers of 1000, binary ones (KiB, MiB, GiB) of 1024.
 
         Raises
         ------
@@ -302,12 +302,12 @@ def _percent_above(count: int, total_bytes: int) -> float:
 
 def _round_number_above(count: int) -> str:
     """Return a budget a person would type that is at least this many bytes."""
-    unit, size = ("MB", 10**6) if count >= 10 * 10**6 else ("KB", 10**3)
+    unit, size = ("MB", 10**6) if count >= 10 * 10**6 else ("kB", 10**3)
     return f"{math.ceil(count / size)}{unit}"
 
 
 def _bytes_text(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.4g} {unit}"
     return f"{count} B"

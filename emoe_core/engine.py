@@ -281,7 +281,7 @@ class Engine:
         if self._attached.eager_because is not None:
             return f"the family's eager code ({self._attached.eager_because})"
         rounded = self.config.expert_dtype == "int8"
-        return "grouped by expert, " + ("8 bits, equal within rounding" if rounded else "bit-equal to eager")
+        return "grouped by expert, " + ("8 bits, equal within rounding" if rounded else "each bit-equal to eager")
 
     @property
     def _most_experts(self) -> int:

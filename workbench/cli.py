@@ -32,7 +32,7 @@ from workbench.commands import (
     simulate,
     verify,
 )
-from workbench.commands.groups import HELP_OPTIONS, command_group
+from workbench.commands.groups import HELP_OPTIONS, command_group, flowing
 
 DEBUG_OPTION = "--debug"
 USER_ERROR_EXIT_CODE = 2
@@ -76,7 +76,7 @@ GROUPS = {
 }
 for panel, commands in COMMANDS.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        app.command(rich_help_panel=panel, help=flowing(command.__doc__))(command)
 for name, group in GROUPS.items():
     app.add_typer(group, name=name, rich_help_panel="What is measured, and with what")
 

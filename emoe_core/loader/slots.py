@@ -47,11 +47,6 @@ class Entry:
 Policy = Callable[[Sequence[Entry], int], Entry | None]
 
 
-def lru(candidates: Sequence[Entry], forward: int) -> Entry | None:
-    """Evict the least recently touched expert."""
-    return min(candidates, key=lambda entry: entry.touched, default=None)
-
-
 class SlotTable:
     """The residency table: at most ``capacity[layer]`` experts a layer, plus ``staging`` streamed ones in all.
 
@@ -65,7 +60,7 @@ class SlotTable:
         Chooses who leaves a layer, given its entries that may and the number of the forward pass; None for nobody.
     """
 
-    def __init__(self, capacity: Sequence[int], staging: int, policy: Policy = lru) -> None:
+    def __init__(self, capacity: Sequence[int], staging: int, policy: Policy) -> None:
         self.capacity = tuple(capacity)
         self.staging = staging
         self.policy = policy

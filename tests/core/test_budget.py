@@ -189,9 +189,9 @@ def test_every_budget_that_a_refusal_suggests_is_accepted(shapes: list) -> None:
     ("records", "size", "suggested"),
     [
         # The least of two layers is three records, of one layer two.
-        ((8, 8), 3_333_333, '"10000KB", "18.8%" or "1 slot"'),
+        ((8, 8), 3_333_333, '"10000kB", "18.8%" or "1 slot"'),
         ((8,), 5_000_000, '"10MB", "25%" or "1 slot"'),
-        ((8,), 40_960, '"82KB", "25%" or "1 slot"'),
+        ((8,), 40_960, '"82kB", "25%" or "1 slot"'),
     ],
 )
 def test_a_refusal_says_what_is_short_and_what_would_do(records: tuple[int, ...], size: int, suggested: str) -> None:
@@ -274,8 +274,8 @@ def test_a_plan_tells_its_terms() -> None:
     ("size", "text"),
     [
         (999, "999 B"),
-        (1000, "1 KB"),
-        (999_000, "999 KB"),
+        (1000, "1 kB"),
+        (999_000, "999 kB"),
         (1_000_000, "1 MB"),
         (1_000_000_000, "1 GB"),
         (1_500_000_000, "1.5 GB"),

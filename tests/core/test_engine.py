@@ -224,7 +224,7 @@ def test_why_the_worse_way_is_taken_is_said(model: Path, tmp_path: Path, monkeyp
 
     with load(model, tmp_path) as engine:
         told = engine.stats().to_dict()
-        assert told["compute"] == "grouped by expert, bit-equal to eager" and told["rerouting"] == "by its rule"
+        assert told["compute"] == "grouped by expert, each bit-equal to eager" and told["rerouting"] == "by its rule"
     with monkeypatch.context() as patch:
         patch.setattr(MixtralForCausalLM, "forward", fail)
         with load(model, tmp_path) as engine:

@@ -89,6 +89,8 @@ def ui(port: Annotated[int, typer.Option(help="Port to listen on, at loopback.")
     from workbench.tracking.place import server_uri, store_uri
     from workbench.tracking.store import open_store
 
+    if not 0 < port <= 65535:
+        raise OptionError(f"--port {port}: give 1 to 65535")
     if server := server_uri():
         raise OptionError(f"the runs are on a server, which shows them itself: open {server}")
     open_store()

@@ -6,6 +6,7 @@ holds for one release.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import typer
@@ -52,6 +53,11 @@ class RenamedCommands(TyperGroup):
                 if old in RENAMED:
                     raise OptionError(f"`emoe {old}` is now `{RENAMED[old]}`.")
         return super().resolve_command(ctx, args)
+
+
+def flowing(text: str | None) -> str:
+    """Return a docstring with each paragraph on one line, for a terminal to break."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text or "").split("\n\n"))
 
 
 def command_group(help: str, **options: Any) -> typer.Typer:

@@ -44,9 +44,11 @@ def run(
     from workbench.metrics.show import show
 
     counts = stats.counters
+    exactness = f"[yellow]lossy[/]: {counts.reroutes} replaced by residents" if counts.reroutes else "none replaced"
     console.print(
         f"[dim]experts: {counts.hits} hits, {counts.loads} loads, {counts.reroutes} reroutes "
-        f"({counts.hit_rate:.0%} hits); {escape(stats.compute)}\n"
+        f"({counts.hit_rate:.0%} hits); {exactness}\n"
+        f"computing: {escape(stats.compute)}\n"
         f"memory: {show('slot_bytes', stats.slot_bytes)} for {show('expert_bytes', stats.expert_bytes)} of experts, "
         f"and {show('dense_bytes', stats.dense_bytes)} of dense weights\n"
         f"time: first token {show('ttft_s', answer.ttft_s)}, then {show('tpot_s', answer.tpot_s)} a token[/]"

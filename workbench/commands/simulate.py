@@ -91,22 +91,24 @@ def simulate_cache(
         # Through pandas, which writes a gap that does not exist as null.
         typer.echo(json.dumps(json.loads(found.to_json(orient="records")), indent=1))
         return
-    table = Table(title=f"{escape(model)}: {prompts} prompts a stream, {batch_size} at a time, seed {seed}")
-    for column in ("stream", "budget", "slots a layer", "policy"):
-        table.add_column(column)
-    for column in ("misses", "over prompts", "hit rate", "loaded", "gap closed"):
-        table.add_column(column, justify="right")
-    for row in found.sort_values(["stream", "slots", "loads"], ascending=[True, True, False]).itertuples():
-        gap = "" if row.gap_closed != row.gap_closed else f"{row.gap_closed:.0%}" if row.gap_closed >= 0 else "< 0"
-        table.add_row(
-            row.stream, row.size, f"{row.slots:.3g}", row.policy, f"{row.misses:,}", f"{row.prefill_misses:,}",
-            f"{row.hit_rate:.1%}", show_bytes(row.loaded_bytes), gap,
-        )  # fmt: skip
     console = Console()
-    console.print(table)
+    for stream, rows in found.groupby("stream"):
+        table = Table(title=f"{escape(model)}: {prompts} {stream} prompts, {batch_size} at a time, seed {seed}")
+        for column in ("budget", "slots", "policy"):
+            table.add_column(column, no_wrap=True)
+        for column in ("misses", "of prompts", "hits", "loaded", "gap closed"):
+            table.add_column(column, justify="right")
+        for row in rows.sort_values(["slots", "loads"], ascending=[True, False]).itertuples():
+            gap = "" if row.gap_closed != row.gap_closed else f"{row.gap_closed:.0%}" if row.gap_closed >= 0 else "< 0"
+            table.add_row(
+                row.size, f"{row.slots:.3g}", row.policy, f"{row.misses:,}", f"{row.prefill_misses:,}",
+                f"{row.hit_rate:.1%}", show_bytes(row.loaded_bytes), gap,
+            )  # fmt: skip
+        console.print(table)
     console.print(
         "[dim]gap closed: from LRU's loads (0%) to those of Belady's MIN (hindsight, 100%); < 0 is worse than LRU.\n"
-        "Loads count what 'pinned' holds from the start, misses do not. No time is simulated.[/]"
+        "slots: a layer's; of prompts: misses while prompts were read. Loads count what 'pinned' holds from the\n"
+        "start, misses do not. No time is simulated.[/]"
     )
 
 

@@ -48,7 +48,7 @@ def view_runs(found: RunComparison) -> View:
     tables = []
     if found.over_prompts:
         pairs = max(change.pairs for change in found.over_prompts)
-        tables.append((f"Paired over {pairs} prompts", change_rows(found.over_prompts, found.others)))
+        tables.append((f"Paired over {pairs} prompts, means per prompt", change_rows(found.over_prompts, found.others)))
     if found.single:
         tables.append(("One value a run", change_rows(found.single, found.others)))
     return View(

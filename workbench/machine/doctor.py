@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from workbench.machine.busy import BUSY_SHARE
 from workbench.machine.facts import MachineFacts
 from workbench.metrics.show import show_bytes, show_count
 
@@ -77,6 +78,11 @@ def _threads(facts: MachineFacts) -> tuple[str, str]:
     if facts.threads < facts.physical_cores:
         return value, f"Cores stay idle: unset OMP_NUM_THREADS, or set it to {facts.physical_cores}."
     return value, ""
+
+
+def _other_work(facts: MachineFacts) -> tuple[str, str]:
+    value = f"{facts.others_cpu_share:.0%} of the processor"
+    return value, "End other programs before you measure times." if facts.others_cpu_share > BUSY_SHARE else ""
 
 
 def _gpu(facts: MachineFacts) -> tuple[str, str]:
@@ -170,6 +176,7 @@ _JUDGES: dict[str, Callable[[MachineFacts], tuple[str, str]]] = {
     "processor": _instructions,
     "bfloat16": _bfloat16,
     "threads": _threads,
+    "other work": _other_work,
     "GPU": _gpu,
     "disk": _disk,
     "direct reads": _direct,

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from emoe_core.errors import LimitError
+from workbench.machine.busy import OtherWork
 from workbench.machine.control_groups import find_controller, memory_limit_bytes
 from workbench.machine.disk import DiskSpeed, measure_disk
 from workbench.machine.environment import (
@@ -50,6 +51,8 @@ class MachineFacts:
         GPUs that torch can use; GPUs that the driver lists.
     cache_dir : str
     disk : DiskSpeed
+    others_cpu_share : float
+        Of the processor's time while the disk was measured, what other processes took, 0 to 1.
     control_group : str
         The controller that hard limits can be set with; empty where there is none.
     control_group_reason : str
@@ -73,6 +76,7 @@ class MachineFacts:
     driver_gpus: tuple[str, ...]
     cache_dir: str
     disk: DiskSpeed
+    others_cpu_share: float
     control_group: str
     control_group_reason: str
     ram_bytes: int
@@ -95,12 +99,13 @@ def read_machine(progress: Callable[[int, int], None] | None = None) -> MachineF
 
     from emoe_core.loader.cache_folder import cache_dir
 
-    folder = cache_dir()
+    folder, others = cache_dir(), OtherWork()
     name, flags = describe_cpu()
     memory = psutil.virtual_memory()
     limit_bytes = memory_limit_bytes()
     group, reason = _control_group()
     pinned = read_constraints(CONSTRAINTS)
+    disk = measure_disk(folder, progress=progress)
     return MachineFacts(
         cpu=name,
         cpu_flags=tuple(flags),
@@ -111,7 +116,8 @@ def read_machine(progress: Callable[[int, int], None] | None = None) -> MachineF
         gpus=tuple(gpu_names()),
         driver_gpus=tuple(driver_gpus()),
         cache_dir=str(folder),
-        disk=measure_disk(folder, progress=progress),
+        disk=disk,
+        others_cpu_share=others.share(),
         control_group=group,
         control_group_reason=reason,
         ram_bytes=memory.total,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from emoe_core.errors import OptionError
+from emoe_core.loader.eviction import lru
 from emoe_core.loader.slots import Entry, SlotTable
 from emoe_core.metrics import Counters
 
@@ -36,7 +37,7 @@ class CountingLoader:
         if not 1 <= slots <= experts:
             raise OptionError(f"{slots} slots a layer: give 1 to {experts}, the layer's experts")
         self.layers = tuple(_Layer(experts) for _ in range(layers))
-        self.table = SlotTable([slots] * layers, 0)
+        self.table = SlotTable([slots] * layers, 0, lru)
         self.counters = Counters()
         self.expert_bytes = expert_bytes
 

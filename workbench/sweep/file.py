@@ -109,5 +109,6 @@ def describe(problem: Any, source: Source) -> str:
     keys = source.written(problem["loc"])
     what = REPHRASED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     if problem["type"] == "extra_forbidden":
+        what += ", searches are gone: write a grid" if keys[-1] == "search" else ""
         what += f".{did_you_mean(get_close_matches(str(keys[-1]), KEYS, n=1))}"
     return f"  {source.place(*problem['loc'])}: {'.'.join(str(key) for key in keys) or 'top level'}: {what}"

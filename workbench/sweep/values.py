@@ -7,10 +7,11 @@ shows together with others, with a model or on a machine is left to the run.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from emoe_core.errors import EmoeError, ExperimentError
+from emoe_core.errors import EmoeError, ExperimentError, did_you_mean
 from workbench.models.names import require_model
 from workbench.sweep.yaml_file import unquoted
 from workbench.tracking.notebook import Parameter
@@ -95,8 +96,8 @@ def number(value: Any) -> Any:
 def check_parameter(notebook: Path, known: dict[str, Parameter], name: str, value: Any) -> None:
     """Refuse a parameter that the notebook does not have, or a value of another type than annotated or defaulted."""
     if name not in known:
-        listing = ", ".join(sorted(known))
-        raise ExperimentError(f"{notebook.name} has no parameter {name!r}. Known parameters: {listing}.")
+        meant, listing = did_you_mean(get_close_matches(name, known, n=1)), ", ".join(sorted(known))
+        raise ExperimentError(f"{notebook.name} has no parameter {name!r}.{meant} Known parameters: {listing}.")
     allowed = known[name].type_names()
     if not allowed:
         return

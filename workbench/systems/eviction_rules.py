@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from emoe_core.loader.slots import Entry, Policy, lru
+from emoe_core.loader.eviction import lru
+from emoe_core.loader.slots import Entry, Policy
 
 
 def lfu(candidates: Sequence[Entry], forward: int) -> Entry | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,8 @@ def findings(notebook: str, measure: bool, measuring: Callable[[Progress], Findi
     file = RESULTS / f"{notebook}.parquet"
     if not measure and tracking.RUN_VARIABLE not in os.environ and file.is_file():
         return read_findings(file)
+    if not measure and tracking.RUN_VARIABLE not in os.environ:
+        print(f"No recorded result of {notebook} is at hand ({file}): it is measured.", file=sys.stderr)
     with stage_bars() as progress:
         return measuring(progress)
 

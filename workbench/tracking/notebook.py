@@ -55,8 +55,9 @@ class Parameter:
 
 
 def find_notebook(name: str, beside: Path | None = None) -> Path:
-    """Return the notebook's path, looked for from the project root, then beside the sweep file."""
-    places = [project_root(), *([beside] if beside else [])]
+    """Return the notebook's path: from the project root, else the working directory, else beside the sweep file."""
+    # By their names: a project may lie behind a link.
+    places = list(dict.fromkeys([project_root(), Path.cwd(), *([beside.absolute()] if beside else [])]))
     for place in places:
         found = Path(os.path.normpath(place.absolute() / name))
         if not found.is_file():

@@ -155,6 +155,7 @@ def test_help_loads_none_of_the_heavy_libraries(bench: Bench) -> None:
         (["compare", "one", "two"], "has no run or sweep 'one'"),
         (["verify", "one"], "has no run or sweep 'one'"),
         (["verify", "one", "--relative", "-1"], "a tolerance is 0 or more"),
+        (["ui", "--port", "70000"], "--port 70000: give 1 to 65535"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(
@@ -175,7 +176,7 @@ def test_an_unknown_notebook_parameter_reaches_the_user(
 ) -> None:
     path = bench.write(grid={"bugdet": ["20%"]})
     assert emoe(monkeypatch, "sweep", str(path)) == 2
-    assert "no parameter 'bugdet'. Known parameters: budget," in capsys.readouterr().err
+    assert "no parameter 'bugdet'. Did you mean 'budget'? Known parameters: budget," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", [0, 99])
@@ -287,6 +288,10 @@ def test_a_tiny_model_is_estimated_packed_verified_and_run(
     assert emoe(monkeypatch, "run", model, "Hello", "--budget", "60%", "--max-new-tokens", "3") == 0
     shown = capsys.readouterr().out
     assert "hits" in shown and "loads" in shown and "dense weights" in shown and "first token" in shown
+    assert "none replaced" in shown and "lossy" not in shown
+    few = ("--budget", "2 slots", "--tolerance", "1", "--max-new-tokens", "8")
+    assert emoe(monkeypatch, "run", model, "Hello", *few) == 0
+    assert "lossy: " in capsys.readouterr().out, "what was replaced is not called exact"
     assert list((tmp_path / "cache").rglob("*.emoe")) == packs and len(packs) == 1
     packs[0].write_bytes(packs[0].read_bytes()[:-1] + b"\x00")
     assert emoe(monkeypatch, "estimate", model, "--budget", "1B") == 2

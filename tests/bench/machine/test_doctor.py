@@ -32,6 +32,7 @@ FINE = MachineFacts(
     driver_gpus=(),
     cache_dir="/cache",
     disk=DiskSpeed(True, 256 << 20, 1.5e9),
+    others_cpu_share=0.03,
     control_group="cgroup v2, memory.max",
     control_group_reason="",
     ram_bytes=32 * 10**9,
@@ -47,7 +48,7 @@ BUFFERED = DiskSpeed(False, 256 << 20, 9e9, "the file system refuses O_DIRECT: I
 def test_nothing_is_advised_where_all_is_well() -> None:
     findings = examine(FINE)
     assert [finding.name for finding in findings if finding.status != OK or finding.advice] == []
-    assert len({finding.name for finding in findings}) == len(findings) == 11
+    assert len({finding.name for finding in findings}) == len(findings) == 12
 
 
 def test_one_thread_is_no_threads() -> None:
@@ -64,6 +65,7 @@ def test_one_thread_is_no_threads() -> None:
         ("bfloat16", {"cpu_flags": ("avx2", "avx512f")}, "--dtype float32"),
         ("threads", {"threads": 8}, "set OMP_NUM_THREADS=4"),
         ("threads", {"threads": 1}, "Cores stay idle"),
+        ("other work", {"others_cpu_share": 0.5}, "End other programs"),
         ("GPU", {"driver_gpus": ("A card",)}, "install a CUDA build"),
         ("disk", {"disk": DiskSpeed(True, 256 << 20, 1e8)}, "on a faster one"),
         ("control groups", {"control_group": "", "control_group_reason": "read-only"}, "run as root"),

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 import emoe_core
 from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.loader.decayed_demand import DemandTable
 from emoe_core.loader.eviction import POLICY_NAMES as ENGINE_POLICIES
-from emoe_core.loader.eviction import DemandTable
 from workbench.cli import app
 from workbench.models.reference.tiny import tiny_moe
 from workbench.replay.accesses import Accesses, accesses_of, accesses_of_reference

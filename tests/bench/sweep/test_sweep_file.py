@@ -171,6 +171,22 @@ def test_broken_or_missing_files_are_named(project: Path) -> None:
         points(project, notebook="absent.ipynb")
 
 
+def test_a_notebook_is_found_where_the_user_stands_wherever_the_store_is(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path_factory.mktemp("here")
+    (here / "mine.ipynb").write_bytes(NOTEBOOK.read_bytes())
+    monkeypatch.chdir(here)
+    (point,) = points(project, notebook="mine.ipynb", grid={"seed": [0]})
+    assert point.notebook == (here / "mine.ipynb").resolve()
+
+
+def test_a_search_is_refused_with_what_to_write(project: Path) -> None:
+    text = f"name: s\nnotebook: {NOTEBOOK}\nkind: quality\nsearch: {{method: random}}\n"
+    with pytest.raises(ExperimentError, match="search: unknown key, searches are gone: write a grid"):
+        read_sweep(write(project, text))
+
+
 def test_an_unknown_parameter_is_refused_with_the_known_ones(project: Path) -> None:
     with pytest.raises(ExperimentError, match="no parameter 'bugdet'") as error:
         points(project, grid={"bugdet": ["20%"]})

@@ -36,11 +36,15 @@ def test_tables_come_back_as_they_were_written(results: Path) -> None:
     assert (again.identity, again.prompts) == (MEASURED.identity, 4) and again.recorded and not MEASURED.recorded
 
 
-def test_what_is_recorded_is_drawn_and_what_is_not_is_measured(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_recorded_is_drawn_and_what_is_not_is_measured(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     new = Findings({"summary": SUMMARY[:1]})
     assert findings("99_claim", False, lambda progress: new).recorded
     assert findings("99_claim", True, lambda progress: new) is new
+    capsys.readouterr()
     assert findings("98_other", False, lambda progress: new) is new
+    assert "No recorded result of 98_other" in capsys.readouterr().err
     monkeypatch.setenv(RUN_VARIABLE, "a run of a sweep")
     assert findings("99_claim", False, lambda progress: new) is new
 

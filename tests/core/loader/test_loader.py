@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from emoe_core.budget import plan_slots
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import PackError
-from emoe_core.loader.eviction import POLICY_NAMES, make_table
+from emoe_core.loader.eviction import POLICY_NAMES, lru, make_table
 from emoe_core.loader.loader import ExpertLoader
 from emoe_core.loader.pack import Pack, write_pack
 from emoe_core.loader.slots import Policy, SlotTable
@@ -322,7 +322,7 @@ def test_slots_of_the_largest_record_stay_within_the_budget(tmp_path: Path) -> N
     )
     for budget in ("1 slot", "40%", 20 * size, 45 * size, "100%"):
         plan = plan_slots(uneven, budget)
-        table = SlotTable(plan.slots_per_layer, plan.staging_slots)
+        table = SlotTable(plan.slots_per_layer, plan.staging_slots, lru)
         stride = max(layer.record_bytes for layer in uneven.layers)
         assert table.slots * stride == plan.slot_bytes <= plan.budget_bytes
 

@@ -9,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from slot_tables import filled, use
 
 from emoe_core.errors import OptionError
-from emoe_core.loader.eviction import POLICY_NAMES, make_table, require_policy
-from emoe_core.loader.slots import Entry, Policy, SlotTable, lru
+from emoe_core.loader.eviction import POLICY_NAMES, lru, make_table, require_policy
+from emoe_core.loader.slots import Entry, Policy, SlotTable
 from workbench.systems.eviction_rules import RULES, static
 
 POLICIES = [*POLICY_NAMES, *RULES.values()]
@@ -131,7 +131,7 @@ def test_an_unknown_policy_names_the_known_ones() -> None:
 
 
 def test_table_refuses_to_evict_pinned_and_loading_experts() -> None:
-    table = SlotTable([1], 0)
+    table = SlotTable([1], 0, lru)
     admitted = table.allocate(0, 3)
     assert admitted is not None
     entry = admitted[0]
@@ -164,7 +164,7 @@ def overfull(policy: Policy) -> SlotTable:
 
 
 def test_the_clock_ticks_once_for_each_arrival_and_use() -> None:
-    table = SlotTable([2], 0)
+    table = SlotTable([2], 0, lru)
     assert table.clock == 0
     table.forward = 5
     entry = arrive(table, 3)
@@ -176,7 +176,7 @@ def test_the_clock_ticks_once_for_each_arrival_and_use() -> None:
 
 
 def test_slots_are_handed_out_from_the_first_and_come_back() -> None:
-    table = SlotTable([2], 1)
+    table = SlotTable([2], 1, lru)
     assert [arrive(table, expert).slot for expert in (4, 5)] == [0, 1]
     table.evict(table.get(0, 4))
     assert arrive(table, 6).slot == 0
