@@ -2,7 +2,7 @@
 
 Decoding one token meets every layer once, and there the operations of a few elements cost more than the experts they
 save. Decisions are taken on Python numbers here; scores and weights still come from the routing rule's tensors, so
-that both ways give the same experts and the same bits. Grouped routers and a cache bias take the general way.
+that both ways give the same experts and the same bits. A cache bias takes the general way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ def reroute_token(choice: Choice, present: Collection[int], tolerance: float, ru
     tolerance : float
         In [0, 1]; see `rerouting.replaceable`.
     rule : RoutingRule
-        Without groups.
 
     Returns
     -------
@@ -44,9 +43,11 @@ def reroute_token(choice: Choice, present: Collection[int], tolerance: float, ru
     if not marked:
         return None
     logits = choice.logits.float()
-    order = rule.order(logits)[0].tolist()
+    values = rule.order(logits)
+    order = values[0].tolist()
+    within = range(len(order)) if rule.groups is None else set(rule.group_limit(values)[0].nonzero()[:, 0].tolist())
     kept = {expert for place, expert in enumerate(chosen) if place not in marked}
-    best = sorted(available - kept, key=lambda expert: (-order[expert], expert))
+    best = sorted(available - kept, key=lambda expert: (expert not in within, -order[expert], expert))
     replaced = [False] * len(chosen)
     unfilled = []
     for rank, place in enumerate(marked):

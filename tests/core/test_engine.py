@@ -64,7 +64,7 @@ def forward(engine: emoe_core.Engine, ids: torch.Tensor = IDS) -> torch.Tensor:
         ({"policy": "clock"}, OptionError, "choose one of lru, decayed_demand"),
         ({"predictor": "oracle"}, OptionError, "choose one of frequency"),
         ({"device": "abacus"}, OptionError, "use 'auto', 'cpu' or 'cuda'"),
-        ({"device": "meta"}, OptionError, "not supported"),
+        ({"device": "meta"}, OptionError, "unknown device 'meta'"),
         ({"tolerance": 1.5}, OptionError, r"must lie in \[0, 1\]"),
         ({"tolerance": float("nan")}, OptionError, r"must lie in \[0, 1\]"),
         ({"tolerance": "high"}, OptionError, r"must lie in \[0, 1\]"),
