@@ -100,7 +100,10 @@ class SlotMemory:
     def samples(self, layer: int) -> list[dict[str, torch.Tensor]]:
         """Return the first two slots as parameters of a layer, to try arithmetic on before anything is loaded."""
         spec = self._layers[layer]
-        starts = [slot * self.stride_bytes for slot in range(min(2, self.total_bytes // self.stride_bytes))]
+        slots = range(min(2, self.total_bytes // self.stride_bytes))
+        if self._device.copies:
+            self._used_since.update(slots)
+        starts = [slot * self.stride_bytes for slot in slots]
         return [spec.views(self._memory[start : start + spec.record_bytes]) for start in starts]
 
     def last_use(self, entry: Entry) -> Any | None:
