@@ -81,18 +81,20 @@ class HiddenWaits:
 
     @contextmanager
     def __call__(self) -> Iterator[HiddenWaits]:
-        forward, to_host, to_device = LayerHandle.forward, self._device.to_host, self._device.to_device
+        device, forward = self._device, LayerHandle.forward
+        to_host, to_device, copy = device.to_host, device.to_device, device.copy
 
         def watched(handle: LayerHandle, module: Any, hidden: Any, index: Any, weights: Any) -> Any:
-            tags = _Tags(self._device, self.hidden)
+            tags = _Tags(device, self.hidden)
             logits = [] if handle.router_logits is None else [handle.router_logits]
             tags.on_device(hidden, index, weights, *logits)
-            before = self._device.host_waits
-            self._device.to_host = _untracked(tags, to_host, tags.on_host)  # type: ignore[method-assign]
-            self._device.to_device = _untracked(tags, to_device, tags.on_device)  # type: ignore[method-assign]
+            before = device.host_waits
+            device.to_host = _untracked(tags, to_host, tags.on_host)  # type: ignore[method-assign]
+            device.to_device = _untracked(tags, to_device, tags.on_device)  # type: ignore[method-assign]
+            device.copy = _untracked(tags, copy, lambda event: None)  # type: ignore[method-assign]
             with tags, _Values(tags):
                 result = forward(handle, module, hidden, index, weights)
-            self.told.append(self._device.host_waits - before)
+            self.told.append(device.host_waits - before)
             return result
 
         LayerHandle.forward = watched  # type: ignore[method-assign]
@@ -100,7 +102,8 @@ class HiddenWaits:
             yield self
         finally:
             LayerHandle.forward = forward  # type: ignore[method-assign]
-            del self._device.to_host, self._device.to_device
+            for name in ("to_host", "to_device", "copy"):
+                vars(device).pop(name, None)
 
 
 class _Tags(TorchDispatchMode):
@@ -159,10 +162,10 @@ class _Values(TorchFunctionMode):
 
 
 def _untracked(tags: _Tags, act: Callable[..., Any], told: Callable[..., None]) -> Callable[..., Any]:
-    def run(*tensors: torch.Tensor) -> Any:
+    def run(*args: Any) -> Any:
         tags.off = True
         try:
-            result = act(*tensors)
+            result = act(*args)
         finally:
             tags.off = False
         told(*(result if isinstance(result, tuple) else (result,)))
