@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from device_watch import HiddenWaits, engine_on
-from exact_passes import prefill_and_decode, prompt_ids, stock
+from exact_passes import FAMILIES, moved, prefill_and_decode, prompt_ids, stock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,10 +21,7 @@ from workbench.models.reference.tiny import LAYERS, tiny_moe
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tiny_moe(tmp_path_factory.mktemp(request.param), family=request.param, seed=3, dtype=torch.bfloat16)
-    reference = stock(path, torch.bfloat16)
-    for parameter in reference.parameters():
-        # As a move to a device does: into an allocation of its own, wherever the file had it.
-        parameter.data = parameter.data.clone()
+    reference = moved(stock(path, torch.bfloat16))
     ids = prompt_ids(reference.config.vocab_size)
     return path, ids, prefill_and_decode(reference, ids)
 
@@ -52,6 +50,22 @@ def test_answers_are_stock_s_bits_whenever_copies_happen(
         assert engine.stats().counters.loads > 0
         assert engine.stats().compute.startswith("grouped by expert, bit-equal")
     assert device.races == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_exact_on_a_device_whose_copies_are_as_late_as_can_be(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = tiny_moe(tmp_path / "model", family=family, seed=3, dtype=dtype)
+    reference = moved(stock(path, dtype))
+    ids = prompt_ids(reference.config.vocab_size)
+    expected = prefill_and_decode(reference, ids)
+    for tier in ("disk", "host"):
+        device = SimulatedDevice()
+        with engine_on(device, path, pack_dir=tmp_path, budget="30%", tier=tier, predictor=None) as engine:
+            assert same(prefill_and_decode(engine.model, ids), expected)
+        assert device.races == []
 
 
 @pytest.mark.parametrize(
