@@ -9,6 +9,7 @@ import torch
 
 from emoe_core.budget import Budget
 from emoe_core.checkpoint.index import EXPERT_DTYPES, parse_dtype
+from emoe_core.device import KINDS, Device
 from emoe_core.errors import OptionError, require_known
 from emoe_core.loader.eviction import LRU, require_policy
 from emoe_core.loader.slots import Policy
@@ -50,7 +51,7 @@ class EngineConfig:
         Allowed rise of perplexity (0.01 for 1%) in place of a tolerance: the profile then says how many slots each
         layer gets where no budget is given, and which (task, layer) pairs reroute (see `planning/quality_target.py`).
     device, dtype : str
-        "auto" takes CUDA where there is one, and the checkpoint's dtype.
+        "auto" takes CUDA where there is one ("cuda:1" the second), and the checkpoint's dtype.
     expert_dtype : str
         "auto" keeps experts in the model's dtype; "int8" rounds them to 8 bits (see `checkpoint/quantization.py`): half
         the memory and half the reads, exact only with respect to the rounded experts.
@@ -98,7 +99,8 @@ class EngineConfig:
         if self.budget is not None:
             Budget.parse(self.budget)
         parse_dtype(self.dtype)
-        named_device(self.device)
+        if self.device != "auto":
+            _kind_and_index(self.device)
         if not isinstance(self.tolerance, int | float) or not 0.0 <= self.tolerance <= 1.0:
             raise OptionError(f"tolerance is {self.tolerance}: it must lie in [0, 1], 0 being exact")
         if not isinstance(self.cache_bias, int | float) or not 0.0 <= self.cache_bias < float("inf"):
@@ -126,24 +128,37 @@ class EngineConfig:
         require_policy(self.policy)
 
 
-def named_device(name: str) -> torch.device | None:
-    """Return the device that a name stands for on any machine, None for "auto"; OptionError when it names none."""
+def open_device(name: str) -> Device:
+    """Return the device that a name stands for: "auto" takes CUDA where there is one, "cuda" the current one.
+
+    Raises
+    ------
+    OptionError
+        When it is not there.
+    """
     if name == "auto":
-        return None
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise OptionError(f"unknown device {name!r}: use 'auto', 'cpu' or 'cuda'") from error
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"device {name!r} is not supported: use 'auto', 'cpu' or 'cuda'")
-    return device
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, index = _kind_and_index(name)
+    if kind != "cuda":
+        return KINDS[kind](torch.device("cpu"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise OptionError(f"device {name!r} was asked for, but this machine has no CUDA: use 'cpu'")
+    # An index from here on: without one, each thread means the device that is current in it.
+    index = torch.cuda.current_device() if index is None else index
+    if index >= count:
+        raise OptionError(f"device {name!r} was asked for, but the last of {count} here is 'cuda:{count - 1}'")
+    return KINDS[kind](torch.device("cuda", index))
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device for a name; OptionError when it is not there."""
-    device = named_device(name)
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device {name!r} was asked for, but this machine has no CUDA: use 'cpu'")
-    return device
+    """Return where tensors lie on the device that a name stands for; OptionError when it is not there."""
+    return open_device(name).torch_device
+
+
+def _kind_and_index(name: str) -> tuple[str, int | None]:
+    """Return the kind of device and its index, if any; OptionError for a name that stands for none on any machine."""
+    kind, colon, index = name.partition(":")
+    if kind not in KINDS or (colon and not (kind == "cuda" and index.isdecimal())):
+        raise OptionError(f"unknown device {name!r}: use 'auto', 'cpu' or 'cuda' ('cuda:1' for the second)")
+    return kind, int(index) if index else None

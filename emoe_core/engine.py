@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emoe_core import generation
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
-from emoe_core.config import EngineConfig, resolve_device
+from emoe_core.config import EngineConfig, open_device
 from emoe_core.cpu_memory import bound_kernel_caches, trim_during_prompts
+from emoe_core.device import short_of_memory
 from emoe_core.errors import OptionError, UnsupportedFamilyError
 from emoe_core.experts import dispatch
 from emoe_core.experts.attach import Attached, attach_layers, infer_only, refuse_misuse
@@ -89,7 +90,8 @@ class Engine:
         self.index = index
         self.config = config
         self.tolerance = config.tolerance
-        self.device = resolve_device(config.device)
+        self._device = open_device(config.device)
+        self.device = self._device.torch_device
         self.plan, self.quality = plan_memory(index, config.budget, config.profile, config.max_quality_loss)
         layers = index.layers
         bound_kernel_caches(short_of_memory=not self.plan.all_resident)
@@ -108,7 +110,8 @@ class Engine:
                 self.loader, self.control, self.recorder, self._miss_tolerance(), config.cache_bias
             )
             dispatch.register()
-            self.model = index.build_model(self.device, config.attn_implementation, dispatch.IMPLEMENTATION)
+            with short_of_memory(self._device, "the model beside its experts", index.dense_bytes_total):
+                self.model = index.build_model(self.device, config.attn_implementation, dispatch.IMPLEMENTATION)
             self.tokenizer = load_tokenizer(index.path)
             self._attach()
             undo.pop_all()
@@ -232,7 +235,7 @@ class Engine:
 
     def memory(self, max_tokens: int = 2048, batch: int = 1) -> MemoryBreakdown:
         """Return every term of this engine's memory for sequences of ``max_tokens``; estimates but for the slots."""
-        return memory_breakdown(self.index, self.plan, max_tokens, batch)
+        return memory_breakdown(self.index, self.plan, max_tokens, batch, device=self._device)
 
     def reset_counters(self) -> None:
         """Start counting anew; residents and history stay."""
@@ -292,10 +295,10 @@ class Engine:
         config = self.config
         if config.tier == "disk":
             return PackedFile(pack, config.direct, config.verify)  # type: ignore[arg-type]
-        return HostMemory(pack, self.device.type == "cuda", config.verify)  # type: ignore[arg-type]
+        return HostMemory(pack, self._device, config.verify)  # type: ignore[arg-type]
 
     def _new_loader(self, storage: PackedFile | HostMemory) -> ExpertLoader:
-        return ExpertLoader(self.index.layers, storage, self._new_table(), self.device, self.config.threads)
+        return ExpertLoader(self.index.layers, storage, self._new_table(), self._device, self.config.threads)
 
     def _new_table(self) -> SlotTable:
         return make_table(self.plan.slots_per_layer, self.plan.staging_slots, self.config.policy, self._most_experts)

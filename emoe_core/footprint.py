@@ -1,9 +1,10 @@
 """Every term of a served model's memory, computed before anything is loaded.
 
 Terms: *dense* weights (all but routed experts), *slots* (the expert budget's plan), the *KV* cache at a sequence
-length and batch size, *workspace* (activations of the largest step, an upper estimate of what is alive at once) and
-*logits*. Dense, slots and KV follow from shapes and are exact; workspace is an estimate. Claims about memory are
-measured on the running process, never taken from here.
+length and batch size, *workspace* (activations of the largest step, an upper estimate of what is alive at once),
+*logits*, and on CUDA *libraries* (its context, kernels and workspaces: what is taken there now beside tensors). Dense,
+slots and KV follow from shapes and are exact; workspace is an estimate. Claims about memory are measured on the running
+process, never taken from here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from emoe_core.checkpoint.backbone import meta_model
 from emoe_core.checkpoint.index import CheckpointIndex
+from emoe_core.device import Device
 from emoe_core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -35,10 +37,12 @@ class MemoryBreakdown:
     kv_bytes: int
     workspace_bytes: int
     logits_bytes: int
+    library_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.dense_bytes + self.slot_bytes + self.kv_bytes + self.workspace_bytes + self.logits_bytes
+        tensors = self.dense_bytes + self.slot_bytes + self.kv_bytes + self.workspace_bytes + self.logits_bytes
+        return tensors + self.library_bytes
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (term, value) rows for people."""
@@ -48,21 +52,27 @@ class MemoryBreakdown:
             (f"KV cache ({self.batch} x {self.max_tokens} tokens)", self.kv_bytes),
             ("workspace (estimate)", self.workspace_bytes),
             ("logits", self.logits_bytes),
+            *([("libraries (now)", self.library_bytes)] if self.library_bytes else []),
             ("total", self.total_bytes),
         ]
         return [(term, f"{count / 10**6:,.1f} MB") for term, count in terms]
 
     def to_dict(self) -> dict[str, int]:
         """Return each term in bytes, by name."""
-        names = ("dense_bytes", "slot_bytes", "kv_bytes", "workspace_bytes", "logits_bytes", "total_bytes")
-        return {name: getattr(self, name) for name in names}
+        names = ("dense_bytes", "slot_bytes", "kv_bytes", "workspace_bytes", "logits_bytes", "library_bytes")
+        return {name: getattr(self, name) for name in (*names, "total_bytes")}
 
     def __str__(self) -> str:
         return "\n".join(f"{term}: {value}" for term, value in self.rows())
 
 
 def memory_breakdown(
-    index: CheckpointIndex, plan: SlotPlan, max_tokens: int, batch: int = 1, logit_tokens: int = 1
+    index: CheckpointIndex,
+    plan: SlotPlan,
+    max_tokens: int,
+    batch: int = 1,
+    logit_tokens: int = 1,
+    device: Device | None = None,
 ) -> MemoryBreakdown:
     """Compute the terms for a checkpoint under a plan.
 
@@ -76,6 +86,8 @@ def memory_breakdown(
         Sequences at once.
     logit_tokens : int
         Positions a sequence whose logits are kept: 1 when generating, the sequence's length when scoring.
+    device : Device or None
+        The CPU if None.
 
     Raises
     ------
@@ -88,6 +100,7 @@ def memory_breakdown(
     # A model on the meta device knows which attention it will run; that costs milliseconds and no memory.
     config: Any = meta_model(deepcopy(index.config), index.dtype).config.get_text_config()
     item_bytes = index.dtype.itemsize
+    device = device or Device()
     kv_layers = _kv_bytes_per_layer(config, max_tokens, batch, item_bytes)
     return MemoryBreakdown(
         max_tokens=max_tokens,
@@ -95,9 +108,10 @@ def memory_breakdown(
         dense_bytes=index.dense_bytes_total,
         slot_bytes=plan.slot_bytes,
         kv_bytes=sum(kv_layers),
-        workspace_bytes=_workspace_bytes(index, config, max_tokens, batch) + max(kv_layers, default=0),
+        workspace_bytes=_workspace_bytes(index, config, max_tokens, batch, device) + max(kv_layers, default=0),
         # The model's logits, and the float32 copy that sampling and scoring make.
         logits_bytes=batch * logit_tokens * config.vocab_size * (item_bytes + FLOAT32_BYTES),
+        library_bytes=device.library_bytes(),
     )
 
 
@@ -130,7 +144,7 @@ def _kv_bytes_per_layer(config: Any, max_tokens: int, batch: int, item_bytes: in
     return [batch * length * _cached_width(config) * item_bytes for length in lengths]
 
 
-def _workspace_bytes(index: CheckpointIndex, config: Any, max_tokens: int, batch: int) -> int:
+def _workspace_bytes(index: CheckpointIndex, config: Any, max_tokens: int, batch: int, device: Device) -> int:
     """Return what the largest of these takes: attention or experts over all tokens, beside the residual; the head."""
     tokens = batch * max_tokens
     hidden, heads = config.hidden_size, config.num_attention_heads
@@ -149,5 +163,5 @@ def _workspace_bytes(index: CheckpointIndex, config: Any, max_tokens: int, batch
     router = 3 * tokens * most_experts * FLOAT32_BYTES
     residual = 3 * tokens * hidden * item_bytes + tokens * hidden * FLOAT32_BYTES
     # One token against a 16-bit output head: the CPU's math library copies the whole head into its own order.
-    head = config.vocab_size * hidden * item_bytes if item_bytes == 2 else 0
+    head = config.vocab_size * hidden * item_bytes if item_bytes == 2 and device.kind == "cpu" else 0
     return max(residual + max(attention, experts + router), head)

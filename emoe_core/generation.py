@@ -217,9 +217,11 @@ class TokenWatch(StoppingCriteria):
         self._ended: set[int] = set()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        # A device may still be computing them: having them is what the clock is about.
+        tokens = input_ids[:, -1].tolist()
         self.times.append(time.perf_counter())
         if self._on_token is not None:
-            for row, token in enumerate(input_ids[:, -1].tolist()):
+            for row, token in enumerate(tokens):
                 # What follows an end is padding.
                 if row not in self._ended:
                     self._emit(row, self._stream(row).push(token))

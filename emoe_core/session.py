@@ -144,7 +144,7 @@ class ForwardPasses:
         mask = kwargs.get("attention_mask")
         real = None
         if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
-            rows = mask[:, mask.shape[1] - length :].bool().cpu()
+            (rows,) = self._loader.device.to_host(mask[:, mask.shape[1] - length :].bool())
             if not bool(rows.all()) and bool(rows.any()):
                 real = rows.reshape(-1)
         requests = self._seated

@@ -15,6 +15,14 @@ def stock(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def moved(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model's experts allocations of their own, wherever its files had them, as a move to a device does."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.data = parameter.data.clone()
+    return model
+
+
 def prompt_ids(vocabulary: int, tokens: int = 17, batch: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randint(5, vocabulary, (batch, tokens), generator=generator)

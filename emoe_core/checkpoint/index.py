@@ -25,9 +25,9 @@ from emoe_core.checkpoint.model_config import expert_count, find_model, read_con
 from emoe_core.checkpoint.quantization import SCALE, int8_layer, quantize
 from emoe_core.checkpoint.safetensors_files import ALIGNMENT, Shard, TensorRef, fingerprint, tensors_by_name
 from emoe_core.checkpoint.weight_files import find_shards
+from emoe_core.device import aligned_starts
 from emoe_core.errors import CheckpointError, UnsupportedFamilyError, require_known
 
-PARAM_ALIGN_BYTES = ALIGNMENT
 RECORD_ALIGN_BYTES = 4096
 EXPERT_DTYPES = ("auto", "int8")
 _DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
@@ -60,6 +60,15 @@ class MoeLayer:
             spec.name: record[spec.offset_bytes : spec.offset_bytes + spec.nbytes].view(spec.dtype).view(spec.shape)
             for spec in self.params
         }
+
+    def aligned(self, align_bytes: int | None) -> MoeLayer:
+        """Return the layout in which each parameter starts at a multiple of so many bytes; None: this one."""
+        if align_bytes is None:
+            return self
+        starts = aligned_starts((spec.nbytes for spec in self.params), align_bytes)
+        assert starts[-1] <= self.record_bytes, (self, align_bytes)
+        specs = (replace(spec, offset_bytes=start) for spec, start in zip(self.params, starts, strict=False))
+        return replace(self, params=tuple(specs))
 
 
 @dataclass(frozen=True)
@@ -266,12 +275,14 @@ def _layer(index: int, name: str, params: Mapping[str, torch.Tensor], sources: M
         dtype = source.dtype
         nbytes = parameter[0].numel() * dtype.itemsize
         # As aligned as in stock transformers: see `shards.empty_as_mapped`.
-        lead = (source.mapped_offset_bytes or 0) % PARAM_ALIGN_BYTES
+        lead = (source.mapped_offset_bytes or 0) % ALIGNMENT
         offset += lead - lead % dtype.itemsize
         specs.append(ParamSpec(key, tuple(parameter.shape[1:]), dtype, offset, nbytes))
-        offset = _round_up(offset + nbytes, PARAM_ALIGN_BYTES)
+        offset = _round_up(offset + nbytes, ALIGNMENT)
     num_experts = next(iter(params.values())).shape[0]
-    return MoeLayer(name, index, num_experts, tuple(specs), _round_up(offset, RECORD_ALIGN_BYTES))
+    # Long enough also for the layout that devices with allocations of their own take (`MoeLayer.aligned`).
+    end = max(offset, aligned_starts(spec.nbytes for spec in specs)[-1])
+    return MoeLayer(name, index, num_experts, tuple(specs), _round_up(end, RECORD_ALIGN_BYTES))
 
 
 def _round_up(value: int, multiple: int) -> int:

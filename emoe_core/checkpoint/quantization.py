@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
+from emoe_core.device import aligned_starts
 from emoe_core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def int8_layer(layer: MoeLayer) -> MoeLayer:
             offset = -(-(offset + part.nbytes) // _ALIGN_BYTES) * _ALIGN_BYTES
     if len(specs) == len(layer.params):
         raise OptionError(f"the experts of {layer.name} hold no matrix that 8 bits could hold: use expert_dtype='auto'")
-    return replace(layer, params=tuple(specs), record_bytes=-(-offset // _PAGE_BYTES) * _PAGE_BYTES)
+    end = max(offset, aligned_starts(spec.nbytes for spec in specs)[-1])
+    return replace(layer, params=tuple(specs), record_bytes=-(-end // _PAGE_BYTES) * _PAGE_BYTES)
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -79,7 +79,10 @@ def _forms(
         eager = EagerForm(module, (param.name for param in layer.params))
         kind = (type(module), layer.params, layer.num_experts)
         if kind not in found:
-            found[kind] = find_form(module, eager.layer, loader.memory.samples(layer.index), layer.num_experts)
+            samples = loader.memory.samples(layer.index)
+            # Where slots do not lie as stock's own parameters do, equal bits within slots say too little.
+            fresh = loader.device.align_bytes is not None
+            found[kind] = find_form(module, eager.layer, samples, layer.num_experts, fresh)
         form = found[kind].form
         forms.append(eager if form is None else form.for_module(module))
     return forms, next((one.failure for one in found.values() if one.form is None), None)
@@ -103,6 +106,9 @@ def infer_only(model: PreTrainedModel) -> None:
 
     infer.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
     model.forward = infer
+    if model.can_generate():
+        # Where its cache is static, generate would compile the pass (on CUDA only), and with it the loading of experts.
+        model.generation_config.disable_compile = True
 
 
 def refuse_misuse(model: PreTrainedModel) -> None:

@@ -6,9 +6,10 @@ read, and results are added in ascending order of expert id: the order of eager'
 
 transformers describes an experts module by flags (``has_gate``, ``is_transposed``, ``has_bias``,
 ``has_post_expert_norm``) and gives it ``_apply_gate``; that is what is followed here. Whether it is what the family's
-own code does is not assumed: `find_form` computes a few tokens both ways, in the engine's own slots, and only a form
-whose results are equal bit for bit is used (experts in 8 bits: equal within rounding, for their products are not
-eager's). A family without one keeps its eager code, and the `FoundForm` says why.
+own code does is not assumed: `find_form` computes a few tokens both ways, in the engine's own slots (eager's way, on a
+device with allocations of its own, in fresh copies), and only a form whose results are equal bit for bit is used
+(experts in 8 bits: equal within rounding, for their products are not eager's). A family without one keeps its eager
+code, and the `FoundForm` says why.
 """
 
 from __future__ import annotations
@@ -83,7 +84,12 @@ class ExpertForm:
         return states * weights
 
     def layer(
-        self, lease: LeasedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self,
+        lease: LeasedExperts,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        on_host: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute a layer from leased experts.
 
@@ -95,6 +101,8 @@ class ExpertForm:
             [T, H].
         index, weights : torch.Tensor
             [T, k].
+        on_host : torch.Tensor or None
+            The index on the host, where it is known there: the device is not waited for then.
 
         Returns
         -------
@@ -102,9 +110,10 @@ class ExpertForm:
             [T, H].
         """
         total = torch.zeros_like(hidden)
-        groups = _one_token(index) if index.shape[0] == 1 else None
+        on_host = index.cpu() if on_host is None else on_host
+        groups = _one_token(on_host) if index.shape[0] == 1 else None
         if groups is None:
-            groups = _group(index)
+            groups = _group(index, on_host)
         results: dict[int, torch.Tensor] = {}
         order, waiting = deque(lease.order), 0
         while (taken := lease.take(lowest=waiting > WAITING_BYTES)) is not None:
@@ -150,7 +159,9 @@ class FoundForm:
     failure: str = ""
 
 
-def find_form(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: int) -> FoundForm:
+def find_form(
+    module: Any, eager: Eager, samples: Sequence[Tensors], num_experts: int, fresh: bool = False
+) -> FoundForm:
     """Look for the form that computes what a family's eager code computes, bit for bit.
 
     Parameters
@@ -163,6 +174,8 @@ def find_form(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts
         Parameters of two experts, in the memory that will hold real ones; they are overwritten.
     num_experts : int
         E, at least 2.
+    fresh : bool
+        Let eager's code compute from copies in memory of their own.
 
     Raises
     ------
@@ -176,6 +189,8 @@ def find_form(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts
             _fill(tensors[name], seed)
     ids = (0, num_experts - 1)
     weights_of = dict(zip(ids, samples, strict=True))
+    copies = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in samples] if fresh else samples
+    eager_of = dict(zip(ids, copies, strict=True))
     device = next(iter(samples[0].values())).device
     down = samples[0].get("down_proj")
     # Rows share a scale, so products of integers need the outputs in rows.
@@ -187,7 +202,8 @@ def find_form(module: Any, eager: Eager, samples: Sequence[Tensors], num_experts
     for fused in (True, False) if module.has_bias else (True,):
         form = ExpertForm(module, fused)
         try:
-            if all(matches_eager(form, eager, weights_of, tokens, k, width, dtype, device) for tokens, k in _PROBES):
+            probes = ((form, eager, weights_of, eager_of, tokens, k, width, dtype, device) for tokens, k in _PROBES)
+            if all(matches_eager(*probe) for probe in probes):
                 return FoundForm(form)
         except (KeyError, RuntimeError, AttributeError, TypeError) as error:
             if is_out_of_memory(error):
@@ -200,13 +216,14 @@ def matches_eager(
     form: ExpertForm,
     eager: Eager,
     weights_of: Mapping[int, Tensors],
+    eager_of: Mapping[int, Tensors],
     tokens: int,
     k: int,
     width: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> bool:
-    """Compare a form with eager code on some tokens."""
+    """Compare a form on some weights with eager code on the same ones, or on copies of them, on some tokens."""
     exact = all(tensor.is_floating_point() for tensor in next(iter(weights_of.values())).values())
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.tensor(sorted(weights_of))
@@ -216,9 +233,9 @@ def matches_eager(
     for weight_dtype in {dtype, torch.float32}:
         weights = torch.rand(tokens, k, generator=generator).to(device, weight_dtype)
         with torch.no_grad():
-            lease = _Resident(weights_of, sorted(set(index.flatten().tolist())))
-            expected = eager(lease, hidden, index, weights)
-            got = form.layer(lease, hidden, index, weights)
+            active = sorted(set(index.flatten().tolist()))
+            expected = eager(_Resident(eager_of, active), hidden, index, weights)
+            got = form.layer(_Resident(weights_of, active), hidden, index, weights)
         if not bool(expected.isfinite().all()) or not _same(expected, got, exact):
             return False
     return True
@@ -227,14 +244,14 @@ def matches_eager(
 Group = tuple[Any, torch.Tensor | None]
 
 
-def _one_token(index: torch.Tensor) -> dict[int, Group] | None:
+def _one_token(on_host: torch.Tensor) -> dict[int, Group] | None:
     """Return, per expert of an index [1, k], its place (a slice) and None for rows; None where one comes twice."""
-    chosen = index[0].tolist()
+    chosen = on_host[0].tolist()
     groups: dict[int, Group] = {expert: (slice(place, place + 1), None) for place, expert in enumerate(chosen)}
     return groups if len(groups) == len(chosen) else None
 
 
-def _group(index: torch.Tensor) -> dict[int, Group]:
+def _group(index: torch.Tensor, on_host: torch.Tensor) -> dict[int, Group]:
     """Return, per expert of an index [T, k], the places and tokens that chose it, in eager's order: by place, token."""
     tokens = index.shape[0]
     flat = index.t().reshape(-1)
@@ -242,7 +259,7 @@ def _group(index: torch.Tensor) -> dict[int, Group]:
     place, token = order // tokens, order % tokens
     start = 0
     groups: dict[int, Group] = {}
-    for expert, count in enumerate(torch.bincount(flat).tolist()):
+    for expert, count in enumerate(torch.bincount(on_host.flatten()).tolist()):
         if count:
             groups[expert] = (place[start : start + count], token[start : start + count])
             start += count

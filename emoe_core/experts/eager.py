@@ -33,7 +33,12 @@ class EagerForm:
         self._eager = _eager_of(module)
 
     def layer(
-        self, lease: LeasedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self,
+        lease: LeasedExperts,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        on_host: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute a layer from leased experts: hidden [T, H], index and weights [T, k] -> [T, H]."""
         result: torch.Tensor = self._eager(_ExpertsView(self._module, self._params, lease), hidden, index, weights)

@@ -4,7 +4,7 @@ The experts function (`dispatch.py`) asks the `LayerHandle` that hangs on a modu
 equal to the family's eager code bit for bit (`compute.py`) or, where none is, by that eager code itself (`eager.py`):
 bit-identical to stock ``experts_implementation="eager"`` as long as nobody is rerouted.
 
-What happens on a miss is decided here, per token, by the miss tolerance of its (task, layer): see `rerouting.py`.
+What happens on a miss is decided per token, by the miss tolerance of its (task, layer): see `rerouting.py`.
 Padding rows are computed where their experts are there anyway, but never cause a load, a count or a history entry.
 Their values may therefore differ from stock's, and with them the number of rows per matrix in later layers: a padded
 batch agrees with stock within rounding on its real rows, an unpadded one bit for bit.
@@ -20,8 +20,7 @@ import torch
 from emoe_core.errors import IntegrationError, UnsupportedFamilyError
 from emoe_core.experts.compute import LeasedExperts
 from emoe_core.experts.dispatch import attached_to
-from emoe_core.experts.reroute_token import reroute_token
-from emoe_core.experts.rerouting import Rerouted, outranked, replaceable, substitute
+from emoe_core.experts.rerouting import Rerouted, reroute
 from emoe_core.experts.router import WatchedRouter
 from emoe_core.experts.routing_rules import Choice
 from emoe_core.experts.step import StepContext
@@ -52,9 +51,14 @@ class Form(Protocol):
     """How a layer is computed from leased experts; see `compute.ExpertForm` and `eager.EagerForm`."""
 
     def layer(
-        self, lease: LeasedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self,
+        lease: LeasedExperts,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        on_host: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute hidden [T, H], index and weights [T, k] -> [T, H]."""
+        """Compute hidden [T, H], index and weights [T, k] -> [T, H]; ``on_host`` is the index where nobody waits."""
 
 
 class LayerHandle:
@@ -85,7 +89,8 @@ class LayerHandle:
         self.num_experts = loader.layers[layer].num_experts
         self.form = form
         self.router = None if router is None else router.router
-        self.rule = None if router is None else router.rule
+        # Who replaces whom is decided on the host, whatever device computes.
+        self.rule = None if router is None else router.rule.on_host()
         self.router_logits: torch.Tensor | None = None
         self._loader = loader
         self._session = session
@@ -99,12 +104,18 @@ class LayerHandle:
         """Compute the layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
         if hidden.requires_grad and torch.is_grad_enabled():
             raise IntegrationError(INFERENCE_ONLY)
-        step = self._step(index.shape[0])
+        step, device = self._step(index.shape[0]), self._loader.device
         logits, self.router_logits = self.router_logits, None
 
         # 1. Wanted: the router's choices for real tokens. They are what history learns from, whatever is served.
-        real = None if step is None or step.real is None else step.real.to(index.device)
-        wanted = index if real is None else index[real]
+        #    Here, and only here, the device is waited for: with what is asked of it, all is decided on the host.
+        rows = self._session.tolerances(self.layer, step)
+        lossy = any(tolerance > 0 for tolerance in rows)
+        asked = [weights] if lossy or self._session.recorder is not None else []
+        asked += [logits] if lossy and logits is not None else []
+        chosen, *scores = device.to_host(index, *asked)
+        real = None if step is None else step.real
+        wanted = chosen if real is None else chosen[real]
         demand = _demand(wanted, self.num_experts)
         active = [expert for expert, tokens in enumerate(demand) if tokens]
 
@@ -115,22 +126,25 @@ class LayerHandle:
 
         # 3. Replace: choices that are missing, by residents, as far as their tokens' tolerances go.
         rerouted = None
-        if absent:
-            rerouted = self._reroute(logits, index, weights, absent, demand, resident, step, real)
-        served_index, served_weights = (index, weights) if rerouted is None else (rerouted.index, rerouted.weights)
-        needed = active if rerouted is None else _distinct(served_index if real is None else served_index[real])
+        if absent and lossy:
+            rerouted = self._reroute(rows, chosen, scores, absent, demand, resident, real)
+        served, needed = chosen, active
+        if rerouted is not None:
+            served = rerouted.index
+            index, weights = device.to_device(rerouted.index), device.to_device(rerouted.weights)
+            needed = _distinct(served if real is None else served[real])
 
         # What history, counters and the trace are told.
         self._session.observe(self.layer, wanted, demand, step)
         self._count(wanted, demand, active, absent, rerouted, real)
         if self._session.recorder is not None:
             replaced = None if rerouted is None else rerouted.replaced
-            self._session.recorder.layer(self.layer, index, weights, served_index, absent, replaced)
+            self._session.recorder.layer(self.layer, chosen, scores[0], served, absent, replaced)
 
         # 4. Lease: experts that are needed stay until they are computed; what is missing still is read meanwhile.
-        with self._loader.lease(self.layer, needed or [int(index.flatten()[0])]) as lease:
+        with self._loader.lease(self.layer, needed or [int(chosen.flatten()[0])]) as lease:
             # 5. Compute.
-            return self.form.layer(lease, hidden, served_index, served_weights)
+            return self.form.layer(lease, hidden, index, weights, served)
 
     def _keeper(self, router: WatchedRouter) -> Any:
         def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -152,19 +166,16 @@ class LayerHandle:
 
     def _reroute(
         self,
-        logits: torch.Tensor | None,
+        rows: list[float],
         index: torch.Tensor,
-        weights: torch.Tensor,
+        scores: list[torch.Tensor],
         absent: list[int],
         demand: list[int],
         resident: set[int],
-        step: StepContext | None,
         real: torch.Tensor | None,
     ) -> Rerouted | None:
-        rows = self._session.tolerances(self.layer, step)
-        if not any(tolerance > 0 for tolerance in rows):
-            return None
-        if self.rule is None or logits is None:
+        """Replace choices as far as the rows' tolerances go; all on the host, ``scores`` being weights and logits."""
+        if self.rule is None or len(scores) < 2:
             raise UnsupportedFamilyError(
                 f"MoE layer {self.layer} of this family has a router that no known routing rule explains, so tokens "
                 f"cannot be rerouted: load with tolerance=0 (exact)."
@@ -172,25 +183,9 @@ class LayerHandle:
         # While a layer still has empty slots, filling them is better than replacing: load the most wanted first.
         room = self._loader.table.room(self.layer)
         filling = sorted(absent, key=lambda expert: -demand[expert])[:room]
-        choice = Choice(logits, weights, index)
-        if index.shape[0] == 1 and self.rule.groups is None and self._session.cache_bias == 0:
-            return reroute_token(choice, {*resident, *filling}, rows[0], self.rule)
-        tolerance = torch.tensor(rows).repeat_interleave(index.shape[0] // len(rows))
-        present = torch.zeros(self.num_experts, dtype=torch.bool, device=index.device)
-        present[sorted(resident) + filling] = True
-        missing = ~present[index]
-        if real is not None:
-            missing &= real.unsqueeze(-1)
-        candidates = missing
-        if self._session.cache_bias > 0:
-            candidates = missing & outranked(choice, present, self._session.cache_bias, self.rule)
-        replace = replaceable(weights, candidates, tolerance.to(index.device))
-        present[index[missing & ~replace]] = True
-        # What is loaded for one token serves every other that chose it.
-        replace &= ~present[index]
-        if not bool(replace.any()):
-            return None
-        return substitute(choice, replace, present, self.rule)
+        weights, logits = scores
+        choice, present = Choice(logits, weights, index), resident.union(filling)
+        return reroute(choice, present, self.num_experts, rows, self.rule, self._session.cache_bias, real)
 
     def _count(
         self,

@@ -1,4 +1,4 @@
-"""Serving a token without one of its experts: who replaces it, and with what weight.
+"""What happens on a miss: whether an absent expert is loaded or replaced, by whom, and with what weight.
 
 The experts of a layer get the router's choice only, so a hook keeps the router's logits for the layer's call. A
 `RoutingRule` turns logits into the order in which experts are chosen and into the scores their weights come from; a
@@ -15,8 +15,10 @@ not only how much weight is lost: fewer bytes at equal KL (docs/results/predicto
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from emoe_core.experts.routing_rules import MINUS_INFINITY, Choice, RoutingRule
@@ -29,6 +31,57 @@ class Rerouted:
     index: torch.Tensor
     weights: torch.Tensor
     replaced: torch.Tensor
+
+
+def reroute(
+    choice: Choice,
+    present: Collection[int],
+    num_experts: int,
+    tolerances: Sequence[float],
+    rule: RoutingRule,
+    cache_bias: float = 0.0,
+    real: torch.Tensor | None = None,
+) -> Rerouted | None:
+    """Decide for each token of a layer which of its absent experts are replaced; the others are to be loaded.
+
+    Parameters
+    ----------
+    choice : Choice
+        The router's decision for T tokens.
+    present : collection of int
+        Experts that are, or are about to be, in slots; at least one.
+    num_experts : int
+        E.
+    tolerances : sequence of float
+        Of each row of the pass, in [0, 1]; T is a multiple of their number.
+    rule : RoutingRule
+        How logits become order and scores.
+    cache_bias : float
+        See `outranked`; 0 is off.
+    real : torch.Tensor or None
+        Bool [T], False at padding, which is never rerouted.
+
+    Returns
+    -------
+    Rerouted or None
+        None when nothing is replaced.
+    """
+    tokens = choice.index.shape[0]
+    if tokens == 1 and cache_bias == 0:
+        return reroute_token(choice, present, tolerances[0], rule)
+    available = torch.zeros(num_experts, dtype=torch.bool)
+    available[sorted(present)] = True
+    missing = ~available[choice.index]
+    if real is not None:
+        missing &= real.unsqueeze(-1)
+    candidates = missing & outranked(choice, available, cache_bias, rule) if cache_bias > 0 else missing
+    replace = replaceable(
+        choice.weights, candidates, torch.tensor(tolerances).repeat_interleave(tokens // len(tolerances))
+    )
+    available[choice.index[missing & ~replace]] = True
+    # What is loaded for one token serves every other that chose it.
+    replace &= ~available[choice.index]
+    return substitute(choice, replace, available, rule) if bool(replace.any()) else None
 
 
 def replaceable(weights: torch.Tensor, absent: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
@@ -129,3 +182,72 @@ def substitute(choice: Choice, replace: torch.Tensor, available: torch.Tensor, r
     index[rows] = new_index
     weights[rows] = new_weights.to(weights.dtype)
     return Rerouted(index, weights, replace)
+
+
+def reroute_token(choice: Choice, present: Collection[int], tolerance: float, rule: RoutingRule) -> Rerouted | None:
+    """Do for a single token what `reroute` does for many, without its forty small tensor operations a layer.
+
+    Decoding one token meets every layer once, and there operations on a few elements cost more than the experts they
+    save. Decisions are taken on Python numbers; scores and weights still come from the rule's tensors, so that both
+    ways give the same experts and the same bits. There is no cache bias here.
+
+    Parameters
+    ----------
+    choice : Choice
+        The router's decision for one token.
+    present : collection of int
+        Experts that are, or are about to be, in slots; at least one.
+    tolerance : float
+        In [0, 1]; see `rerouting.replaceable`.
+    rule : RoutingRule
+
+    Returns
+    -------
+    Rerouted or None
+        None when nothing is replaced: every absent expert is to be loaded.
+    """
+    chosen = choice.index[0].tolist()
+    available = set(present)
+    marked = _marked(choice, chosen, available, tolerance)
+    # What is loaded for one place serves every other that names it.
+    available.update(expert for place, expert in enumerate(chosen) if place not in marked)
+    marked = [place for place in marked if chosen[place] not in available]
+    if not marked:
+        return None
+    logits = choice.logits.float()
+    values = rule.order(logits)
+    order = values[0].tolist()
+    within = range(len(order)) if rule.groups is None else set(rule.group_limit(values)[0].nonzero()[:, 0].tolist())
+    kept = {expert for place, expert in enumerate(chosen) if place not in marked}
+    best = sorted(available - kept, key=lambda expert: (expert not in within, -order[expert], expert))
+    replaced = [False] * len(chosen)
+    unfilled = []
+    for rank, place in enumerate(marked):
+        replaced[place] = True
+        if rank < len(best):
+            chosen[place] = best[rank]
+        else:
+            chosen[place] = min(available)
+            unfilled.append(place)
+    index = torch.tensor([chosen], dtype=choice.index.dtype, device=choice.index.device)
+    log_scores = rule.log_scores(logits).gather(1, index)
+    if unfilled:
+        log_scores[0, unfilled] = MINUS_INFINITY
+    weights = log_scores.softmax(dim=-1) * choice.weights.float().sum(dim=-1, keepdim=True)
+    marks = torch.tensor([replaced], device=choice.index.device)
+    return Rerouted(index, weights.to(choice.weights.dtype), marks)
+
+
+def _marked(choice: Choice, chosen: list[int], available: set[int], tolerance: float) -> list[int]:
+    """Return the places, ascending, whose absent experts may be replaced."""
+    absent = [place for place, expert in enumerate(chosen) if expert not in available]
+    if tolerance >= 1.0 or not absent or tolerance <= 0.0:
+        return absent if tolerance >= 1.0 else []
+    shares = shares_of(choice.weights)[0].tolist()
+    limit, loss, marked = np.float32(tolerance), 0.0, []
+    for place in sorted(absent, key=lambda place: shares[place]):
+        loss += shares[place]
+        if np.float32(loss) > limit:
+            break
+        marked.append(place)
+    return sorted(marked)

@@ -17,7 +17,7 @@ mixer, a table by token id) has no rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -77,6 +77,12 @@ class RoutingRule:
         """The weight score and what is added to it, such as ``sigmoid+bias+groups``."""
         parts = (("bias", self.correction), ("scale", self.scale), ("groups", self.groups))
         return "+".join([self.weight_score, *(name for name, part in parts if part is not None)])
+
+    def on_host(self) -> RoutingRule:
+        """Return the rule for logits that lie on the host."""
+        correction = None if self.correction is None else self.correction.cpu()
+        scale = None if self.scale is None else self.scale.cpu()
+        return replace(self, correction=correction, scale=scale)
 
     def order(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the values [T, E] whose k largest are chosen, before the group limit."""

@@ -11,12 +11,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from typing import Any
 
 import torch
 
 from emoe_core.checkpoint.index import MoeLayer
+from emoe_core.device import Device
 from emoe_core.loader.lease import Lease
 from emoe_core.loader.slot_memory import SlotMemory
 from emoe_core.loader.slots import Entry, SlotTable
@@ -38,7 +40,7 @@ class ExpertLoader:
         Where records are read from.
     table : SlotTable
         Residency table; the loader is the only one that changes it.
-    device : torch.device
+    device : Device
         Where the slots live.
     threads : int
         Reading threads.
@@ -49,16 +51,19 @@ class ExpertLoader:
         layers: Sequence[MoeLayer],
         storage: Storage,
         table: SlotTable,
-        device: torch.device,
+        device: Device,
         threads: int = 2,
     ) -> None:
         self.layers = tuple(layers)
         self.storage = storage
+        self.device = device
         self.table = table
         self.counters = Counters()
         self.timeline: Timeline | None = None
         self.memory = SlotMemory(self.layers, storage, table.slots, device)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="emoe-load")
+        # Where nothing has to be read, queueing a copy costs less than handing it to a thread.
+        at_once = device.copies and storage.rests_in_memory
+        self._pool = _AtOnce() if at_once else ThreadPoolExecutor(threads, thread_name_prefix="emoe-load")
         self._loading: dict[tuple[int, int], Future[None]] = {}
         # Reads that ended and have not been looked at: the reading threads append, so that nobody has to ask them all.
         self._ended: deque[tuple[tuple[int, int], Future[None]]] = deque()
@@ -93,7 +98,7 @@ class ExpertLoader:
         self.counters.bytes_loaded += self.layers[layer].record_bytes
         write = self.memory.write if self.timeline is None else self._recorded_write(self.timeline)
         key = (layer, expert)
-        self._loading[key] = self._pool.submit(write, entry)
+        self._loading[key] = self._pool.submit(write, entry, self.memory.last_use(entry))
         self._loading[key].add_done_callback(lambda future: self._ended.append((key, future)))
         return entry
 
@@ -116,7 +121,7 @@ class ExpertLoader:
             raise error
 
     def release(self, entry: Entry) -> None:
-        """Unpin an expert once; on CUDA, note the point of the compute stream after which it may be overwritten."""
+        """Unpin an expert once; it may be overwritten after what was queued with it by now."""
         assert entry.pins > 0, entry
         entry.pins -= 1
         self.memory.released(entry)
@@ -207,13 +212,13 @@ class ExpertLoader:
         self.memory.close()
         self.storage.close()
 
-    def _recorded_write(self, timeline: Timeline) -> Callable[[Entry], None]:
+    def _recorded_write(self, timeline: Timeline) -> Callable[[Entry, Any], None]:
         """Return a write of a record that is asked for now and notes when it was read."""
         asked_s = time.perf_counter()
 
-        def write(entry: Entry) -> None:
+        def write(entry: Entry, after: Any) -> None:
             started = time.perf_counter()
-            self.memory.write(entry)
+            self.memory.write(entry, after)
             size = self.layers[entry.layer].record_bytes
             timeline.add("load", started, layer=entry.layer, expert=entry.expert, bytes=size, asked_s=asked_s)
 
@@ -262,3 +267,15 @@ class ExpertLoader:
             self._look_at((entry.layer, entry.expert), future)
         if self.table.get(entry.layer, entry.expert) is entry:
             self.evict(entry)
+
+
+class _AtOnce(Executor):
+    """Runs what it is given in the calling thread, before it returns."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except BaseException as error:  # as in a thread: whoever waits for it is told
+            future.set_exception(error)
+        return future

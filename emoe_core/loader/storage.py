@@ -10,7 +10,6 @@ Storage knows nothing of slots, residency or policies.
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from io import FileIO
@@ -19,7 +18,8 @@ from typing import Literal, Protocol, get_args
 import torch
 
 from emoe_core.checkpoint.safetensors_files import byte_view
-from emoe_core.errors import OptionError, PackError, require_known
+from emoe_core.device import Device, aligned_buffer
+from emoe_core.errors import PackError, require_known
 from emoe_core.loader.direct_io import PAGE_BYTES, open_direct
 from emoe_core.loader.pack import Pack, Progress, truncated
 
@@ -38,48 +38,27 @@ class Storage(Protocol):
     def bytes_read(self) -> int:
         """Bytes handed out since opening, padding included."""
 
+    @property
+    def rests_in_memory(self) -> bool:
+        """Whether `in_place` hands out records."""
+
     def record_bytes(self, layer: int) -> int:
         """Return the size of a record of this MoE layer."""
 
     def read_into(self, layer: int, expert: int, out: torch.Tensor) -> None:
         """Fill ``out`` (uint8, at least ``record_bytes(layer)`` long, page aligned, on the CPU) with a record."""
 
+    def in_place(self, layer: int, expert: int) -> torch.Tensor | None:
+        """Hand out a record where it rests (uint8), for copies straight to a device; None where it must be read."""
+
     def close(self) -> None:
         """Release files and memory; reading afterwards is an error."""
 
 
-def aligned_buffer(nbytes: int, pin: bool = False) -> torch.Tensor:
-    """Return uint8 memory ``[nbytes]`` that starts on a page: an anonymous mapping viewed by torch, zeros at first.
-
-    Pages that are never touched cost no memory. The mapping lives as long as the tensor or a view of it.
-
-    Parameters
-    ----------
-    nbytes : int
-    pin : bool
-        Register the memory with CUDA, so that copies to the device run asynchronously.
-    """
-    if nbytes <= 0:
-        raise ValueError(f"a buffer needs at least one byte, not {nbytes}")
-    buffer = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
-    assert buffer.data_ptr() % PAGE_BYTES == 0
-    if pin:
-        code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)
-        if int(code) != 0:
-            raise OptionError(
-                f"CUDA cannot pin {nbytes:,} bytes of host memory (error {int(code)}). Raise the limit of locked "
-                f"memory (ulimit -l) or load with a smaller budget."
-            )
-    return buffer
-
-
-def unpin(buffer: torch.Tensor) -> None:
-    """Take back the registration of a buffer made with ``aligned_buffer(pin=True)``, before it is dropped."""
-    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
-
-
 class _Checked:
     """Counts bytes and verifies records: on the first read of each expert, on every read, or never."""
+
+    rests_in_memory = False
 
     def __init__(self, pack: Pack, verify: Verify) -> None:
         require_known(verify, VERIFY, "verify")
@@ -97,9 +76,11 @@ class _Checked:
     def record_bytes(self, layer: int) -> int:
         return self.pack.layers[layer].spec.record_bytes
 
+    def in_place(self, layer: int, expert: int) -> torch.Tensor | None:
+        return None
+
     def _target(self, layer: int, expert: int, out: torch.Tensor) -> memoryview:
-        if self._closed:
-            raise ValueError("the storage is closed")
+        self._require_open()
         packed = self.pack.layers[layer]
         if not 0 <= expert < packed.spec.num_experts:
             raise IndexError(f"expert {expert} of layer {layer} with {packed.spec.num_experts} experts")
@@ -109,6 +90,10 @@ class _Checked:
         if out.numel() < size:
             raise ValueError(f"a record of layer {layer} has {size} bytes, the buffer {out.numel()}")
         return byte_view(out)[:size]
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ValueError("the storage is closed")
 
     def _account(self, layer: int, expert: int, record: memoryview) -> None:
         with self._lock:
@@ -188,15 +173,18 @@ class PackedFile(_Checked):
 
 
 class HostMemory(_Checked):
-    """All records held in host memory, read once from the pack; pinned when ``pin`` is set.
+    """All records held in host memory, read once from the pack; pinned where a device copies from it.
 
-    Reading a record is a copy. With everything in memory this tier is an upper bound for any disk.
+    With everything in memory this tier is an upper bound for any disk.
     """
 
+    rests_in_memory = True
+
     def __init__(
-        self, pack: Pack, pin: bool = False, verify: Verify = "first", progress: Progress | None = None
+        self, pack: Pack, device: Device | None = None, verify: Verify = "first", progress: Progress | None = None
     ) -> None:
         super().__init__(pack, verify)
+        self._device = device or Device()
         self.pinned = False
         self._memory = torch.empty(0, dtype=torch.uint8)
         sizes = [layer.spec.num_experts * layer.spec.record_bytes for layer in pack.layers]
@@ -204,8 +192,10 @@ class HostMemory(_Checked):
         source = PackedFile(pack, verify="never" if verify == "never" else "first")
         total = sum(layer.spec.num_experts for layer in pack.layers)
         try:
-            self._memory = aligned_buffer(sum(sizes), pin)
-            self.pinned = pin
+            self._memory = aligned_buffer(sum(sizes))
+            if self._device.copies:
+                self._device.pin(self._memory)
+                self.pinned = True
             done = 0
             for layer, packed in enumerate(pack.layers):
                 for expert in range(packed.spec.num_experts):
@@ -228,7 +218,7 @@ class HostMemory(_Checked):
         return f"host memory, {self._memory.numel():,} bytes{', pinned' if self.pinned else ''}"
 
     def record(self, layer: int, expert: int) -> torch.Tensor:
-        """Return a record in place (uint8 ``[record_bytes]``), for copies straight to a device."""
+        """Return a record in place (uint8 ``[record_bytes]``)."""
         size = self.record_bytes(layer)
         start = self._starts[layer] + expert * size
         return self._memory[start : start + size]
@@ -238,8 +228,14 @@ class HostMemory(_Checked):
         out[: len(view)].copy_(self.record(layer, expert))
         self._account(layer, expert, view)
 
+    def in_place(self, layer: int, expert: int) -> torch.Tensor:
+        self._require_open()
+        record = self.record(layer, expert)
+        self._account(layer, expert, byte_view(record))
+        return record
+
     def close(self) -> None:
         if not self._closed and self.pinned:
-            unpin(self._memory)
+            self._device.unpin(self._memory)
         self._closed = True
         self._memory = torch.empty(0, dtype=torch.uint8)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from emoe_core.budget import Budget, amount_bytes, memory_breakdown, plan_given, plan_layers, plan_slots
 from emoe_core.checkpoint.index import MoeLayer, open_checkpoint
+from emoe_core.device import Device
 from emoe_core.errors import BudgetError, OptionError
 from workbench.models.reference.tiny import FAMILIES, tiny_moe
 
@@ -312,6 +313,24 @@ def test_the_terms_add_up_and_are_printed(checkpoint: Path) -> None:
     assert f"{terms.total_bytes / 1e6:,.1f} MB" in str(terms)
     longer = memory_breakdown(index, plan, 200)
     assert longer.workspace_bytes > terms.workspace_bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_terms_are_those_of_the_device(checkpoint: Path, dtype: str) -> None:
+    class OtherDevice(Device):
+        kind = "cuda"
+
+        def library_bytes(self) -> int:
+            return 1000
+
+    index = open_checkpoint(checkpoint, dtype)
+    plan = plan_slots(index, "50%")
+    on_cpu, there = memory_breakdown(index, plan, 1), memory_breakdown(index, plan, 1, device=OtherDevice())
+    assert (on_cpu.library_bytes, there.library_bytes) == (0, 1000)
+    assert there.total_bytes == sum(value for name, value in there.to_dict().items() if name != "total_bytes")
+    assert ("libraries (now)", "0.0 MB") in there.rows() and len(on_cpu.rows()) == len(there.rows()) - 1
+    # The CPU's math library copies a 16-bit head, larger than all else of one token's pass; other devices' do not.
+    assert (there.workspace_bytes < on_cpu.workspace_bytes) == (dtype == "bfloat16")
 
 
 def test_sizes_below_one_are_refused(checkpoint: Path) -> None:

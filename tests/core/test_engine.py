@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import emoe_core
 from emoe_core import cpu_memory as heap
+from emoe_core import generation
 from emoe_core.errors import (
     BudgetError,
     CheckpointError,
@@ -64,7 +66,7 @@ def forward(engine: emoe_core.Engine, ids: torch.Tensor = IDS) -> torch.Tensor:
         ({"policy": "clock"}, OptionError, "choose one of lru, decayed_demand"),
         ({"predictor": "oracle"}, OptionError, "choose one of frequency"),
         ({"device": "abacus"}, OptionError, "use 'auto', 'cpu' or 'cuda'"),
-        ({"device": "meta"}, OptionError, "not supported"),
+        ({"device": "meta"}, OptionError, "unknown device 'meta'"),
         ({"tolerance": 1.5}, OptionError, r"must lie in \[0, 1\]"),
         ({"tolerance": float("nan")}, OptionError, r"must lie in \[0, 1\]"),
         ({"tolerance": "high"}, OptionError, r"must lie in \[0, 1\]"),
@@ -443,6 +445,32 @@ def test_a_model_without_tokenizer_says_how_to_be_called(model: Path, tmp_path: 
         with pytest.raises(OptionError, match="has no tokenizer"):
             engine.generate(["hello"])
         assert forward(engine).isfinite().all()
+
+
+def test_a_static_cache_compiles_nothing(model: Path, stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everywhere = CompileConfig()
+    # As on CUDA, where transformers compiles a pass with such a cache unasked.
+    everywhere._compile_all_devices = True
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS)}
+    expected = stock.generate(IDS, **settings)
+    with load(model, tmp_path) as engine:
+        monkeypatch.setattr(engine.model, "get_compiled_call", lambda config: pytest.fail("it was compiled"))
+        found = engine.model.generate(IDS, cache_implementation="static", compile_config=everywhere, **settings)
+    assert torch.equal(found, expected)
+
+
+def test_a_token_s_time_is_taken_when_the_token_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Waits(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            happened.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: happened.append("clock") or 0.0)
+    with Waits():
+        generation.TokenWatch(None, set())(IDS, None)
+    assert happened.index("tolist") < happened.index("clock")
 
 
 # CUDA.

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from emoe_core.device import aligned_buffer
 from emoe_core.loader.pack import Pack
-from emoe_core.loader.storage import PackedFile, aligned_buffer
+from emoe_core.loader.storage import PackedFile
 
 THREADS = (1, 2, 4, 8)
 

@@ -146,6 +146,30 @@ def test_code_that_does_something_else_is_not_replaced(code: Any) -> None:
     assert found.form is None and found.failure
 
 
+def test_where_stock_computes_from_memory_of_its_own_the_proof_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crooked(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A product that rounds by where its operand starts, as some libraries' do."""
+        return linear(states, weight) * (1 + (weight.data_ptr() % 64 > 0) / 64)
+
+    def code(lease: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(hidden)
+        for expert in sorted(set(index.flatten().tolist())):
+            place, token = torch.where((index == expert).t())
+            gate, up = crooked(hidden[token], lease[expert]["gate_up_proj"]).chunk(2, dim=-1)
+            part = crooked(torch.nn.functional.silu(gate) * up, lease[expert]["down_proj"])
+            total.index_add_(0, token, (part * weights[token, place, None]).to(total.dtype))
+        return total
+
+    monkeypatch.setattr(expert_compute, "linear", crooked)
+    straight = [dict(item) for item in parameters(torch.float32)[:2]]
+    askew = [
+        {name: torch.empty(one.numel() + 2)[2:].view(one.shape) for name, one in item.items()} for item in straight
+    ]
+    assert find_form(Module(), code, askew, EXPERTS).form is not None, "within the same memory nobody sees it"
+    assert find_form(Module(), code, askew, EXPERTS, fresh=True).form is None
+    assert find_form(Module(), code, straight, EXPERTS, fresh=True).form is not None
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
 def test_known_families_are_computed_in_a_proven_form(family: str, tmp_path: Path) -> None:
     path = tiny_moe(tmp_path / family, family=family, seed=3, dtype=torch.float32)

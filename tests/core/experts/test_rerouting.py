@@ -12,8 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import emoe_core
 from emoe_core.errors import UnsupportedFamilyError
-from emoe_core.experts.reroute_token import reroute_token
-from emoe_core.experts.rerouting import Rerouted, outranked, replaceable, shares_of, substitute
+from emoe_core.experts.rerouting import Rerouted, outranked, replaceable, reroute_token, shares_of, substitute
 from emoe_core.experts.routing_rules import Choice, Groups, RoutingRule
 from workbench.models.reference.tiny import tiny_moe
 
@@ -114,14 +113,22 @@ def reroute_in_general(choice: Choice, present: set[int], tolerance: float, rule
     st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.booleans(),
+    st.sampled_from([None, Groups(4, 1, best=2), Groups(2, 1, best=1), Groups(4, 2, best=2)]),
 )
 def test_a_single_token_is_rerouted_to_the_same_experts_and_bits_as_among_many(
-    seed: int, k: int, present: set[int], tolerance: float, score: str, dtype: torch.dtype, corrected: bool
+    seed: int,
+    k: int,
+    present: set[int],
+    tolerance: float,
+    score: str,
+    dtype: torch.dtype,
+    corrected: bool,
+    groups: Groups | None,
 ) -> None:
     choice = top_k_choice(1, 8, k, seed)
     choice = Choice(choice.logits.to(dtype), choice.weights.to(dtype), choice.index)
     correction = torch.randn(8, generator=torch.Generator().manual_seed(seed + 1)) if corrected else None
-    rule = RoutingRule(choice_score=score, weight_score=score, correction=correction)
+    rule = RoutingRule(choice_score=score, weight_score=score, correction=correction, groups=groups)
     alone = reroute_token(choice, present, tolerance, rule)
     general = reroute_in_general(choice, present, tolerance, rule)
     if general is None:

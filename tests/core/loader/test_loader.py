@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from emoe_core.budget import plan_slots
 from emoe_core.checkpoint.index import open_checkpoint
+from emoe_core.device import Device
 from emoe_core.errors import PackError
 from emoe_core.loader.eviction import POLICY_NAMES, lru, make_table
 from emoe_core.loader.loader import ExpertLoader
@@ -57,7 +58,7 @@ def make(
 ) -> ExpertLoader:
     table = make_table([capacity] * LAYERS, staging, policy, EXPERTS)
     layers = [packed.spec for packed in pack.layers]
-    return ExpertLoader(layers, Flaky(pack), table, torch.device("cpu"), threads)
+    return ExpertLoader(layers, Flaky(pack), table, Device(), threads)
 
 
 def is_intact(pack: Pack, loader: ExpertLoader, layer: int, expert: int) -> bool:

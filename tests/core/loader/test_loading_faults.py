@@ -13,11 +13,11 @@ from types import FrameType
 from typing import Any, Protocol
 
 import pytest
-import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
 import emoe_core
+from emoe_core import device
 from emoe_core import engine as engine_module
 from emoe_core.checkpoint import index as checkpoint
 from emoe_core.checkpoint import safetensors_files as shards
@@ -25,6 +25,7 @@ from emoe_core.checkpoint import weight_files
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.checkpoint.safetensors_files import fingerprint
 from emoe_core.checkpoint.weight_files import find_shards
+from emoe_core.device import Device
 from emoe_core.errors import EmoeError
 from emoe_core.experts import attach as attachment
 from emoe_core.loader import direct_io, pack, pack_format, slot_memory, storage
@@ -35,7 +36,8 @@ from emoe_core.loader.slots import Entry
 from emoe_core.loader.storage import HostMemory, PackedFile
 
 SOURCES = {
-    module.__file__ for module in (checkpoint, direct_io, pack, pack_format, shards, slot_memory, storage, weight_files)
+    module.__file__
+    for module in (checkpoint, device, direct_io, pack, pack_format, shards, slot_memory, storage, weight_files)
 }
 Line = tuple[str, int]
 
@@ -117,8 +119,8 @@ def pack_of_a_copy(index: CheckpointIndex, folder: Path) -> Closable:
 def slots_written(index: CheckpointIndex, folder: Path) -> Closable:
     records = PackedFile(ensure_pack(index, folder))
     try:
-        memory = SlotMemory(index.layers, records, 4, torch.device("cpu"))
-        memory.write(Entry(layer=0, expert=3, slot=1))
+        memory = SlotMemory(index.layers, records, 4, Device())
+        memory.write(Entry(layer=0, expert=3, slot=1), None)
         return memory
     finally:
         records.close()

@@ -12,9 +12,10 @@ import torch
 import xxhash
 
 from emoe_core.checkpoint.index import open_checkpoint
+from emoe_core.device import CudaDevice, aligned_buffer
 from emoe_core.errors import OptionError, PackError
 from emoe_core.loader.pack import Pack, write_pack
-from emoe_core.loader.storage import HostMemory, PackedFile, Storage, aligned_buffer
+from emoe_core.loader.storage import HostMemory, PackedFile, Storage
 from workbench.models.reference.tiny import tiny_moe
 
 
@@ -228,7 +229,7 @@ def test_buffers_start_on_a_page_zeroed_and_live_as_long_as_a_view(nbytes: int) 
 def test_pinned_buffers_are_pinned_and_released(pack: Pack) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    storage = HostMemory(pack, pin=True)
+    storage = HostMemory(pack, CudaDevice(torch.device("cuda", 0)))
     assert storage.record(0, 0).is_pinned()
     on_device = storage.record(0, 0).to("cuda", non_blocking=True)
     torch.cuda.synchronize()
