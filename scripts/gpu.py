@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-KIT, SITE = ROOT / "build" / "gpu-kit", ROOT / "build" / "gpu-site"
+BUILD = ROOT / "build"
 MOST_BYTES, MOST_TREE_BYTES = 10_000_000, 64 * 2**20
 # What the run imports beyond torch, transformers, accelerate, safetensors, numpy, pandas and pytest and what these
 # bring along: distribution by module.
@@ -39,6 +39,7 @@ STARTED = "EMOE_GPU_STARTED"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kit", type=Path, default=BUILD / "gpu-kit", help="folder of what the machine may lack")
     parts = parser.add_subparsers(dest="command", required=True)
     kit = parts.add_parser("kit", help="gather what the machine with the GPU lacks")
     kit.add_argument("--python", default="3.12", help="its Python")
@@ -52,16 +53,21 @@ def main() -> int:
     run.add_argument("--minutes", type=float, default=7.5, help="begin nothing that would end later")
     run.add_argument("--no-tests", action="store_true")
     arguments = parser.parse_args()
-    return make_kit(arguments) if arguments.command == "kit" else run_all(arguments)
+    if arguments.command == "kit":
+        return make_kit(arguments)
+    if arguments.out is None:
+        arguments.out = BUILD / ("gpu" if arguments.device.startswith("cuda") else f"gpu-rehearsal-{arguments.device}")
+    return run_all(arguments) if STARTED in os.environ else begin(arguments)
 
 
 def make_kit(arguments: argparse.Namespace) -> int:
     """Download the wheels, bring recorded routing, and say how large both are."""
-    KIT.mkdir(parents=True, exist_ok=True)
+    kit = arguments.kit
+    kit.mkdir(parents=True, exist_ok=True)
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--implementation", "cp"]
-    options += ["--python-version", arguments.python, "-c", str(ROOT / "constraints.txt"), "-d", str(KIT)]
+    options += ["--python-version", arguments.python, "-c", str(ROOT / "constraints.txt"), "-d", str(kit)]
     options += [word for platform in PLATFORMS for word in ("--platform", platform)]
-    for wheel in KIT.glob("*.whl"):
+    for wheel in kit.glob("*.whl"):
         wheel.unlink()
     code = subprocess.run([sys.executable, "-m", "pip", "download", *options, *NEEDED.values()], check=False).returncode
     if code:
@@ -72,11 +78,11 @@ def make_kit(arguments: argparse.Namespace) -> int:
 
         say("recorded routing of the reference model, recorded where it is not cached ...")
         recorded_trace("reference", lambda done, total: say(f"  {done} of {total} prompts"))
-        shutil.copy(trace_file("reference"), KIT)
-    size = sum(file.stat().st_size for file in KIT.iterdir())
+        shutil.copy(trace_file("reference"), kit)
+    size = sum(file.stat().st_size for file in kit.iterdir())
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
     tree = size + sum((ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name)
-    say(f"{KIT}: {size / 1e6:.1f} MB, with the tracked files {tree / 2**20:.1f} MiB")
+    say(f"{kit}: {size / 1e6:.1f} MB, with the tracked files {tree / 2**20:.1f} MiB")
     if size > MOST_BYTES or tree > MOST_TREE_BYTES:
         say(f"that is more than {MOST_BYTES / 1e6:.0f} MB, or than {MOST_TREE_BYTES / 2**20:.0f} MiB")
         return 1
@@ -84,28 +90,21 @@ def make_kit(arguments: argparse.Namespace) -> int:
 
 
 def run_all(arguments: argparse.Namespace) -> int:
-    """Install what is missing, test, measure, and write the page."""
-    if STARTED not in os.environ:
-        install()
-        paths = [str(ROOT), *([str(SITE)] if SITE.exists() else []), os.environ.get("PYTHONPATH", "")]
-        env = os.environ | {STARTED: str(time.time()), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        os.execve(sys.executable, [sys.executable, *sys.argv], env)
+    """Test, measure, and write the page."""
     import torch
 
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         say("no GPU: PyTorch finds no CUDA device here. Run this where there is one, or rehearse with DEVICE=cpu.")
         return 2
     from emoe_core.errors import EmoeError
-    from workbench.bench.device_sweep import rehearsed, run_device_sweep
+    from workbench.bench.device_sweep import run_device_sweep
     from workbench.replay.recorded_routing import trace_file
 
-    folder = f"gpu-rehearsal-{arguments.device}" if rehearsed(arguments.device) else "gpu"
-    out = arguments.out or ROOT / "build" / folder
+    out, recorded = arguments.out, trace_file("reference")
     out.mkdir(parents=True, exist_ok=True)
-    recorded = trace_file("reference")
-    if (KIT / recorded.name).exists() and not recorded.exists():
+    if (arguments.kit / recorded.name).exists() and not recorded.exists():
         recorded.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(KIT / recorded.name, recorded)
+        shutil.copy(arguments.kit / recorded.name, recorded)
     tested = arguments.no_tests or run_tests(out)
     left = arguments.minutes - (time.time() - float(os.environ[STARTED])) / 60
     try:
@@ -118,18 +117,20 @@ def run_all(arguments: argparse.Namespace) -> int:
     return 0 if tested and not found.failed else 1
 
 
-def install() -> None:
-    """Install from the kit, without a network, what this Python lacks."""
-    importlib.invalidate_caches()
-    sys.path.append(str(SITE))
+def begin(arguments: argparse.Namespace) -> int:
+    """Install from the kit, without a network, what this Python lacks, and start anew where it is found."""
+    site = arguments.out / "site"
+    sys.path.append(str(site))
     missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
-    if not missing:
-        return
-    say(f"installing {', '.join(missing)} into {SITE} ...")
-    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--find-links", str(KIT), "--target", str(SITE)]
-    command = [sys.executable, "-m", "pip", "install", "--upgrade", *options, *missing]
-    if subprocess.run(command, check=False).returncode:
-        raise SystemExit(f"{KIT} lacks what is missing here: make it with `make gpu-kit` where there is a network.")
+    options = ["--quiet", "--no-index", "--no-deps", "--find-links", str(arguments.kit), "--target", str(site)]
+    if missing:
+        say(f"installing {', '.join(missing)} into {site} ...")
+        if subprocess.run([sys.executable, "-m", "pip", "install", *options, *missing], check=False).returncode:
+            say(f"{arguments.kit} lacks what is missing here: make it by `make gpu-kit` where there is a network.")
+            return 2
+    paths = [str(ROOT), *([str(site)] if site.exists() else []), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {STARTED: str(time.time()), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    os.execve(sys.executable, [sys.executable, *sys.argv], env)
 
 
 def run_tests(out: Path) -> bool:
@@ -138,14 +139,16 @@ def run_tests(out: Path) -> bool:
     from workbench.machine.environment import PROJECT, code_hash
 
     code, passed = code_hash([PROJECT / "emoe_core", PROJECT / "tests"]), True
+    # Of pytest's plugins none is needed, and any may be broken there.
+    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     for name, extra in (("tests", {}), ("tests-sanitizer", {"TORCH_CUDA_SANITIZER": "1"})):
         marker = out / f"{name}.passed"
         if marker.exists() and marker.read_text() == code:
             continue
         say(f"{name} ...")
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
         command += [f"--junitxml={out / name}.xml", *files]
-        if subprocess.run(command, cwd=ROOT, env=os.environ | extra, check=False).returncode:
+        if subprocess.run(command, cwd=ROOT, env=env | extra, check=False).returncode:
             passed = False
         else:
             marker.write_text(code)
