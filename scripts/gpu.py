@@ -105,7 +105,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     if (arguments.kit / recorded.name).exists() and not recorded.exists():
         recorded.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(arguments.kit / recorded.name, recorded)
-    tested = arguments.no_tests or run_tests(out)
+    tested = arguments.no_tests or run_tests(out, on_cuda=torch.cuda.is_available())
     left = arguments.minutes - (time.time() - float(os.environ[STARTED])) / 60
     try:
         found = run_device_sweep(arguments.sweep, arguments.device, out, left, say)
@@ -133,15 +133,18 @@ def begin(arguments: argparse.Namespace) -> int:
     os.execve(sys.executable, [sys.executable, *sys.argv], env)
 
 
-def run_tests(out: Path) -> bool:
-    """Run the tests marked cuda, plainly and with the sanitizer, where that is not done; tell whether all passed."""
+def run_tests(out: Path, on_cuda: bool) -> bool:
+    """Run the tests marked cuda where that is not done, with the sanitizer too on CUDA; tell whether all passed."""
     files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in file.read_text()]
     from workbench.machine.environment import PROJECT, code_hash
 
     code, passed = code_hash([PROJECT / "emoe_core", PROJECT / "tests"]), True
     # Of pytest's plugins none is needed, and any may be broken there.
     env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    for name, extra in (("tests", {}), ("tests-sanitizer", {"TORCH_CUDA_SANITIZER": "1"})):
+    ways: dict[str, dict[str, str]] = {"tests": {}}
+    if on_cuda:
+        ways["tests-sanitizer"] = {"TORCH_CUDA_SANITIZER": "1"}
+    for name, extra in ways.items():
         marker = out / f"{name}.passed"
         if marker.exists() and marker.read_text() == code:
             continue

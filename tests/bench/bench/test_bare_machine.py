@@ -38,7 +38,8 @@ def test_the_whole_command_runs_from_the_kit_and_its_records_become_runs(bench: 
     assert "4 runs are recorded, 0 failed, 0 are left" in first.stderr
     page = (out / "gpu.md").read_text()
     assert page.startswith("# REHEARSAL on cpu") and page.count("| emoe | 40% | host |") == 2
-    assert [(one.passed, one.failed) for one in tests_in(out)] == [(0, 0)] * 2 and tests_in(out)[0].skipped > 0
+    tested = tests_in(out)[0]
+    assert tested.failed == 0 and tested.passed + tested.skipped > 0
     again = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True)
     assert again.returncode == 0 and "installing" not in again.stderr and "[1/4]" not in again.stderr
     assert import_runs(file, out / "runs") == (4, 0)
