@@ -30,6 +30,7 @@ SPEED = {
     "hits": "hit_rate",
     "stalls": "stall_share",
     "waits a token": "host_waits_per_token",
+    "of the engine": "engine_waits_per_token",
     "launches a token": "launches_per_token",
 }
 PROFILE_ROWS = 12

@@ -188,6 +188,8 @@ def metrics_of(found: dict[str, Any]) -> dict[str, float]:
             "bytes_loaded": counters["bytes_loaded"],
             "stall_share": counters["stall_s"] / seconds,
         }
+    if "host_waits" in counters:
+        metrics["engine_waits_per_token"] = counters["host_waits"] / tokens
     if found.get("fill_s"):
         metrics["fill_bytes_per_s"] = found["fill_bytes"] / found["fill_s"]
         metrics["fill_share"] = metrics["fill_bytes_per_s"] / found["memcpy_bytes_per_s"]

@@ -21,7 +21,17 @@ from workbench.measure.job import answer_job
 from workbench.systems.decoder import Decoder, decoder_class
 
 # Counters of a system that are reported for the timed tokens alone.
-COUNTED = ("lookups", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "stall_s")
+COUNTED = (
+    "lookups",
+    "hits",
+    "loads",
+    "reroutes",
+    "prefetches",
+    "bytes_loaded",
+    "wasted_bytes",
+    "stall_s",
+    "host_waits",
+)
 
 
 def measure(spec: dict[str, Any], more: Callable[[Decoder], dict[str, Any]] | None = None) -> dict[str, Any]:

@@ -226,7 +226,8 @@ CATALOGUE = (
     Metric("prompt_correlation_*", "", OTHER, NEITHER, "correlation of the experts of prompts that follow each other"),
     Metric("mass_own_half", "", OTHER, NEITHER, "a prompt's choices that fall on its own most used half of experts"),
     # What a decoded token asks of a device, counted by a profiler.
-    Metric("host_waits_per_token", "", OTHER, LOWER, "times that a thread of the host waits for the device"),
+    Metric("host_waits_per_token", "", OTHER, LOWER, "times that any thread of the host waits for the device"),
+    Metric("engine_waits_per_token", "", OTHER, LOWER, "times that the engine has its own thread wait for the device"),
     Metric("launches_per_token", "", OTHER, LOWER, "kernels that the host launches"),
     # Counts and lengths.
     Metric("similarity_prompts", "", OTHER, NEITHER, "prompts that were answered for the similarity"),

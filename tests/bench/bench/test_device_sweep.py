@@ -15,6 +15,7 @@ from forced_bench import spec_of
 from sweep_bench import Bench
 
 import gpu
+from emoe_core.engine import Engine
 from emoe_core.errors import ExperimentError, OptionError
 from workbench.bench import device_sweep
 from workbench.bench.device_page import REHEARSAL_TAG
@@ -220,6 +221,15 @@ def test_the_job_measures_what_the_catalogue_knows(adapter: str, tmp_path: Path)
     assert metrics["tokens_per_s"] > 0 and metrics["long_ttft_s"] > 0 and metrics["memcpy_bytes_per_s"] > 0
     assert ("fill_share" in metrics) == (adapter == "emoe") and "host_waits_per_token" not in metrics
     assert any(row["operation"] == "aten::mm" and row["host_us_per_token"] > 0 for row in found["profile"])
+
+
+def test_waits_that_an_engine_counts_are_told_per_timed_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Engine, "host_waits", property(lambda engine: 3 * engine.stats().counters.forwards), raising=False
+    )
+    beyond = {"device": "cpu", "joins": [], "long_prompt": [1, 2], "profiled_tokens": 1}
+    found = measure_on_device(spec_of(tiny_moe(tmp_path / "model", "olmoe"), budget="50%") | beyond)
+    assert metrics_of(found)["engine_waits_per_token"] == 3
 
 
 @pytest.mark.parametrize("adapter", ["emoe", "stock"])
