@@ -8,7 +8,7 @@ LONG_NOTEBOOKS = notebooks/10_longest_prompt_and_batch.ipynb notebooks/11_schedu
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: run test test-long load docs lab pair ui clean
+.PHONY: run test test-long load gpu gpu-kit docs lab pair ui clean
 .DEFAULT_GOAL = run
 
 run: $(READY)
@@ -49,6 +49,16 @@ load: $(READY)
 	test -x .load/bin/guidellm || { $(PYTHON) -m venv .load && \
 	  .load/bin/pip install --quiet guidellm==0.8.1 $$(grep ^torch== constraints.txt); }
 	PATH="$$PWD/.load/bin:$$PATH" $(BIN)/python -m pytest -p no:xdist tests/bench/serving/test_load_generator.py
+
+# For a machine with a GPU, PyTorch and transformers, and no network: its own Python runs this, no environment is made.
+# Another device: make gpu DEVICE=cuda:1; one that rehearses the same here: make gpu DEVICE=cpu
+DEVICE ?= cuda
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu.py run --device $(DEVICE)
+
+# What that machine may lack, into build/gpu-kit, at most 10 MB.
+gpu-kit: $(READY)
+	$(BIN)/python scripts/gpu.py kit
 
 docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict

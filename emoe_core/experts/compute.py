@@ -67,7 +67,7 @@ class ExpertForm:
         self._transposed = bool(module.is_transposed)
         self._gated = bool(module.has_gate)
         self._bias = bool(module.has_bias)
-        self._norm = bool(module.has_post_expert_norm)
+        self._norm = bool(getattr(module, "has_post_expert_norm", False))
         self._up = "gate_up_proj" if self._gated else "up_proj"
 
     def for_module(self, module: Any) -> ExpertForm:

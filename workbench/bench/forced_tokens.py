@@ -74,11 +74,11 @@ def _recorded(trace: RoutingTrace, vocab: int, sizes: tuple[int, ...]) -> list[i
 def _text(checkpoint: str | Path, count: int) -> list[int]:
     from emoe_core.generation import encode
     from workbench.systems.stock import required_tokenizer
-    from workbench.workloads.fixture import load_fixture
+    from workbench.workloads.fixture import fixture_rows
 
     tokenizer = required_tokenizer(checkpoint)
     ids: list[int] = []
     while len(ids) < count:
-        for prompt in load_fixture()["prompt"]:
-            ids += encode(tokenizer, prompt)
+        for row in fixture_rows():
+            ids += encode(tokenizer, row["prompt"])
     return ids[:count]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -45,7 +44,7 @@ def synth(
     """Write a checkpoint with random weights that loads like its model (goes on where it stopped)."""
     from workbench.metrics.show import show_bytes
     from workbench.models.synthetic.shapes import find_shape, overridden, scaled
-    from workbench.models.synthetic.writer import label_of, write_synthetic
+    from workbench.models.synthetic.writer import cached_folder, label_of, write_synthetic
     from workbench.replay.recorded_routing import OWN, recorded_trace
 
     sizes = {"layers": layers, "experts": experts, "top_k": top_k, "hidden": hidden}
@@ -58,7 +57,7 @@ def synth(
         with progress_bar("recording routing") as progress:
             trace, source = recorded_trace(routing, progress)
         trace = _laid_out(trace, shape)
-    folder = out or _cached(label, routing, dtype, seed)
+    folder = out or cached_folder(label, routing, dtype, seed)
     with progress_bar("writing random weights") as progress:
         write_synthetic(
             folder, shape, label, trace=trace, trace_source=source, dtype=dtype, seed=seed, progress=progress
@@ -71,11 +70,10 @@ def synth(
 
 
 def _laid_out(trace: RoutingTrace, shape: Shape) -> RoutingTrace:
-    from workbench.models.synthetic.composed_trace import compose, locality
-    from workbench.models.synthetic.writer import tensors_of
+    from workbench.models.synthetic.composed_trace import locality
+    from workbench.models.synthetic.writer import laid_out
 
-    moe_layers = sum(tensor.moe_layer is not None for tensor in tensors_of(shape))
-    composed = compose(trace, moe_layers, shape.experts, shape.top_k)
+    composed = laid_out(trace, shape)
     console = Console(soft_wrap=True, highlight=False)
     for name, found in (("recorded", locality(trace)), ("written", locality(composed))):
         console.print(
@@ -92,10 +90,3 @@ def _routing_line(routing: dict[str, object]) -> str:
         f"{routing['kind']}, from {routing['source']}; {routing['tokens']} tokens, weights alone reproduce "
         f"{routing['agreement']:.2%} of choices"
     )
-
-
-def _cached(label: str, routing: str, dtype: str, seed: int) -> Path:
-    from emoe_core.loader.cache_folder import cache_dir
-
-    name = f"{label.replace(' at scale 1', '')} {dtype} {Path(routing).stem} seed {seed}"
-    return cache_dir() / "synthetic" / name.replace(" ", "-").replace(",", "").replace(".", "_")

@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
-import torch
 
 import emoe_core
 from emoe_core.config import EngineConfig
@@ -33,7 +32,7 @@ from emoe_core.experts.trace import RoutingTrace
 from emoe_core.planning.quality_target import plan_memory
 from workbench.machine.busy import OtherWork
 from workbench.machine.process_counters import status_bytes
-from workbench.measure.peak_memory import process_peak_bytes, reset_peak
+from workbench.measure.peak_memory import device_peak_bytes, process_peak_bytes, reset_device_peak, reset_peak
 from workbench.models.names import resolve_model
 from workbench.quality.configuration import ORACLE, ExperimentConfig
 from workbench.quality.experiment import all_resident, quality_metrics, score_prompts, warm_trace
@@ -119,8 +118,7 @@ class Explorer:
             engine.warm_start(warm)
         tell("loading", 1, 1)
         in_peak = reset_peak()
-        if engine.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(engine.device)
+        reset_device_peak(engine.device)
         tasks = [prompt.task for prompt in prompts]
         requests = pd.DataFrame(score_prompts(engine, prompts, tasks, reference, config.stepwise, None, progress))
         engine.forget_trace()
@@ -133,11 +131,11 @@ class Explorer:
         answering = stats.counters.since(before)
         held = process_peak_bytes() if in_peak else status_bytes("VmRSS") or 0
         longest = max(len(output.prompt_ids) for output in reference.outputs) + config.max_new_tokens
-        on_cuda = engine.device.type == "cuda"
+        on_device = device_peak_bytes(engine.device)
         computed_bytes = engine.memory(longest).total_bytes
         metrics = quality_metrics(requests) | {
             "computed_bytes": float(computed_bytes),
-            "measured_bytes": float(torch.cuda.max_memory_allocated() if on_cuda else held - self._held_bytes),
+            "measured_bytes": float(on_device or held - self._held_bytes),
             "all_resident_bytes": float(computed_bytes - stats.slot_bytes + stats.expert_bytes),
             "slot_bytes": float(stats.slot_bytes),
             "ttft_s": answer.ttft_s,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from workbench.machine.busy import OtherWork
@@ -21,11 +21,24 @@ from workbench.measure.job import answer_job
 from workbench.systems.decoder import Decoder, decoder_class
 
 # Counters of a system that are reported for the timed tokens alone.
-COUNTED = ("lookups", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "stall_s")
+COUNTED = (
+    "lookups",
+    "hits",
+    "loads",
+    "reroutes",
+    "prefetches",
+    "bytes_loaded",
+    "wasted_bytes",
+    "stall_s",
+    "host_waits",
+)
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Run a system as a spec of `decoding.measure_decoding` says, and return what it took."""
+def measure(spec: dict[str, Any], more: Callable[[Decoder], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Run a system as a spec of `decoding.measure_decoding` says, and return what it took.
+
+    ``more`` may measure further on the system before it is closed; its answer joins the rest.
+    """
     started = time.perf_counter()
     make = decoder_class(spec["adapter"])
     import_s = time.perf_counter() - started
@@ -60,6 +73,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "others_cpu_share": others.share(),
         "anonymous_bytes": status_bytes("RssAnon"),
     }
+    if more is not None:
+        found |= more(decoder)
     decoder.close()
     return found
 

@@ -2,7 +2,7 @@
 
 A peak is the operating system's high-water mark (VmHWM) of a process that does nothing else. `ru_maxrss` is not used:
 it survives ``exec``, so a child would start with its parent's. What a *group* of processes needed, page cache included,
-is another figure (`machine.control_groups.Group.peak_bytes`).
+is another figure (`machine.control_groups.Group.peak_bytes`). What a GPU's allocator gave out at most is a third.
 """
 
 from __future__ import annotations
@@ -48,6 +48,24 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def device_peak_bytes(device: torch.device) -> int:
+    """Return the most memory that torch's allocator held on a device, since the process began or `reset_device_peak`.
+
+    0 on the CPU.
+    """
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def reset_device_peak(device: torch.device) -> None:
+    """Start a device's peak anew from what is held now; nothing on the CPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def mapped_checkpoint_bytes(folder: Path, model: torch.nn.Module) -> int:

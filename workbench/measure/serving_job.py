@@ -16,10 +16,16 @@ from typing import Any
 import torch
 
 import emoe_core
+from emoe_core.config import resolve_device
 from emoe_core.experts.trace import RoutingTrace
 from workbench.machine.busy import OtherWork
 from workbench.measure.job import answer_job
-from workbench.measure.peak_memory import mapped_checkpoint_bytes, process_peak_bytes, reset_peak
+from workbench.measure.peak_memory import (
+    device_peak_bytes,
+    mapped_checkpoint_bytes,
+    process_peak_bytes,
+    reset_peak,
+)
 from workbench.systems.option_names import resolve_options
 
 STOCK = "stock"
@@ -34,7 +40,7 @@ def serve(spec: dict[str, Any]) -> dict[str, Any]:
         # A control process has the tokenizer of the model that it is held against.
         kept = load_tokenizer(spec["tokenizer"])
     found = _serve_stock(spec) if spec["options"].get("implementation") == STOCK else _serve_emoe(spec)
-    found["device_peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    found["device_peak_bytes"] = device_peak_bytes(resolve_device(spec["options"].get("device", "auto")))
     found["serving_peak_bytes"] = process_peak_bytes()
     del kept
     return found
@@ -81,9 +87,8 @@ def _serve_stock(spec: dict[str, Any]) -> dict[str, Any]:
 
     options = spec["options"]
     started = time.perf_counter()
-    model = load_stock(spec["checkpoint"], options.get("dtype", "auto"))
-    device = options.get("device", "auto")
-    model.to("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    device = resolve_device(options.get("device", "auto"))
+    model = load_stock(spec["checkpoint"], options.get("dtype", "auto")).to(device)
     tokenizer = required_tokenizer(spec["checkpoint"])
     load_s, load_peak_bytes = time.perf_counter() - started, process_peak_bytes()
     reset_peak()

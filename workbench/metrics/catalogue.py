@@ -113,6 +113,10 @@ CATALOGUE = (
         "pages of the checkpoint that the system may drop at no cost", measured=True,
     ),
     Metric("device_peak_bytes", "bytes", MEMORY, LOWER, "peak of the GPU's allocator; 0 on the CPU", measured=True),
+    Metric(
+        "decode_peak_bytes", "bytes", MEMORY, LOWER,
+        "peak of the GPU's allocator before the long prompt; 0 on the CPU", measured=True,
+    ),
     Metric("memory_ratio", "", MEMORY, LOWER, "serving bytes, emoe per stock", measured=True),
     Metric("serving_ratio", "", MEMORY, LOWER, "serving bytes, per the first variant's", measured=True),
     Metric("limit_bytes", "bytes", MEMORY, NEITHER, "memory that each process was allowed"),
@@ -130,6 +134,7 @@ CATALOGUE = (
     # Time.
     Metric("ttft_s", "s", TIME, LOWER, "time to the first token, median over prompts", labelled=True),
     Metric("ttft_spread_s", "s", TIME, NEITHER, "distance of the quartiles over prompts"),
+    Metric("long_ttft_s", "s", TIME, LOWER, "time to the first token of the long prompt, the second time it is read"),
     Metric("tpot_s", "s", TIME, LOWER, "time per further token, median over prompts", labelled=True),
     Metric("tpot_spread_s", "s", TIME, NEITHER, "distance of the quartiles over prompts"),
     Metric("ttft_ratio", "", TIME, LOWER, "time to the first token, emoe per stock"),
@@ -149,6 +154,9 @@ CATALOGUE = (
     Metric("ideal_tokens_per_s", "tokens/s", TIME, NEITHER, "what disk, memory and Belady's loads allow at most"),
     Metric("share_of_bound", "", TIME, HIGHER, "tokens a second, per what the bound of the system's reads allows",
            labelled=True),
+    Metric("memcpy_bytes_per_s", "bytes/s", TIME, NEITHER, "one large copy from host memory to the device"),
+    Metric("fill_bytes_per_s", "bytes/s", TIME, HIGHER, "loading every expert into its slot"),
+    Metric("fill_share", "%", TIME, HIGHER, "loading every expert, per one large copy"),
     # Serving: objectives and latencies of requests, measured or simulated by measured costs.
     Metric("latency_mean_s", "s", TIME, LOWER, "time from arrival to the last token, mean over requests",
            labelled=True),
@@ -217,6 +225,10 @@ CATALOGUE = (
     Metric("token_reuse_chance", "", OTHER, NEITHER, "the same of two tokens drawn at random"),
     Metric("prompt_correlation_*", "", OTHER, NEITHER, "correlation of the experts of prompts that follow each other"),
     Metric("mass_own_half", "", OTHER, NEITHER, "a prompt's choices that fall on its own most used half of experts"),
+    # What a decoded token asks of a device, counted by a profiler.
+    Metric("host_waits_per_token", "", OTHER, LOWER, "times that any thread of the host waits for the device"),
+    Metric("engine_waits_per_token", "", OTHER, LOWER, "times that the engine has its own thread wait for the device"),
+    Metric("launches_per_token", "", OTHER, LOWER, "kernels that the host launches"),
     # Counts and lengths.
     Metric("similarity_prompts", "", OTHER, NEITHER, "prompts that were answered for the similarity"),
     Metric("scored_tokens", "", OTHER, NEITHER, "tokens that quality is measured over"),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace
+from emoe_core.files import whole_file
+from emoe_core.loader.cache_folder import cache_dir
 from workbench.models.names import resolve_model
-from workbench.models.reference import EMBEDDED
+from workbench.models.reference import EMBEDDED, RECIPES
+from workbench.workloads.fixture import fixture_rows
 
 OWN = "own"
 ANSWER_TOKENS = 160
@@ -32,14 +37,18 @@ def recorded_trace(source: str, progress: Progress | None = None) -> tuple[Routi
         When there is no such source.
     """
     if source in EMBEDDED:
-        from workbench.replay.references import reference_outputs
-        from workbench.workloads.fixture import load_fixture
+        rows, stored = fixture_rows(), trace_file(source)
+        if not stored.exists():
+            from workbench.replay.references import reference_outputs
 
-        rows = load_fixture()
-        found = reference_outputs(
-            resolve_model(source), rows["prompt"], rows["task"], max_new_tokens=ANSWER_TOKENS, progress=progress
-        )
-        return found.trace, f"the embedded model '{source}' on {len(rows)} prompts"
+            prompts, tasks = ([row[name] for row in rows] for name in ("prompt", "task"))
+            found = reference_outputs(
+                resolve_model(source), prompts, tasks, max_new_tokens=ANSWER_TOKENS, progress=progress
+            )
+            stored.parent.mkdir(exist_ok=True)
+            with whole_file(stored) as scratch:
+                found.trace.save(scratch)
+        return RoutingTrace.load(stored), f"the embedded model '{source}' on {len(rows)} prompts"
     path = Path(source)
     if not path.is_file():
         raise OptionError(
@@ -47,3 +56,13 @@ def recorded_trace(source: str, progress: Progress | None = None) -> tuple[Routi
             f"of a recorded trace (.npz)"
         )
     return RoutingTrace.load(path), f"the trace {path.name}"
+
+
+def trace_file(source: str) -> Path:
+    """Return where the recorded routing of an embedded model rests, whether or not it is there.
+
+    The name says what it was recorded on, so that it can be brought to a machine that has no such model.
+    """
+    recipe = (RECIPES / EMBEDDED[source] / "recipe.json").read_text(encoding="utf-8")
+    content = json.dumps([recipe, fixture_rows(), ANSWER_TOKENS])
+    return cache_dir() / "recorded-routing" / f"{source}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.npz"

@@ -101,18 +101,7 @@ class SweepRecord:
     def begin(self, point: Point) -> Job:
         """Make a run for a point and return the job to carry out; refuses a sweep that was deleted meanwhile."""
         self.refuse_deleted()
-        tags = {
-            OWNER_TAG: owner_tag(),
-            SWEEP_TAG: self._sweep.name,
-            DIGEST_TAG: point.digest,
-            NOTEBOOK_TAG: point.notebook.stem,
-            KIND_TAG: point.stage.kind,
-            AXES_TAG: ",".join(point.axes),
-            METRICS_TAG: ",".join(point.stage.metrics),
-            INDEX_TAG: str(point.index),
-            SUPERSEDED_TAG: "false",
-            SOURCE_TAG: point.stage.notebook,
-        }
+        tags = {OWNER_TAG: owner_tag(), **run_tags(self._sweep.name, point)}
         run_id = new_run(self._client, self._sweep.name, point.label, parent=self.parent_id, tags=tags)
         self._open[run_id] = point
         for name, value in point.parameters.items():
@@ -153,3 +142,18 @@ class SweepRecord:
     def _terminate(self, run_id: str, status: str) -> None:
         with contextlib.suppress(DeletedError):
             self._client.set_terminated(run_id, status)
+
+
+def run_tags(sweep: str, point: Point) -> dict[str, str]:
+    """Return the tags by which a run is found as a point's of a sweep."""
+    return {
+        SWEEP_TAG: sweep,
+        DIGEST_TAG: point.digest,
+        NOTEBOOK_TAG: point.notebook.stem,
+        KIND_TAG: point.stage.kind,
+        AXES_TAG: ",".join(point.axes),
+        METRICS_TAG: ",".join(point.stage.metrics),
+        INDEX_TAG: str(point.index),
+        SUPERSEDED_TAG: "false",
+        SOURCE_TAG: point.stage.notebook,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,16 +17,23 @@ from workbench.systems.stock import TorchDecoder
 
 
 class EngineDecoder(TorchDecoder):
-    """Options are those of `resolve_options`; ``spec["warm_trace"]`` is a file that a predictor is taught."""
+    """Options are those of `resolve_options`; ``spec["warm_trace"]`` is a file that a predictor is taught.
+
+    Where every expert has a slot all are loaded at once; the counters ``fill_bytes`` and ``fill_s`` say how fast.
+    """
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        super().__init__()
+        name = spec.get("device", "cpu")
         self.engine = emoe_core.load(
-            spec["checkpoint"], device="cpu", dtype=spec["dtype"], **resolve_options(spec["options"])
+            spec["checkpoint"], device=name, dtype=spec["dtype"], **resolve_options(spec["options"])
         )
+        super().__init__(self.engine.device)
         self.model = self.engine.model
         self._request: list[Request] = []
+        started = time.perf_counter()
         self.engine.load_all()
+        self._filled_s = time.perf_counter() - started
+        self._filled_bytes = self.engine.stats().counters.bytes_loaded
         if spec.get("warm_trace"):
             self.engine.warm_start(RoutingTrace.load(Path(spec["warm_trace"])))
 
@@ -35,8 +43,12 @@ class EngineDecoder(TorchDecoder):
         return super().prefill(token_ids)
 
     def counters(self) -> dict[str, float]:
+        filled = {"fill_bytes": float(self._filled_bytes), "fill_s": self._filled_s} if self._filled_bytes else {}
+        # An engine that counts how often its thread waited for the device tells it by this name.
+        waits = getattr(self.engine, "host_waits", None)
+        waited = {} if waits is None else {"host_waits": float(waits)}
         counters = self.engine.stats().counters
-        return {**asdict(counters), "slot_bytes": float(self.engine.loader.slot_bytes)}
+        return {**asdict(counters), "slot_bytes": float(self.engine.loader.slot_bytes), **filled, **waited}
 
     def description(self) -> str:
         config, plan, stats = self.engine.config, self.engine.plan, self.engine.stats()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from emoe_core.config import resolve_device
 from emoe_core.errors import OptionError
 from emoe_core.generation import load_tokenizer
 
@@ -41,11 +42,15 @@ def required_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
 
 
 class TorchDecoder:
-    """Decodes with a transformers model, batch 1; the base of the systems that are one."""
+    """Decodes with a transformers model, batch 1; the base of the systems that are one.
+
+    A likeliest token is returned when the device has computed it, so who holds a clock need not wait for the device.
+    """
 
     model: Any
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
         self._cache: Any = None
 
     def prefill(self, token_ids: Sequence[int]) -> int:
@@ -65,7 +70,10 @@ class TorchDecoder:
     def _step(self, token_ids: list[int]) -> int:
         with torch.no_grad():
             output = self.model(
-                input_ids=torch.tensor([token_ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+                input_ids=torch.tensor([token_ids], device=self.device),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
         self._cache = output.past_key_values
         return int(output.logits[0, -1].argmax())
@@ -75,9 +83,9 @@ class StockDecoder(TorchDecoder):
     """Stock transformers; the option ``experts_implementation`` is one of its ways to compute experts."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__(resolve_device(spec.get("device", "cpu")))
         self._experts = spec["options"]["experts_implementation"]
-        self.model = load_stock(spec["checkpoint"], spec["dtype"], self._experts)
+        self.model = load_stock(spec["checkpoint"], spec["dtype"], self._experts).to(self.device)
 
     def description(self) -> str:
         return f"transformers {version('transformers')}, all resident, experts {self._experts}"

@@ -178,11 +178,15 @@ def new_run(
     *,
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
+    started_ms: int | None = None,
 ) -> str:
-    """Make a run and return its id; with `parent`, MLflow's interface shows it nested under that run."""
+    """Make a run and return its id; with `parent`, MLflow's interface shows it nested under that run.
+
+    ``started_ms`` is when it began, since 1970; now if not given.
+    """
     every = dict(tags or {})
     if parent is not None:
         every[PARENT_TAG] = parent
     every.setdefault("mlflow.source.type", "NOTEBOOK")
-    created = client.create_run(experiment_id(client, experiment), tags=every, run_name=name)
+    created = client.create_run(experiment_id(client, experiment), started_ms, every, name)
     return str(created.info.run_id)

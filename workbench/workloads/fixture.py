@@ -8,16 +8,23 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.resources import files
+from typing import TYPE_CHECKING, Any
 
-import datasets
+from workbench.workloads.store import features
 
-from workbench.workloads.store import FEATURES
+if TYPE_CHECKING:
+    import datasets
+
+
+def fixture_rows() -> list[dict[str, Any]]:
+    """Return the fixture: 20 items over the six task types, each with the columns of a prepared task."""
+    text = files("workbench.workloads").joinpath("data", "fixture.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 @cache
 def load_fixture() -> datasets.Dataset:
-    """Return the fixture: 20 items over the six task types, with the columns of a prepared task."""
-    text = files("workbench.workloads").joinpath("data", "fixture.jsonl").read_text(encoding="utf-8")
-    return datasets.Dataset.from_list(
-        [json.loads(line) for line in text.splitlines() if line.strip()], features=FEATURES
-    )
+    """Return `fixture_rows` as a data set."""
+    import datasets
+
+    return datasets.Dataset.from_list(fixture_rows(), features=features())

@@ -21,9 +21,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from filelock import FileLock
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -35,19 +34,21 @@ from workbench.workloads import embedded, hub
 from workbench.workloads.records import MAX_WORDS, TEMPLATES, Record, render
 from workbench.workloads.split import MAX_ITEMS_PER_SPLIT, SEED, SPLITS, choose, item_id
 
+if TYPE_CHECKING:
+    import datasets
+
 FORMAT = 1
 SOURCES = ("embedded", "hub")
 MANIFEST = "manifest.json"
-FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "task": datasets.Value("string"),
-        "prompt": datasets.Value("string"),
-        "reference": datasets.Value("string"),
-        "choices": datasets.List(datasets.Value("string")),
-        "source": datasets.Value("string"),
-    }
-)
+
+
+def features() -> datasets.Features:
+    """Return the columns of an item. Importing ``datasets`` takes a second, and machines that only measure lack it."""
+    import datasets
+
+    text = datasets.Value("string")
+    columns = dict.fromkeys(("id", "task", "prompt", "reference"), text)
+    return datasets.Features({**columns, "choices": datasets.List(text), "source": text})
 
 
 def task_names(tasks: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -141,6 +142,8 @@ def build(task: str, source: str, records: Iterable[Record]) -> Path:
     splits = choose(task, pairs)
     if empty := [name for name in SPLITS if not splits[name]]:
         raise DataError(f"task {task!r} from {origin} leaves the splits {', '.join(empty)} empty; too few items.")
+    import datasets
+
     content = datasets.DatasetDict(
         {
             name: datasets.Dataset.from_list(
@@ -155,7 +158,7 @@ def build(task: str, source: str, records: Iterable[Record]) -> Path:
                     }
                     for record, prompt in splits[name]
                 ],
-                features=FEATURES,
+                features=features(),
             )
             for name in SPLITS
         }
@@ -225,6 +228,8 @@ def _one_at_a_time() -> Iterator[None]:
 @contextmanager
 def _silent_datasets() -> Iterator[None]:
     """Keep the many bars of ``save_to_disk`` off the terminal, where ours already tells the progress."""
+    import datasets
+
     was_on = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -263,4 +268,6 @@ def _load(task: str, source: str) -> datasets.DatasetDict:
         raise DataError(
             f"the prompts of task {task!r} are damaged ({altered[0][0]} in {folder}); run `emoe data prepare --force`."
         )
+    import datasets
+
     return datasets.load_from_disk(str(folder))

@@ -18,7 +18,7 @@ from serving_bench import make_costs
 from workbench.compare.change import paired_change
 from workbench.explore.explorer import Explorer
 from workbench.measure.longest import with_ratios
-from workbench.metrics.catalogue import CATALOGUE, GROUPS, HIGHER, LOWER, NEITHER, metric_of
+from workbench.metrics.catalogue import CATALOGUE, ENDINGS, GROUPS, HIGHER, LOWER, NEITHER, metric_of
 from workbench.metrics.show import column_texts, show, words_of
 from workbench.models.reference.tiny import tiny_moe
 from workbench.paper.longest import as_metrics
@@ -162,12 +162,9 @@ def test_rows_are_complete_and_say_the_unit_that_their_name_ends_with() -> None:
     for row in CATALOGUE:
         assert row.meaning and row.group in GROUPS and row.better in (LOWER, NEITHER, HIGHER), row
         assert not row.measured or row.group == "memory", row
-        ending = next(
-            (end for end in ("_bytes", "_tokens_per_s", "_per_s", "_nats", "_s") if row.name.endswith(end)), ""
-        )
-        said = {"_bytes": "bytes", "_tokens_per_s": "tokens/s", "_per_s": "1/s", "_nats": "nats", "_s": "s", "": None}
-        if row.name != "tokens_per_s" and said[ending] is not None:
-            assert row.unit == said[ending], row
+        ending = next((end for end in ENDINGS if row.name.endswith(end)), None)
+        if row.name != "tokens_per_s" and ending is not None:
+            assert row.unit == ENDINGS[ending], row
         if row.name.endswith(("_share", "_rate")):
             assert row.unit == "%", row
     assert len(fields(type(CATALOGUE[0]))) == 7

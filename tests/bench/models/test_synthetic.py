@@ -93,6 +93,8 @@ def test_an_interrupted_write_cannot_be_loaded_and_goes_on_to_the_same_bytes(
     assert [(cut / name).read_bytes() for name in names] == [(whole / name).read_bytes() for name in names]
     assert all((cut / name).stat().st_mtime_ns == moment for name, moment in kept.items())
     assert {file.name for file in cut.iterdir()} == {file.name for file in whole.iterdir()}
+    together = write_synthetic(tmp_path / "together", small(), "x", shard_bytes=50_000, jobs=4)
+    assert [(together / name).read_bytes() for name in names] == [(whole / name).read_bytes() for name in names]
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:

@@ -75,6 +75,25 @@ def eager(lease: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.
     return total
 
 
+def test_experts_of_a_transformers_that_knows_no_norm_after_experts_have_none() -> None:
+    class Older(Module):
+        """As transformers 5.17 describes them."""
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "has_post_expert_norm":
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    tensors, index = parameters(torch.float32), torch.tensor([[1, 3], [3, 0]])
+    hidden, weights = torch.randn(2, HIDDEN), torch.rand(2, 2)
+    lease = [Lent(tensors, [0, 1, 3], [0, 1, 3]) for _ in range(2)]
+    old, new = (
+        ExpertForm(kind(), True).layer(one, hidden, index, weights)
+        for kind, one in zip((Older, Module), lease, strict=True)
+    )
+    assert torch.equal(old, new)
+
+
 @settings(max_examples=60)
 @given(
     tokens=st.integers(1, 9),

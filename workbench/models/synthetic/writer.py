@@ -15,7 +15,9 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +30,9 @@ from emoe_core.checkpoint.safetensors_files import byte_view, file_head
 from emoe_core.errors import DataError, OptionError, require_known
 from emoe_core.experts.trace import RoutingTrace
 from emoe_core.files import SCRATCH, whole_file, write_whole
+from emoe_core.loader.cache_folder import cache_dir
 from workbench.models.reference.tiny import tiny_tokenizer
+from workbench.models.synthetic.composed_trace import compose
 from workbench.models.synthetic.shapes import Shape
 from workbench.models.synthetic.written_routing import RESIDUAL_SHARE, WrittenRouting
 
@@ -79,6 +83,7 @@ def write_synthetic(
     dtype: str = "bfloat16",
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
+    jobs: int = 1,
     progress: Progress | None = None,
 ) -> Path:
     """Write the checkpoint and return its folder.
@@ -97,6 +102,8 @@ def write_synthetic(
     dtype, seed
     shard_bytes : int
         A shard is closed once it is this large.
+    jobs : int
+        Shards that are written at once.
     progress : callable, optional
         Called with (bytes written, bytes in all).
 
@@ -127,19 +134,23 @@ def write_synthetic(
     _check_space(folder, total - done)
     if trace is not None:
         trace.save(folder / TRACE_FILE)
-    for number, shard in enumerate(shards, start=1):
+    lock = threading.Lock()
+
+    def write(number: int) -> None:
+        nonlocal done
         path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if path.exists():
-            continue
+            return
         try:
             with whole_file(path) as scratch, scratch.open("wb") as stream:
-                stream.write(_head(shard, dtype))
-                for tensor in shard:
+                stream.write(_head(shards[number - 1], dtype))
+                for tensor in shards[number - 1]:
                     for piece in _pieces(tensor, written, shape.layers, seed):
                         _write_piece(stream, piece, dtype)
-                        done += piece.numel() * _DTYPES[dtype][1].itemsize
-                        if progress is not None:
-                            progress(done, total)
+                        with lock:
+                            done += piece.numel() * _DTYPES[dtype][1].itemsize
+                            if progress is not None:
+                                progress(done, total)
                 stream.flush()
                 os.fsync(stream.fileno())
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -148,8 +159,28 @@ def write_synthetic(
                 f"cannot write {path} ({error.strerror or error}). Free space and give the same command again: "
                 f"finished shards are kept."
             ) from error
+
+    numbers = range(1, len(shards) + 1)
+    if jobs == 1:
+        for number in numbers:
+            write(number)
+    else:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(write, numbers))
     _finish(folder, shape, shards, dtype, total, record)
     return folder
+
+
+def cached_folder(label: str, routing: str, dtype: str, seed: int) -> Path:
+    """Return where a checkpoint that was made from these rests in the cache."""
+    name = f"{label.replace(' at scale 1', '')} {dtype} {Path(routing).stem} seed {seed}"
+    return cache_dir() / "synthetic" / name.replace(" ", "-").replace(",", "").replace(".", "_")
+
+
+def laid_out(trace: RoutingTrace, shape: Shape) -> RoutingTrace:
+    """Return a recorded trace as it is written into a shape: of its MoE layers, experts and top-k."""
+    moe_layers = sum(tensor.moe_layer is not None for tensor in tensors_of(shape))
+    return compose(trace, moe_layers, shape.experts, shape.top_k)
 
 
 def label_of(checkpoint: str | Path) -> dict[str, Any] | None:

@@ -1,0 +1,133 @@
+"""A run written to files, for machines without MLflow: `workbench.sweep.imported` makes an ordinary run of it.
+
+A folder a run. ``run.json`` is the run as MLflow's REST interface answers ``runs/get`` (``info`` and ``data``, with
+names and values in lists). Beside it, in ``artifacts``, lies what the run's artifacts are to be, tables as JSON. The
+run's file is written last, so a folder without one was not finished.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emoe_core.errors import ExperimentError
+from emoe_core.files import write_whole
+from workbench.machine.environment import Environment, installed_packages
+from workbench.tracking.run import DATA_FOLDER, ENVIRONMENT_FILE, LOCK_FILE
+from workbench.tracking.store import encode
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RUN_FILE, ARTIFACT_FOLDER = "run.json", "artifacts"
+
+
+class RunFile:
+    """A run being written; the methods are those of `workbench.tracking.run.Run`.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if missing; what a run before left there is replaced.
+    name : str
+    tags : mapping of str to str
+    environment : Environment
+    """
+
+    def __init__(self, folder: Path, name: str, tags: Mapping[str, str], environment: Environment) -> None:
+        self.folder = folder
+        (folder / RUN_FILE).unlink(missing_ok=True)
+        (folder / ARTIFACT_FOLDER).mkdir(parents=True, exist_ok=True)
+        self._info: dict[str, Any] = {"run_name": name, "status": "RUNNING", "start_time": _now_ms()}
+        self._data: dict[str, dict[str, Any]] = {"params": {}, "metrics": {}, "tags": {}}
+        self.log_environment(environment)
+        self.log_text(LOCK_FILE, "".join(f"{line}\n" for line in installed_packages()))
+        self.log_tags(tags)
+
+    def log_environment(self, environment: Environment) -> None:
+        """Record what the run runs on, and what it runs once that is known."""
+        self.log_text(ENVIRONMENT_FILE, json.dumps(environment.to_dict(), indent=2))
+        self.log_tags(environment.tags())
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record parameters."""
+        self._data["params"] |= {name: encode(value) for name, value in params.items()}
+
+    def log_metrics(self, metrics: Mapping[str, float | None]) -> None:
+        """Record metrics; entries that are None or no number are left out."""
+        known = {name: float(value) for name, value in metrics.items() if value is not None}
+        self._data["metrics"] |= {name: value for name, value in known.items() if math.isfinite(value)}
+
+    def log_tags(self, tags: Mapping[str, Any]) -> None:
+        """Record tags."""
+        self._data["tags"] |= {name: str(value) for name, value in tags.items()}
+
+    def log_frame(self, name: str, frame: pd.DataFrame) -> None:
+        """Record a table."""
+        self.log_text(f"{DATA_FOLDER}/{name}.json", frame.to_json(orient="records"))
+
+    def log_text(self, name: str, text: str) -> None:
+        """Record a text file under the given name."""
+        file = self.folder / ARTIFACT_FOLDER / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+
+    def end(self, status: str) -> None:
+        """Write the run: "FINISHED", "FAILED" or "KILLED"."""
+        ended = _now_ms()
+        data: dict[str, Any] = {
+            kind: [{"key": key, "value": value} for key, value in values.items()] for kind, values in self._data.items()
+        }
+        data["metrics"] = [{**metric, "timestamp": ended, "step": 0} for metric in data["metrics"]]
+        run = {"info": {**self._info, "status": status, "end_time": ended}, "data": data}
+        write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1))
+
+
+class RecordedRun:
+    """A run as its folder has it; what was not finished has none.
+
+    Attributes
+    ----------
+    folder : Path
+    info : dict
+        ``run_name``, ``status``, ``start_time`` and ``end_time`` (milliseconds).
+    params, tags : dict of str to str
+        Parameters as `workbench.tracking.store.decode` reads them.
+    metrics : dict of str to float
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            self.info: dict[str, Any] = dict(run["info"])
+            found = {
+                kind: {item["key"]: item["value"] for item in run["data"][kind]}
+                for kind in ("params", "metrics", "tags")
+            }
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ExperimentError(f"{folder / RUN_FILE} is no record of a run ({error!r:.200}): measure anew") from None
+        self.params: dict[str, str] = found["params"]
+        self.metrics: dict[str, float] = found["metrics"]
+        self.tags: dict[str, str] = found["tags"]
+
+    def table(self, name: str) -> pd.DataFrame | None:
+        """Return a recorded table, None where there is none of that name."""
+        import pandas as pd
+
+        file = self.folder / ARTIFACT_FOLDER / DATA_FOLDER / f"{name}.json"
+        return pd.DataFrame(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+
+def recorded_runs(folder: Path) -> list[RecordedRun]:
+    """Return the runs whose folders lie in a folder, by the time they began."""
+    found = [RecordedRun(file.parent) for file in folder.glob(f"*/{RUN_FILE}")]
+    return sorted(found, key=lambda run: int(run.info["start_time"]))
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
