@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.errors import PackError
+from emoe_core.loader.eviction import lru
 from emoe_core.loader.loader import ExpertLoader
 from emoe_core.loader.pack import Pack, write_pack
 from emoe_core.loader.slot_memory import SlotMemory
@@ -46,7 +47,7 @@ class Bench:
         self.index, self.device = index, device
         self.broken: set[tuple[int, int]] = set()
         storage = self._storage(pack, options.get("tier", "disk"))
-        table = SlotTable([capacity] * LAYERS, staging=1)
+        table = SlotTable([capacity] * LAYERS, 1, lru)
         self.loader = ExpertLoader(index.layers, storage, table, device, options.get("threads", 2))
 
     def compute(self, layer: int, experts: list[int], stop: int | None = None, closes: bool = True) -> None:
