@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from emoe_core import generation
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.config import EngineConfig, open_device
-from emoe_core.cpu_memory import bound_kernel_caches, trim_during_prompts
 from emoe_core.device import short_of_memory
+from emoe_core.device.cpu_memory import bound_kernel_caches, trim_during_prompts
 from emoe_core.errors import OptionError, UnsupportedFamilyError
 from emoe_core.experts import dispatch
 from emoe_core.experts.attach import Attached, attach_layers, infer_only, refuse_misuse
@@ -232,6 +232,11 @@ class Engine:
             rerouting="by its rule" if self.reroutable else f"exact only: {self._attached.exact_only}",
             extra={"prediction_s": self.control.prediction_s, "cache_bias": self.config.cache_bias},
         )
+
+    @property
+    def host_waits(self) -> int:
+        """How often the thread that runs the model has waited for the device; never on the CPU."""
+        return self._device.host_waits
 
     def memory(self, max_tokens: int = 2048, batch: int = 1) -> MemoryBreakdown:
         """Return every term of this engine's memory for sequences of ``max_tokens``; estimates but for the slots."""

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import emoe_core
-from emoe_core import cpu_memory as heap
 from emoe_core import generation
+from emoe_core.device import cpu_memory as heap
 from emoe_core.errors import (
     BudgetError,
     CheckpointError,

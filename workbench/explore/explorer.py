@@ -25,7 +25,7 @@ import pandas as pd
 
 import emoe_core
 from emoe_core.config import EngineConfig
-from emoe_core.cpu_memory import return_free_memory
+from emoe_core.device.cpu_memory import return_free_memory
 from emoe_core.engine import RESTARTABLE
 from emoe_core.errors import OptionError
 from emoe_core.experts.trace import RoutingTrace

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emoe_core.cpu_memory import return_free_memory
+from emoe_core.device.cpu_memory import return_free_memory
 from emoe_core.errors import ExperimentError
 from workbench.machine.process_counters import status_bytes
 

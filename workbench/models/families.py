@@ -245,7 +245,9 @@ def _check_rules(engine: emoe_core.Engine, model_type: str) -> str | None:
 
     def compare(handle: Any) -> Any:
         def asked(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-            logits, shares = handle.router_logits.float(), weights.float() / weights.float().sum(-1, keepdim=True)
+            # A layer's rule lies on the host.
+            logits, index, weights = handle.router_logits.float().cpu(), index.cpu(), weights.float().cpu()
+            shares = weights / weights.sum(-1, keepdim=True)
             chosen = handle.rule.choose(logits, index.shape[-1])
             error = (handle.rule.log_scores(logits).gather(1, index).softmax(-1) - shares).abs().max().item()
             if not torch.equal(chosen.sort(-1).values, index.sort(-1).values) or error > MAX_SHARE_ERROR:

@@ -44,9 +44,7 @@ class EngineDecoder(TorchDecoder):
 
     def counters(self) -> dict[str, float]:
         filled = {"fill_bytes": float(self._filled_bytes), "fill_s": self._filled_s} if self._filled_bytes else {}
-        # An engine that counts how often its thread waited for the device tells it by this name.
-        waits = getattr(self.engine, "host_waits", None)
-        waited = {} if waits is None else {"host_waits": float(waits)}
+        waited = {"host_waits": float(self.engine.host_waits)}
         counters = self.engine.stats().counters
         return {**asdict(counters), "slot_bytes": float(self.engine.loader.slot_bytes), **filled, **waited}
 

@@ -12,7 +12,7 @@ from bare_machine import IN_KIT, bare_environment, kit_of
 from made_traces import trace_of
 from sweep_bench import Bench
 
-from workbench.bench.device_page import tests_in
+from workbench.bench import device_page
 from workbench.replay.recorded_routing import trace_file
 from workbench.sweep.imported import import_runs
 from workbench.tracking.results import runs_frame
@@ -38,7 +38,7 @@ def test_the_whole_command_runs_from_the_kit_and_its_records_become_runs(bench: 
     assert "4 runs are recorded, 0 failed, 0 are left" in first.stderr
     page = (out / "gpu.md").read_text()
     assert page.startswith("# REHEARSAL on cpu") and page.count("| emoe | 40% | host |") == 2
-    tested = tests_in(out)[0]
+    tested = device_page.tests_in(out)[0]
     assert tested.failed == 0 and tested.passed + tested.skipped > 0
     again = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True)
     assert again.returncode == 0 and "installing" not in again.stderr and "[1/4]" not in again.stderr

@@ -165,7 +165,6 @@ def test_a_request_of_many_prompts_that_finds_no_room_leaves_nothing_behind(serv
         ("frobnicate", 1),
         ("max_token", 5),
         ("slo.itl", 5),
-        ("stream_options.continuous_usage_stats", True),
     ],
 )
 def test_a_field_that_is_not_served_is_refused_by_its_name(service: Service, field: str, value: Any) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from emoe_core import device as device_module
+import emoe_core
 from emoe_core.config import EngineConfig, open_device, resolve_device
 from emoe_core.device import CudaDevice, Device, aligned_buffer, aligned_starts, short_of_memory
 from emoe_core.errors import BudgetError, OptionError
@@ -87,8 +88,6 @@ def test_parameters_are_laid_out_aligned_without_gaps_beyond_that() -> None:
 
 
 def test_no_other_module_asks_torch_for_cuda() -> None:
-    root = device_module.__file__.rsplit("/", 1)[0]
-    from pathlib import Path
-
-    asking = {path.name for path in Path(root).rglob("*.py") if "torch.cuda" in path.read_text()}
-    assert asking == {"device.py", "config.py"}
+    root = Path(emoe_core.__file__).parent
+    asking = {str(path.relative_to(root)) for path in root.rglob("*.py") if "torch.cuda" in path.read_text()}
+    assert asking == {"device/__init__.py", "config.py"}

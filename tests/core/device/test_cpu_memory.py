@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
-from emoe_core.cpu_memory import DESCRIPTOR_LIMIT, KERNEL_LIMIT
+from emoe_core.device.cpu_memory import DESCRIPTOR_LIMIT, KERNEL_LIMIT
 
 # Computes with 300 shapes and prints by how many bytes what the C library's heap holds has grown.
 GROWTH = """
 import ctypes, sys, torch
-from emoe_core.cpu_memory import bound_kernel_caches
+from emoe_core.device.cpu_memory import bound_kernel_caches
 if sys.argv[1] == "bounded":
     bound_kernel_caches(short_of_memory=True)
 class Heap(ctypes.Structure):
@@ -30,7 +30,7 @@ print(library.mallinfo2().used - before)
 """
 ENVIRONMENT = """
 import os, ctypes
-from emoe_core.cpu_memory import bound_kernel_caches
+from emoe_core.device.cpu_memory import bound_kernel_caches
 library = ctypes.CDLL(None)
 library.getenv.restype = ctypes.c_char_p
 def seen():

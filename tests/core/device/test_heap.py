@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emoe_core import cpu_memory as heap
+from emoe_core.device import cpu_memory as heap
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_answers_are_stock_s_bits_whenever_copies_happen(
         for _ in range(2):
             assert same(prefill_and_decode(engine.model, ids), expected)
         assert engine.stats().counters.loads > 0
-        assert engine.stats().compute.startswith("grouped by expert, bit-equal")
+        assert engine.stats().compute.startswith("grouped by expert, each bit-equal")
     assert device.races == []
 
 
