@@ -231,7 +231,7 @@ def compare(
             for kept in slots:
                 for name, predictor in _predictors(factories, stream, warm, interval):
                     options = {"slots": kept, "interval": interval}
-                    summary, _ = replay(stream, predictor, replan=replan, expert_bytes=expert_bytes, **options)  # type: ignore[arg-type]
+                    summary, _ = replay(stream, predictor, replan=replan, expert_bytes=expert_bytes, **options)
                     rows.append({"predictor": name, "mix": mix, **options, **summary})
                     if progress is not None:
                         progress(len(rows), total)
