@@ -191,11 +191,6 @@ class SimulatedDevice(Device):
         """Bytes of host memory that are pinned now."""
         return sum(stop - start for start, stop in self._pinned.items())
 
-    @property
-    def waiting_copies(self) -> int:
-        """Copies that were queued and have not happened."""
-        return len(self._copies) - self._happened
-
     def used(self, tensor: torch.Tensor) -> None:
         """Hear that the compute stream uses a tensor now, which may lie in slots; raise Race where it must not yet."""
         if not self.holds(tensor):

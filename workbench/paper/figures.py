@@ -68,20 +68,6 @@ def request_timeline(requests: pd.DataFrame) -> Figure:
     return figure
 
 
-def task_quality(requests: pd.DataFrame) -> Figure:
-    """Draw the KL divergence of each task's prompts: every prompt, and the mean."""
-    figure, axes = _subplots(1, 1, figsize=(8, 4))
-    order = sorted(requests["task"].unique())
-    sns.stripplot(data=requests, y="task", x="kl_nats", order=order, ax=axes[0], alpha=0.55, size=5)
-    means = requests.groupby("task")["kl_nats"].mean().reindex(order)
-    axes[0].scatter(means, range(len(order)), marker="D", color="black", zorder=5, s=36, label="mean")
-    axes[0].set_xlabel("KL to all-resident (nats per token)")
-    axes[0].set_ylabel("")
-    axes[0].legend(frameon=False, loc="lower right")
-    say_n(axes[0], len(requests))
-    return figure
-
-
 def memory_terms(terms: pd.DataFrame, prompts: int) -> Figure:
     """Draw stacked memory terms per configuration with the measured peak as a mark.
 
