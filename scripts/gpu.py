@@ -113,7 +113,7 @@ def run_all(arguments: argparse.Namespace) -> int:
         say(str(error))
         return 2
     say(f"{found.recorded} runs are recorded, {found.failed} failed, {found.left} are left. Page: {found.page}")
-    say(f"Into MLflow, where that is installed: emoe sweep {arguments.sweep} --import {out / 'runs'}")
+    say(f"Into MLflow, where that is installed: emoe results import {out / 'runs'}")
     return 0 if tested and not found.failed else 1
 
 

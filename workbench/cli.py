@@ -27,6 +27,7 @@ from workbench.commands import (
     experiments,
     model,
     predictor,
+    results,
     run,
     serve,
     simulate,
@@ -72,6 +73,7 @@ GROUPS = {
     "predictor": predictor.app,
     "simulate": simulate.app,
     "data": data.app,
+    "results": results.app,
     "cache": cache.app,
 }
 for panel, commands in COMMANDS.items():

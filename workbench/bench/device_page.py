@@ -6,7 +6,6 @@ first, and nothing on it is a GPU's figure.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 from workbench.metrics.show import show
-from workbench.tracking.run import ENVIRONMENT_FILE
-from workbench.tracking.run_file import ARTIFACT_FOLDER, RecordedRun
+from workbench.tracking.recorded import RecordedRun
 from workbench.tracking.runs import ERROR_TAG
-from workbench.tracking.store import decode
 
 REHEARSAL_TAG = "emoe.rehearsal"
+COPIES = ("fill_bytes_per_s", "memcpy_bytes_per_s", "fill_share")
 TESTS = {"tests.xml": "tests of CUDA", "tests-sanitizer.xml": "the same, watched by TORCH_CUDA_SANITIZER"}
 SPEED = {
     "tokens/s": "tokens_per_s",
@@ -63,7 +61,7 @@ def tests_in(out: Path) -> list[Tested]:
 
 def write_page(file: Path, records: Sequence[RecordedRun], tests: Sequence[Tested]) -> Path:
     """Write the page in Markdown, and return the file."""
-    finished = [record for record in records if record.info["status"] == "FINISHED"]
+    finished = [record for record in records if record.status == "FINISHED"]
     parts = [_head(records)]
     if tests:
         rows = [[one.name, one.passed, one.failed, one.skipped] for one in tests]
@@ -77,7 +75,7 @@ def write_page(file: Path, records: Sequence[RecordedRun], tests: Sequence[Teste
         parts.append(_profile(next((record for record in ours if not _is(record, budget="100%")), ours[0])))
     errors = [record for record in records if record not in finished]
     if errors:
-        parts.append("## Failed\n\n" + "\n".join(f"- {one.info['run_name']}: {one.tags[ERROR_TAG]}" for one in errors))
+        parts.append("## Failed\n\n" + "\n".join(f"- {one.name}: {one.tags[ERROR_TAG]}" for one in errors))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return file
@@ -86,13 +84,13 @@ def write_page(file: Path, records: Sequence[RecordedRun], tests: Sequence[Teste
 def _head(records: Sequence[RecordedRun]) -> str:
     if not records:
         return "# No run is recorded yet"
-    environment = json.loads((records[-1].folder / ARTIFACT_FOLDER / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+    environment = records[-1].environment
     gpus, packages = environment["gpus"], environment["packages"]
     rehearsal = next((record.tags[REHEARSAL_TAG] for record in records if REHEARSAL_TAG in record.tags), None)
     title = f"# REHEARSAL on {rehearsal}: no figure here is a GPU's" if rehearsal else f"# {', '.join(gpus)}"
     versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers") if name in packages)
     return (
-        f"{title}\n\nDevice {_params(records[-1])['device']}; {environment['cpu']}, {environment['cores']} cores; "
+        f"{title}\n\nDevice {records[-1].parameters['device']}; {environment['cpu']}, {environment['cores']} cores; "
         f"{versions}, Python {environment['python']}; commit {environment['commit'] or 'unknown'}. A process a row; "
         f"one sequence at a time."
     )
@@ -103,20 +101,19 @@ def _speeds(records: Sequence[RecordedRun]) -> str:
     grouped = next((one for one in records if _is(one, system="stock-grouped_mm")), None)
     rows = []
     for one in records:
-        given, ours = _params(one), _params(one)["system"] == "emoe"
+        given, ours = one.parameters, one.parameters["system"] == "emoe"
         settings = [given["budget"], given["tier"], f"{given['tolerance']:g}"] if ours else ["100%", "–", "–"]
         ratios = [_ratio(one, other) for other in (resident if ours else None, grouped)]
         figures = [show(name, one.metrics.get(name)) for name in SPEED.values()]
         rows.append([given["system"], *settings, figures[0], *ratios, *figures[1:]])
     heads = ["system", "experts", "tier", "tolerance", "tokens/s", "of own 100%", "of grouped", *list(SPEED)[1:]]
-    long = _params(records[0])["long_prompt_tokens"], _params(records[0])["prompt_tokens"]
+    long = records[0].parameters["long_prompt_tokens"], records[0].parameters["prompt_tokens"]
     return _table(heads, rows) + f"\n\nFirst token of {long[1]:,} tokens; the long prompt has {long[0]:,}."
 
 
 def _copies(records: Sequence[RecordedRun]) -> str:
     rows = [
-        [_params(one)["tier"], *(show(name, one.metrics[name]) for name in ("fill_bytes_per_s", "memcpy_bytes_per_s")),
-         show("fill_share", one.metrics["fill_share"])]
+        [one.parameters["tier"], *(show(name, one.metrics[name]) for name in COPIES)]
         for one in records
         if "fill_share" in one.metrics
     ]  # fmt: skip
@@ -124,29 +121,24 @@ def _copies(records: Sequence[RecordedRun]) -> str:
 
 
 def _profile(record: RecordedRun) -> str:
-    table = record.table("profile")
-    assert table is not None
+    table = record.tables["profile"]
     kept = [column for column in table.columns if column != "operation"]
     rows = [
         [f"`{row['operation'][:60]}`", *(f"{row[column]:,.1f}" for column in kept)]
         for row in table.head(PROFILE_ROWS).to_dict("records")
     ]
     heads = ["operation", *(column.replace("_", " ") for column in kept)]
-    return f"## A decode step\n\n{record.info['run_name']}.\n\n" + _table(heads, rows)
-
-
-def _params(record: RecordedRun) -> dict[str, Any]:
-    return {name: decode(text) for name, text in record.params.items()}
+    return f"## A decode step\n\n{record.name}.\n\n" + _table(heads, rows)
 
 
 def _model(record: RecordedRun) -> str:
-    given = _params(record)
+    given = record.parameters
     scale = "" if given["scale"] == 1 else f" at scale {given['scale']:g}"
     return f"{given['shape']}{scale}" if given["shape"] else str(given["model"])
 
 
 def _is(record: RecordedRun, **wanted: Any) -> bool:
-    return all(_params(record)[name] == value for name, value in wanted.items())
+    return all(record.parameters[name] == value for name, value in wanted.items())
 
 
 def _ratio(record: RecordedRun, other: RecordedRun | None) -> str:

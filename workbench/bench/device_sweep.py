@@ -1,7 +1,7 @@
 """Run a sweep of `device_point.py` without MLflow and papermill, and leave run records and a page.
 
 The sweep file is read as `emoe sweep` reads it, and each of its points is measured by the function that its notebook
-calls. A record (`tracking/run_file.py`) carries the point's digest, and ``emoe sweep FILE --import FOLDER`` makes of it
+calls. A record (`tracking/run_file.py`) carries the point's digest, and ``emoe results import FOLDER`` makes of it
 the run that the sweep would have made. What is recorded is not measured again; what failed is tried again.
 
 On another device than the file names, points have digests of their own. Where that device is no GPU the sweep is called
@@ -20,8 +20,8 @@ from emoe_core.errors import EmoeError
 from workbench.bench.device_page import REHEARSAL_TAG, tests_in, write_page
 from workbench.bench.device_point import DevicePoint, measure_point
 from workbench.machine.environment import code_hash, describe_environment
+from workbench.results.taking import CODE_TAG
 from workbench.sweep.file import read_sweep
-from workbench.sweep.imported import CODE_TAG
 from workbench.sweep.points import MODEL_PARAMETER, plan_stages, point_digest
 from workbench.sweep.record import run_tags
 from workbench.tracking.notebook import notebook_parameters
@@ -98,7 +98,7 @@ def run_device_sweep(file: Path, device: str, out: Path, minutes: float, tell: T
     """
     runs, began = planned_runs(file, device), time.monotonic()
     until = began + 60 * minutes
-    status = {run.tags[DIGEST_TAG]: run.info["status"] for run in recorded_runs(out / RUNS)}
+    status = {run.tags[DIGEST_TAG]: run.status for run in recorded_runs(out / RUNS)}
     todo = [run for run in runs if status.get(run.digest) != "FINISHED"]
     taken: dict[float, list[float]] = {}
     failed = left = 0

@@ -34,21 +34,11 @@ def sweep(
         typer.Option("--take-over", help="Go on with a sweep whose machine is gone though the server says it runs."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and the estimate; run nothing.")] = False,
-    records: Annotated[
-        Path | None,
-        typer.Option("--import", help="Take runs that `make gpu` recorded in this folder as the sweep's; run nothing."),
-    ] = None,
 ) -> None:
     """Run notebooks over a grid of parameters, resuming where an earlier call stopped."""
     console = Console(stderr=True)
     if dry_run:
         _show_plan(file)
-        return
-    if records is not None:
-        from workbench.sweep.imported import import_runs
-
-        taken, known = import_runs(file, records)
-        console.print(f"{taken} runs taken from {escape(str(records))}, {known} were here before.", soft_wrap=True)
         return
     from workbench.sweep.executors.choice import executor_maker
     from workbench.sweep.run import run_sweep

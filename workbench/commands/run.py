@@ -61,13 +61,14 @@ def estimate(
     max_quality_loss: MaxQualityLoss = None,
     max_tokens: Annotated[int, typer.Option(help="Longest sequence, prompt and answer together.")] = 1024,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    device: Device = "auto",
     dtype: Dtype = "auto",
     expert_dtype: ExpertDtype = "auto",
 ) -> None:
     """Say what a budget buys and what memory the model needs, without loading it."""
     from emoe_core.budget import plan_slots
     from emoe_core.checkpoint.index import open_checkpoint
-    from emoe_core.config import EngineConfig
+    from emoe_core.config import EngineConfig, open_device
     from emoe_core.footprint import memory_breakdown
     from emoe_core.planning.quality_target import plan_memory
     from workbench.metrics.show import show_bytes
@@ -87,7 +88,7 @@ def estimate(
         for term, value in quality.rows():
             table.add_row(term, value)
     table.add_section()
-    for term, value in memory_breakdown(index, plan, max_tokens, batch).rows():
+    for term, value in memory_breakdown(index, plan, max_tokens, batch, device=open_device(device)).rows():
         table.add_row(term, value)
     console.print(table)
     if plan.warning:

@@ -69,8 +69,9 @@ def memory_html(memory: MemoryBreakdown) -> str:
         ("KV cache", memory.kv_bytes, GREEN),
         ("workspace", memory.workspace_bytes, ORANGE),
         ("logits", memory.logits_bytes, PINK),
+        ("libraries", memory.library_bytes, GREY),
     ]
-    parts = [Part(name, count / total, bytes_text(count), color) for name, count, color in terms]
+    parts = [Part(name, count / total, bytes_text(count), color) for name, count, color in terms if count]
     told = f"{bytes_text(memory.total_bytes)}, computed, for {memory.batch} x {memory.max_tokens:,} tokens"
     return heading("Memory", told) + bar(parts, f"memory: {told}")
 

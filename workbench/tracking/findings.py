@@ -1,12 +1,10 @@
 """What a notebook draws: tables that it has just measured, or those that were recorded at full settings.
 
-A recorded result is one Parquet file, ``results/NOTEBOOK.parquet``. Its column ``table`` says whose row a row is; the
-others are called TABLE.COLUMN and are empty in rows of other tables. What was measured is in the file's metadata.
+Recorded is what ships in ``results`` (`results_file`): of several runs of a notebook, the first in its sweep counts.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -16,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from emoe_core.errors import ExperimentError
+from workbench.machine.environment import IDENTITY
 from workbench.progress import stage_bars
 from workbench.tracking import run as tracking
+from workbench.tracking.recorded import RecordedRun
+from workbench.tracking.results_file import RESULTS, read_results, recorded_sweeps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).parents[2] / "results"
-METADATA = b"emoe"
+PROMPTS_TAG = "emoe.prompts"
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,7 +76,8 @@ class Findings:
         """
         if self.recorded:
             return f"not logged: this result was recorded ({self.provenance})"
-        with tracking.run(experiment, name, params=parameters, tags=tags, **self.identity) as run:
+        every = {PROMPTS_TAG: self.prompts, **(tags or {})}
+        with tracking.run(experiment, name, params=parameters, tags=every, **self.identity) as run:
             run.log_metrics(metrics)
             for title, table in {**self.tables, **(tables or {})}.items():
                 run.log_frame(title, table)
@@ -104,54 +104,23 @@ def findings(notebook: str, measure: bool, measuring: Callable[[Progress], Findi
     measuring : callable
         Takes a callback (stage, done, total), which draws bars.
     """
-    file = RESULTS / f"{notebook}.parquet"
-    if not measure and tracking.RUN_VARIABLE not in os.environ and file.is_file():
-        return read_findings(file)
     if not measure and tracking.RUN_VARIABLE not in os.environ:
-        print(f"No recorded result of {notebook} is at hand ({file}): it is measured.", file=sys.stderr)
+        recorded = recorded_run(notebook)
+        if recorded is not None:
+            return findings_of(recorded)
+        print(f"No recorded result of {notebook} is at hand in {RESULTS}: it is measured.", file=sys.stderr)
     with stage_bars() as progress:
         return measuring(progress)
 
 
-def write_findings(file: Path, found: Findings) -> Path:
-    """Write a result that is to be drawn later, with its folder, and return the file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    parts = []
-    for name, table in found.tables.items():
-        part = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata()
-        part = part.rename_columns([f"{name}.{column}" for column in table])
-        parts.append(part.append_column("table", pa.array([name] * len(part))))
-    whole = pa.concat_tables(parts, promote_options="default")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    said = {"identity": dict(found.identity), "prompts": found.prompts}
-    pq.write_table(whole.replace_schema_metadata({METADATA: json.dumps(said)}), file)
-    return file
+def recorded_run(notebook: str, folder: Path | None = None) -> RecordedRun | None:
+    """Return the first recorded run of a notebook, None where there is none."""
+    place = folder or RESULTS
+    runs = (run for sweep in recorded_sweeps(place) for run in read_results(sweep, place).runs)
+    return next((run for run in runs if run.notebook == notebook and run.status == "FINISHED"), None)
 
 
-def read_findings(file: Path) -> Findings:
-    """Return a recorded result.
-
-    Raises
-    ------
-    ExperimentError
-        When the file is not one.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    try:
-        whole = pq.read_table(file)
-        said = json.loads((whole.schema.metadata or {})[METADATA])
-        tables = {}
-        for name in dict.fromkeys(whole["table"].to_pylist()):
-            own = [column for column in whole.column_names if column.startswith(f"{name}.")]
-            part = whole.filter(pc.equal(whole["table"], name)).select(own)
-            tables[name] = part.rename_columns([column.removeprefix(f"{name}.") for column in own]).to_pandas()
-    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
-        raise ExperimentError(
-            f"{file} holds no recorded result: {error!r:.200}. Set measure=True to measure it anew."
-        ) from None
-    return Findings(tables, said["identity"], said["prompts"], recorded=True)
+def findings_of(run: RecordedRun) -> Findings:
+    """Return what a recorded run found."""
+    identity = {name: run.environment[name] for name in IDENTITY if run.environment.get(name) is not None}
+    return Findings(run.tables, identity, int(run.tags.get(PROMPTS_TAG, 0)), recorded=True)

@@ -71,15 +71,20 @@ class RunRecord:
     @cached_property
     def environment(self) -> dict[str, Any]:
         """What the run ran on (`Environment.to_dict`); empty when it was not recorded."""
-        if ENVIRONMENT_FILE not in self._artifacts(""):
+        text = self.text(ENVIRONMENT_FILE)
+        if text is None:
             return {}
         try:
-            return dict(json.loads(self._read(ENVIRONMENT_FILE)))
+            return dict(json.loads(text))
         except ValueError as error:
             raise ExperimentError(
                 f"{ENVIRONMENT_FILE} of run {self.run_id} is damaged ({error}): restore the store's artifacts from a "
                 "copy, or make the run again."
             ) from None
+
+    def text(self, name: str) -> str | None:
+        """Return a text file that the run recorded, None when it has none of that name."""
+        return self._read(name) if name in self._artifacts("") else None
 
     @cached_property
     def table_names(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""A run written to files, for machines without MLflow: `workbench.sweep.imported` makes an ordinary run of it.
+"""A run written to files, for machines without MLflow: `workbench.results.taking` makes an ordinary run of it.
 
 A folder a run. ``run.json`` is the run as MLflow's REST interface answers ``runs/get`` (``info`` and ``data``, with
 names and values in lists). Beside it, in ``artifacts``, lies what the run's artifacts are to be, tables as JSON. The
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from emoe_core.errors import ExperimentError
 from emoe_core.files import write_whole
 from workbench.machine.environment import Environment, installed_packages
+from workbench.tracking.recorded import RecordedRun
 from workbench.tracking.run import DATA_FOLDER, ENVIRONMENT_FILE, LOCK_FILE
 from workbench.tracking.store import encode
 
@@ -87,46 +88,36 @@ class RunFile:
         write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1))
 
 
-class RecordedRun:
-    """A run as its folder has it; what was not finished has none.
-
-    Attributes
-    ----------
-    folder : Path
-    info : dict
-        ``run_name``, ``status``, ``start_time`` and ``end_time`` (milliseconds).
-    params, tags : dict of str to str
-        Parameters as `workbench.tracking.store.decode` reads them.
-    metrics : dict of str to float
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-            self.info: dict[str, Any] = dict(run["info"])
-            found = {
-                kind: {item["key"]: item["value"] for item in run["data"][kind]}
-                for kind in ("params", "metrics", "tags")
-            }
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ExperimentError(f"{folder / RUN_FILE} is no record of a run ({error!r:.200}): measure anew") from None
-        self.params: dict[str, str] = found["params"]
-        self.metrics: dict[str, float] = found["metrics"]
-        self.tags: dict[str, str] = found["tags"]
-
-    def table(self, name: str) -> pd.DataFrame | None:
-        """Return a recorded table, None where there is none of that name."""
-        import pandas as pd
-
-        file = self.folder / ARTIFACT_FOLDER / DATA_FOLDER / f"{name}.json"
-        return pd.DataFrame(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
-
-
 def recorded_runs(folder: Path) -> list[RecordedRun]:
-    """Return the runs whose folders lie in a folder, by the time they began."""
-    found = [RecordedRun(file.parent) for file in folder.glob(f"*/{RUN_FILE}")]
-    return sorted(found, key=lambda run: int(run.info["start_time"]))
+    """Return the runs whose folders lie in a folder, by the time they began; what was not finished has none.
+
+    Raises
+    ------
+    ExperimentError
+        When one is damaged.
+    """
+    found = [read_run(file.parent) for file in folder.glob(f"*/{RUN_FILE}")]
+    return sorted(found, key=lambda run: run.started_ms)
+
+
+def read_run(folder: Path) -> RecordedRun:
+    """Return the run of a folder."""
+    import pandas as pd
+
+    try:
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        info, data = run["info"], run["data"]
+        kinds = {kind: {item["key"]: item["value"] for item in data[kind]} for kind in ("params", "metrics", "tags")}
+        artifacts = folder / ARTIFACT_FOLDER
+        texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(artifacts.glob("*")) if file.is_file()}
+        tables = {
+            file.stem: pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
+            for file in sorted((artifacts / DATA_FOLDER).glob("*.json"))
+        }
+        times = int(info["start_time"]), int(info["end_time"])
+        return RecordedRun("", str(info["run_name"]), str(info["status"]), *times, **kinds, texts=texts, tables=tables)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ExperimentError(f"{folder / RUN_FILE} is no record of a run ({error!r:.200}): measure anew") from None
 
 
 def _now_ms() -> int:

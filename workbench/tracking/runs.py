@@ -29,6 +29,8 @@ INDEX_TAG = "emoe.index"
 SUPERSEDED_TAG = "emoe.superseded"
 OWNER_TAG = "emoe.owner"
 PAGE_CACHE_TAG = "emoe.page_cache"
+# The id that a run had in the store where it was recorded; only runs that were taken from elsewhere have it.
+RECORDED_TAG = "emoe.recorded"
 PAGE_RUNS = 1000
 
 

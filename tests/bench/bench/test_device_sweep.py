@@ -25,7 +25,7 @@ from workbench.machine.environment import describe_environment
 from workbench.measure.device_job import measure_on_device
 from workbench.metrics.catalogue import metric_of
 from workbench.models.reference.tiny import tiny_moe
-from workbench.sweep.imported import CODE_TAG, import_runs
+from workbench.results.taking import CODE_TAG, Taken, take_results
 from workbench.sweep.plan import describe_plan
 from workbench.systems.decoder import decoder_class
 from workbench.tracking.findings import Findings
@@ -77,6 +77,10 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def taken(runs: Path) -> list[Taken]:
+    return take_results(open_store(), runs)
+
+
 def swept(file: Path, device: str = "cuda", minutes: float = 60) -> SweepOutcome:
     return run_device_sweep(file, device, file.parent / device, minutes, lambda line: None)
 
@@ -85,8 +89,8 @@ def test_records_of_a_gpu_become_the_runs_that_the_sweep_would_have_made(
     bench: Bench, file: Path, measured: Measured
 ) -> None:
     assert swept(file).recorded == 3
-    assert import_runs(file, file.parent / "cuda" / "runs") == (3, 0)
-    assert import_runs(file, file.parent / "cuda" / "runs") == (0, 3)
+    assert taken(file.parent / "cuda" / "runs") == [Taken("few", 3, 0)]
+    assert taken(file.parent / "cuda" / "runs") == [Taken("few", 0, 3)]
     assert [run.finished for run in describe_plan(file).runs] == [True] * 3
     runs = runs_frame("few")
     assert runs["tokens_per_s"].tolist() == [40.0, 50.0, 25.0] and set(runs["status"]) == {"FINISHED"}
@@ -94,7 +98,7 @@ def test_records_of_a_gpu_become_the_runs_that_the_sweep_would_have_made(
     assert artifact_frame(runs["run_id"][0], "profile")["operation"].tolist() == ["a|product"]
     record = RunRecord.of(open_store(), open_store().get_run(runs["run_id"][0]))
     assert record.environment["model_hash"] == "m"
-    assert record.started_ms == recorded_runs(file.parent / "cuda" / "runs")[0].info["start_time"]
+    assert record.started_ms == recorded_runs(file.parent / "cuda" / "runs")[0].started_ms
 
 
 def test_a_rehearsal_is_called_one_everywhere_and_is_no_run_of_the_sweep(
@@ -103,9 +107,9 @@ def test_a_rehearsal_is_called_one_everywhere_and_is_no_run_of_the_sweep(
     page = swept(file, "cpu").page
     assert page.read_text().startswith("# REHEARSAL on cpu: no figure here is a GPU's")
     records = recorded_runs(page.parent / "runs")
-    assert all(record.info["run_name"].startswith("REHEARSAL on cpu: ") for record in records)
+    assert all(record.name.startswith("REHEARSAL on cpu: ") for record in records)
     assert {record.tags[REHEARSAL_TAG] for record in records} == {"cpu"} == {point.device for point in measured.points}
-    import_runs(file, page.parent / "runs")
+    taken(page.parent / "runs")
     assert not any(run.finished for run in describe_plan(file).runs)
     assert len(runs_frame("few-rehearsal-cpu")) == 3
 
@@ -115,27 +119,27 @@ def test_a_record_without_a_revision_gets_ours_where_its_code_is_ours(
     bench: Bench, file: Path, measured: Measured, measured_here: bool
 ) -> None:
     runs = swept(file).page.parent / "runs"
-    for record in recorded_runs(runs):
-        content = json.loads((record.folder / "run.json").read_text())
+    for written in runs.glob("*/run.json"):
+        content = json.loads(written.read_text())
         for tag in content["data"]["tags"]:
             if tag["key"] == "env.commit":
                 tag["value"] = "unknown"
             elif tag["key"] == CODE_TAG and not measured_here:
                 tag["value"] = "another"
-        (record.folder / "run.json").write_text(json.dumps(content))
-    import_runs(file, runs)
+        written.write_text(json.dumps(content))
+    taken(runs)
     ours = describe_environment().tags()["env.commit"] if measured_here else "unknown"
     assert {item.data.tags["env.commit"] for item in bench.current()} == {ours}
 
 
 def test_a_later_record_takes_the_place_of_an_earlier_one(bench: Bench, file: Path, measured: Measured) -> None:
     runs = swept(file).page.parent / "runs"
-    import_runs(file, runs)
-    for record in recorded_runs(runs):
-        content = json.loads((record.folder / "run.json").read_text())
+    taken(runs)
+    for written in runs.glob("*/run.json"):
+        content = json.loads(written.read_text())
         content["info"]["start_time"] += 1000
-        (record.folder / "run.json").write_text(json.dumps(content))
-    assert import_runs(file, runs) == (3, 0) and len(runs_frame("few")) == 3
+        written.write_text(json.dumps(content))
+    assert taken(runs) == [Taken("few", 3, 0)] and len(runs_frame("few")) == 3
 
 
 def test_an_interrupted_sweep_goes_on_and_tries_again_what_failed(
@@ -167,16 +171,15 @@ def test_the_page_holds_each_speed_against_its_references(file: Path, measured: 
     assert "| `a/product` | 2.0 | 3.0 | 4.0 |" in page
 
 
-def test_records_of_another_sweep_or_damaged_ones_are_refused(file: Path, measured: Measured) -> None:
+def test_records_that_are_missing_or_damaged_are_refused(bench: Bench, file: Path, measured: Measured) -> None:
     runs = swept(file).page.parent / "runs"
-    other = ROOT / "sweeps" / "gpu.yaml"
-    with pytest.raises(ExperimentError, match=r"holds runs of 'few'.*is sweep 'gpu'"):
-        import_runs(other, runs)
+    with pytest.raises(ExperimentError, match="no recorded runs of 'gpu'"):
+        take_results(open_store(), runs, ["gpu"])
     with pytest.raises(ExperimentError, match="holds no recorded runs"):
-        import_runs(file, file.parent)
+        taken(file.parent)
     next(iter(runs.glob("*/run.json"))).write_text("{}")
     with pytest.raises(ExperimentError, match="is no record of a run"):
-        import_runs(file, runs)
+        taken(runs)
 
 
 def test_the_grid_of_gpus_holds_every_budget_tier_and_tolerance_beside_stock() -> None:

@@ -16,7 +16,9 @@ from workbench.replay.accesses import Accesses
 from workbench.replay.pattern_tables import measure_patterns
 from workbench.replay.prediction import PromptUse
 from workbench.replay.recording import RecordingConfig
-from workbench.tracking.findings import Findings, read_findings, write_findings
+from workbench.tracking.findings import Findings, findings_of
+from workbench.tracking.recorded import RecordedRun
+from workbench.tracking.results_file import SweepResults, read_results, write_results
 
 RENUMBERED = np.array([2, 0, 3, 1])
 
@@ -110,7 +112,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Findings:
 
 
 def test_everything_is_measured_and_can_be_kept(measured: Findings, tmp_path: Path) -> None:
-    again = read_findings(write_findings(tmp_path / "patterns.parquet", measured))
+    run = RecordedRun("0" * 32, "patterns", "FINISHED", 1, 2, tables=measured.tables)
+    write_results(SweepResults("patterns", "", [run]), tmp_path)
+    again = findings_of(read_results("patterns", tmp_path).runs[0])
     for name, table in measured.tables.items():
         pd.testing.assert_frame_equal(again[name], table)
     shares = measured["shares"].groupby(["task", "layer"])["share"].sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -10,9 +11,12 @@ from pandas.testing import assert_frame_equal
 
 from emoe_core.errors import ExperimentError
 from workbench.tracking import findings as module
-from workbench.tracking.findings import Findings, findings, read_findings, write_findings
+from workbench.tracking.findings import PROMPTS_TAG, Findings, findings, recorded_run
+from workbench.tracking.recorded import RecordedRun
 from workbench.tracking.results import artifact_frame
-from workbench.tracking.run import RUN_VARIABLE
+from workbench.tracking.results_file import SweepResults, write_results
+from workbench.tracking.run import ENVIRONMENT_FILE, RUN_VARIABLE
+from workbench.tracking.runs import INDEX_TAG, NOTEBOOK_TAG
 from workbench.tracking.store import open_store
 
 SUMMARY = pd.DataFrame({"label": ["a", "b"], "kl_nats": [0.25, float("nan")], "loads": [3, 4], "exact": [True, False]})
@@ -21,26 +25,33 @@ LAYERS = pd.DataFrame({"layer": [0, 1, 2], "loads": ["few", None, "many"], "tabl
 MEASURED = Findings({"summary": SUMMARY, "layers": LAYERS}, {"model_hash": "abc", "seed": 3}, prompts=4)
 
 
+def recorded(notebook: str, place: int, status: str = "FINISHED", **tables: pd.DataFrame) -> RecordedRun:
+    tags = {NOTEBOOK_TAG: notebook, INDEX_TAG: str(place), PROMPTS_TAG: "4"}
+    texts = {ENVIRONMENT_FILE: json.dumps({"model_hash": "abc", "seed": 3, "data_hash": None})}
+    return RecordedRun(f"{place:032x}", "a run", status, 1, 2, tags=tags, texts=texts, tables=tables)
+
+
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.delenv(RUN_VARIABLE, raising=False)
-    write_findings(tmp_path / "results" / "99_claim.parquet", MEASURED)
+    runs = [
+        recorded("99_claim", 2),
+        recorded("99_claim", 1, summary=SUMMARY, layers=LAYERS),
+        recorded("99_claim", 0, status="FAILED"),
+    ]
+    write_results(SweepResults("claims", "", runs), tmp_path / "results")
     return tmp_path / "results"
-
-
-def test_tables_come_back_as_they_were_written(results: Path) -> None:
-    again = read_findings(results / "99_claim.parquet")
-    assert_frame_equal(again["summary"], SUMMARY)
-    assert_frame_equal(again["layers"], LAYERS)
-    assert (again.identity, again.prompts) == (MEASURED.identity, 4) and again.recorded and not MEASURED.recorded
 
 
 def test_what_is_recorded_is_drawn_and_what_is_not_is_measured(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = Findings({"summary": SUMMARY[:1]})
-    assert findings("99_claim", False, lambda progress: new).recorded
+    drawn = findings("99_claim", False, lambda progress: new)
+    assert_frame_equal(drawn["summary"], SUMMARY)
+    assert_frame_equal(drawn["layers"], LAYERS)
+    assert drawn.recorded and (drawn.identity, drawn.prompts) == (MEASURED.identity, 4)
     assert findings("99_claim", True, lambda progress: new) is new
     capsys.readouterr()
     assert findings("98_other", False, lambda progress: new) is new
@@ -49,13 +60,13 @@ def test_what_is_recorded_is_drawn_and_what_is_not_is_measured(
     assert findings("99_claim", False, lambda progress: new) is new
 
 
-def test_a_file_that_is_no_result_is_named_with_the_way_out(results: Path) -> None:
-    (results / "99_claim.parquet").write_bytes(b"PAR1 or not")
-    with pytest.raises(ExperimentError, match=r"99_claim.*measure=True"):
-        findings("99_claim", False, lambda progress: MEASURED)
-    SUMMARY.to_parquet(results / "99_claim.parquet")
-    with pytest.raises(ExperimentError, match=r"99_claim.*measure=True"):
-        findings("99_claim", False, lambda progress: MEASURED)
+def test_a_damaged_file_of_results_is_named_with_the_way_out(results: Path) -> None:
+    (results / "claims.runs.parquet").write_bytes(b"PAR1 or not")
+    with pytest.raises(ExperimentError, match=r"'claims'.*emoe results export claims"):
+        recorded_run("99_claim", results)
+    SUMMARY.to_parquet(results / "claims.runs.parquet")
+    with pytest.raises(ExperimentError, match=r"'claims'.*emoe results export claims"):
+        recorded_run("99_claim", results)
 
 
 def test_what_was_measured_is_logged_once_with_all_that_was_made_of_it(
@@ -63,7 +74,8 @@ def test_what_was_measured_is_logged_once_with_all_that_was_made_of_it(
 ) -> None:
     monkeypatch.setenv("EMOE_HOME", str(tmp_path))
     told = {"parameters": {"seed": 3}, "metrics": {"kl_nats": 0.25}}
-    assert "not logged" in read_findings(results / "99_claim.parquet").log("claims", "recorded", **told)
+    drawn = findings("99_claim", False, lambda progress: MEASURED)
+    assert "not logged" in drawn.log("claims", "recorded", **told)
     assert MEASURED.log("claims", "measured", **told, tables={"closing": SUMMARY[:1]}) == "logged"
     client = open_store()
     (run,) = client.search_runs([client.get_experiment_by_name("claims").experiment_id])

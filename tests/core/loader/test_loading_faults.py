@@ -66,11 +66,15 @@ def at_lines(act: Callable[[Line], None], sources: Collection[str | None] = SOUR
 
 
 def held() -> tuple[list[str], int, int]:
-    """Return what this process holds: open files, threads, and shared mappings without a file (buffers)."""
+    """Return what this process holds: open files, reading threads, and shared mappings without a file (buffers).
+
+    Other threads come and go as transformers loads.
+    """
     links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     files = [str(link.readlink()) for link in links]
     mapped = sum("/dev/zero" in line for line in Path("/proc/self/maps").read_text().splitlines())
-    return sorted(files), threading.active_count(), mapped
+    threads = sum(thread.name.startswith("emoe") for thread in threading.enumerate())
+    return sorted(files), threads, mapped
 
 
 @pytest.fixture(scope="module")

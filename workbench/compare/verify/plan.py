@@ -17,7 +17,7 @@ from workbench.sweep.values import check_parameter
 from workbench.tracking.notebook import find_notebook, notebook_hash, notebook_parameters, read_notebook
 from workbench.tracking.place import project_root
 from workbench.tracking.record import RunRecord
-from workbench.tracking.runs import SOURCE_TAG
+from workbench.tracking.runs import RECORDED_TAG, SOURCE_TAG
 
 RECORDED, CURRENT = "recorded", "current"
 SOURCES = (RECORDED, CURRENT)
@@ -75,13 +75,15 @@ def plan_rerun(run: RunRecord, *, source: str = RECORDED, notebook: Path | None 
         raise ExperimentError(f"{run.describe()} is {run.status.lower()}: only finished runs can be verified.")
     remarks: list[str] = []
     in_tree = notebook or _in_working_tree(run)
-    if notebook is None and run.notebook is None:
+    elsewhere = RECORDED_TAG in run.tags
+    if notebook is None and run.notebook is None and not (elsewhere and in_tree):
         raise ExperimentError(
             f"{run.describe()} kept no notebook (it was made by hand, or its artifacts are gone). Name the notebook "
             "that made it: --notebook notebooks/NAME.ipynb"
         )
-    if notebook is None and source == RECORDED:
-        assert run.notebook is not None
+    if elsewhere and run.notebook is None:
+        remarks.append("It was recorded elsewhere and kept no notebook: the working tree's is taken.")
+    if notebook is None and source == RECORDED and run.notebook is not None:
         content, origin = run.notebook, "the notebook as it was executed, from the run's artifacts"
         if in_tree is None:
             remarks.append("The working tree has no notebook of that name.")
