@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recipes import dialogue
 from workbench.fetch import fetch_package
+from workbench.models.reference import RECIPES
 
 DOCUMENT_END = 0
 PACKAGES = {
@@ -56,7 +57,7 @@ LANGUAGES = [
 # Enough documents for the longest training plan; more would only lengthen the preparation.
 FIT_LIMIT_CHARACTERS = 600_000
 EXERCISES_PER_TEMPLATE = 8
-DIALOGUES = Path(__file__).parent / "recipes" / "upcycled" / "dialogues.jsonl.gz"
+DIALOGUES = RECIPES / "upcycled" / "dialogues.jsonl.gz"
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +13,9 @@ from rich.table import Table
 
 from workbench.commands.groups import command_group
 from workbench.metrics.show import show, show_bytes, show_count, show_seconds
+
+if TYPE_CHECKING:
+    from workbench.tracking.recorded import RecordedRun
 
 app = command_group("Recorded results: those that ship with the project, and your own to pass on.")
 Folder = Annotated[Path | None, typer.Option("--folder", help="Where results lie, if not in the project's `results`.")]
@@ -99,7 +103,7 @@ def look(
     console.print(table)
 
 
-def _runs(runs: list) -> Table:
+def _runs(runs: Sequence[RecordedRun]) -> Table:
     from workbench.tracking.runs import METRICS_TAG
 
     named = dict.fromkeys(name for run in runs for name in run.tags.get(METRICS_TAG, "").split(",") if name)

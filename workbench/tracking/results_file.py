@@ -160,7 +160,7 @@ def _run(row: dict[str, Any], rows: pa.Table) -> RecordedRun:
     for table, columns in json.loads(row["tables"]).items():
         part = own.filter(pc.equal(own["table"], table)).select([f"{table}.{column}" for column in columns])
         tables[table] = part.rename_columns([str(column) for column in columns]).to_pandas()
-    return RecordedRun(**{name: row[name] for name in _INFO}, **kinds, tables=tables)
+    return RecordedRun(*(row[name] for name in _INFO), *kinds.values(), tables)
 
 
 def _names(mappings: Iterable[Any]) -> list[str]:

@@ -107,7 +107,9 @@ def read_run(folder: Path) -> RecordedRun:
     try:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         info, data = run["info"], run["data"]
-        kinds = {kind: {item["key"]: item["value"] for item in data[kind]} for kind in ("params", "metrics", "tags")}
+        params, metrics, tags = (
+            {item["key"]: item["value"] for item in data[kind]} for kind in ("params", "metrics", "tags")
+        )
         artifacts = folder / ARTIFACT_FOLDER
         texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(artifacts.glob("*")) if file.is_file()}
         tables = {
@@ -115,7 +117,8 @@ def read_run(folder: Path) -> RecordedRun:
             for file in sorted((artifacts / DATA_FOLDER).glob("*.json"))
         }
         times = int(info["start_time"]), int(info["end_time"])
-        return RecordedRun("", str(info["run_name"]), str(info["status"]), *times, **kinds, texts=texts, tables=tables)
+        name, status = str(info["run_name"]), str(info["status"])
+        return RecordedRun("", name, status, *times, params, metrics, tags, texts, tables)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ExperimentError(f"{folder / RUN_FILE} is no record of a run ({error!r:.200}): measure anew") from None
 
