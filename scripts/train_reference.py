@@ -16,10 +16,10 @@ from workbench.models.reference import EMBEDDED
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the recipe.")],
-    model: Annotated[Literal["reference", "carved"], typer.Argument(help="Which model.")] = "reference",
+    model: Annotated[Literal["reference", "carved", "native"], typer.Argument(help="Which model.")] = "reference",
     seed: Annotated[int, typer.Option(help="Seed of the recipe.")] = 0,
 ) -> None:
-    """Compute a recipe anew (reference: two hours, carved: ten minutes; goes on where it stopped)."""
+    """Compute a recipe anew (reference and native: two hours, carved: ten minutes; goes on where it stopped)."""
     training = importlib.import_module(f"recipes.{EMBEDDED[model]}_training")
     recipe = training.train(out, seed)
     Console().print(f"Recipe: [bold]{escape(str(recipe))}[/]", soft_wrap=True)

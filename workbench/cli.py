@@ -21,6 +21,7 @@ from emoe_core.errors import EmoeError
 from workbench.commands import (
     bench,
     cache,
+    claims,
     compare,
     data,
     doctor,
@@ -65,6 +66,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         experiments.report,
         compare.compare,
         verify.verify,
+        claims.reproduce,
         experiments.ui,
     ),
 }

@@ -222,6 +222,15 @@ DOMAINS = (
 )
 
 
+@dataclass(frozen=True)
+class Texts:
+    """The documents of one domain on each side of the split."""
+
+    domain: str
+    fit: list[str]
+    held_out: list[str]
+
+
 def split(domain: Domain, tokenizer: PreTrainedTokenizerFast, seed: int = 0, held_out_tokens: int = 6_144) -> Split:
     """Read a domain and split it by group: held-out text first, the rest is for fitting.
 
@@ -234,6 +243,24 @@ def split(domain: Domain, tokenizer: PreTrainedTokenizerFast, seed: int = 0, hel
     held_out_tokens : int
         Least number of held-out tokens; the last group is kept whole.
     """
+    texts = split_texts(domain, tokenizer, seed, held_out_tokens)
+    return Split(
+        domain.name,
+        _join(texts.fit, tokenizer),
+        _join(texts.held_out, tokenizer, 2_000)[: held_out_tokens + 1],
+        _digest(texts.fit),
+        _digest(texts.held_out),
+    )
+
+
+def split_texts(
+    domain: Domain,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int = 0,
+    held_out_tokens: int = 6_144,
+    limit_characters: int = FIT_LIMIT_CHARACTERS,
+) -> Texts:
+    """Return the documents of a split; held-out ones are the same whatever the limit of fitting ones. See `split`."""
     groups: dict[str, list[str]] = {}
     seen: set[str] = set()
     for document in domain.read(tokenizer):
@@ -260,31 +287,43 @@ def split(domain: Domain, tokenizer: PreTrainedTokenizerFast, seed: int = 0, hel
     for text in fit:
         kept.append(text)
         characters += len(text)
-        if characters > FIT_LIMIT_CHARACTERS:
+        if characters > limit_characters:
             break
-    return Split(
-        domain.name,
-        _join(kept, tokenizer),
-        _join(held_out, tokenizer, 2_000)[: held_out_tokens + 1],
-        _digest(kept),
-        _digest(held_out),
-    )
+    return Texts(domain.name, kept, held_out)
 
 
 def describe(splits: list[Split]) -> list[dict[str, object]]:
     """Return what a recipe records of its text: sources, sizes and hashes by domain, in the order of `DOMAINS`."""
     return [
-        {
-            "name": domain.name,
-            "about": domain.about,
-            "packages": [f"{name}=={PACKAGES[name][0]} ({PACKAGES[name][2]})" for name in domain.packages],
-            "fit_tokens": len(part.fit),
-            "held_out_tokens": len(part.held_out),
-            "fit_sha256": part.fit_sha256,
-            "held_out_sha256": part.held_out_sha256,
-        }
+        _described(domain, len(part.fit), len(part.held_out), part.fit_sha256, part.held_out_sha256)
         for domain, part in zip(DOMAINS, splits, strict=True)
     ]
+
+
+def describe_texts(texts: list[Texts], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, object]]:
+    """Return the same of documents, counted by some tokenizer."""
+    return [
+        _described(
+            domain,
+            len(_join(part.fit, tokenizer)),
+            len(_join(part.held_out, tokenizer)),
+            _digest(part.fit),
+            _digest(part.held_out),
+        )
+        for domain, part in zip(DOMAINS, texts, strict=True)
+    ]
+
+
+def _described(domain: Domain, fit: int, held_out: int, fit_sha256: str, held_out_sha256: str) -> dict[str, object]:
+    return {
+        "name": domain.name,
+        "about": domain.about,
+        "packages": [f"{name}=={PACKAGES[name][0]} ({PACKAGES[name][2]})" for name in domain.packages],
+        "fit_tokens": fit,
+        "held_out_tokens": held_out,
+        "fit_sha256": fit_sha256,
+        "held_out_sha256": held_out_sha256,
+    }
 
 
 def _join(texts: list[str], tokenizer: PreTrainedTokenizerFast, longest_tokens: int | None = None) -> torch.Tensor:

@@ -8,6 +8,7 @@ rehearsal: it shows that everything works, and its figures say nothing of a GPU.
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,17 @@ def join_device(name: str) -> list[str]:
     return joins
 
 
-def measure_point(point: DevicePoint, report: Report) -> Findings:
+def measure_point(point: DevicePoint, report: Report, within_s: float | None = None) -> Findings:
     """Measure a configuration.
+
+    Parameters
+    ----------
+    point : DevicePoint
+    report : callable
+        Called with (stage, done, total).
+    within_s : float or None
+        End what measures after this long, so that a device that is lent for a time gives its records in that time;
+        several times ``max_seconds`` if None.
 
     Returns
     -------
@@ -137,6 +147,7 @@ def measure_point(point: DevicePoint, report: Report) -> Findings:
     OptionError
         When the model's recorded routing is too short, or there is no such device.
     """
+    began = time.monotonic()
     checkpoint = _checkpoint(point, report)
     index = open_checkpoint(checkpoint, "auto")
     if point.system == "emoe":
@@ -158,6 +169,8 @@ def measure_point(point: DevicePoint, report: Report) -> Findings:
     }
     report("measuring", 0, 1)
     timeout_s = 4 * point.max_seconds + 300
+    if within_s is not None:
+        timeout_s = max(1.0, min(timeout_s, began + within_s - time.monotonic()))
     found = launch("workbench.measure.device_job", spec, timeout_s=timeout_s).answer(f"{point.system} was not measured")
     report("measuring", 1, 1)
     identity = {"model_hash": index.source_hash, "dtype": str(index.dtype).removeprefix("torch."), "seed": point.seed}

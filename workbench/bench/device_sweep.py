@@ -30,6 +30,8 @@ from workbench.tracking.run_file import RunFile, recorded_runs
 from workbench.tracking.runs import DIGEST_TAG, ERROR_TAG
 
 RUNS, PAGE = "runs", "gpu.md"
+# How long after its time the last run may end.
+GRACE_S = 25.0
 Tell = Callable[[str], object]
 
 
@@ -92,7 +94,7 @@ def run_device_sweep(file: Path, device: str, out: Path, minutes: float, tell: T
     out : Path
         Gets ``runs`` and the page; the same call goes on there.
     minutes : float
-        No run is begun that is expected to end later than this from now.
+        No run is begun that is expected to end later than this from now, and none ends much later.
     tell : callable
         Called with a line when a run begins and ends.
     """
@@ -111,7 +113,7 @@ def run_device_sweep(file: Path, device: str, out: Path, minutes: float, tell: T
             break
         tell(f"[{len(runs) - len(todo) + place + 1}/{len(runs)}] {run.label} ...")
         started = time.monotonic()
-        error = _measure(run, out / RUNS / run.digest, tell)
+        error = _measure(run, out / RUNS / run.digest, tell, until + GRACE_S - started)
         seen.append(time.monotonic() - started)
         failed += error is not None
         tell(f"    {error or 'done'} ({seen[-1]:.0f} s)")
@@ -125,7 +127,7 @@ def page(out: Path, runs: Sequence[DeviceRun]) -> Path:
     return write_page(out / PAGE, [known[run.digest] for run in runs if run.digest in known], tests_in(out))
 
 
-def _measure(run: DeviceRun, folder: Path, tell: Tell) -> str | None:
+def _measure(run: DeviceRun, folder: Path, tell: Tell, within_s: float) -> str | None:
     """Measure one run and record it; return what went wrong, if anything did."""
     stages: list[str] = []
 
@@ -137,7 +139,7 @@ def _measure(run: DeviceRun, folder: Path, tell: Tell) -> str | None:
     record = RunFile(folder, run.label, run.tags, describe_environment(seed=run.parameters.get("seed")))
     record.log_params(run.parameters)
     try:
-        found = measure_point(config_from(DevicePoint, run.parameters), report)
+        found = measure_point(config_from(DevicePoint, run.parameters), report, within_s)
     except EmoeError as error:
         record.log_tags({ERROR_TAG: error})
         record.end("FAILED")

@@ -1,1 +1,1 @@
-"""What this project says in numbers: the register of claims, pages whose numbers come from it, and running them again."""
+"""What the project says in numbers: the register of claims, pages whose numbers come from it, and reruns."""

@@ -1,4 +1,4 @@
-"""The register of claims, ``claims.yaml``: each number that the project says of itself, and the recorded runs behind it. ::
+"""The register of claims, ``claims.yaml``: the numbers that the project says of itself, and the runs behind them. ::
 
     claims:
       memory-at-40:

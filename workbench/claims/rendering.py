@@ -175,7 +175,7 @@ def _entry(name: str, found: Found, source: Source) -> str:
     picked = f"`{claim.metric}`" if claim.metric else f"`{claim.column}` of table `{claim.table}`, {claim.row}"
     runs = ", ".join(f"`{run.run_id[:8]}`" for run in found.runs)
     lines = [
-        f"<a id=\"{name}\"></a>\n### {name}",
+        f'<a id="{name}"></a>\n### {name}',
         f"{found.sentence}{spread}{holds.get(found.verdict, '')}",
         f"- {picked} of {'run' if len(found.runs) == 1 else 'runs'} {runs} of sweep `{claim.sweep}`"
         f"{f' ({settings})' if settings else ''}: {provenance(found.runs)}",

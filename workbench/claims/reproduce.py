@@ -65,7 +65,9 @@ def reproduce(
     for place, run in enumerate(every.values(), 1):
         tell(f"[{place}/{len(every)}] {run.name} (recorded in {run.duration_s / 60:.1f} min)")
         again[run.run_id] = _run_again(client, run, tell)
-    return [Reproduction(name, item, judge(item, [again[run.run_id] for run in item.runs])) for name, item in found.items()]
+    return [
+        Reproduction(name, item, judge(item, [again[run.run_id] for run in item.runs])) for name, item in found.items()
+    ]
 
 
 def judge(found: Found, again: Iterable[RunRecord]) -> Verdict:

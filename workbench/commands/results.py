@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from workbench.commands.groups import command_group
+from workbench.commands.claims import render
+from workbench.commands.groups import command_group, flowing
 from workbench.metrics.show import show, show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ def look(
         )
         table.add_row(*(escape(cell) for cell in rows))
     console.print(table)
+
+
+app.command("render", help=flowing(render.__doc__))(render)
 
 
 def _runs(runs: Sequence[RecordedRun]) -> Table:

@@ -19,8 +19,8 @@ from emoe_core.engine import Engine
 from emoe_core.errors import ExperimentError, OptionError
 from workbench.bench import device_sweep
 from workbench.bench.device_page import REHEARSAL_TAG
-from workbench.bench.device_point import DevicePoint, metrics_of
-from workbench.bench.device_sweep import SweepOutcome, planned_runs, run_device_sweep
+from workbench.bench.device_point import DevicePoint, measure_point, metrics_of
+from workbench.bench.device_sweep import GRACE_S, SweepOutcome, planned_runs, run_device_sweep
 from workbench.machine.environment import describe_environment
 from workbench.measure.device_job import measure_on_device
 from workbench.metrics.catalogue import metric_of
@@ -45,10 +45,12 @@ class Measured:
 
     def __init__(self, **errors: BaseException) -> None:
         self.points: list[DevicePoint] = []
+        self.within_s: list[float] = []
         self.errors = errors
 
-    def __call__(self, point: DevicePoint, report: Any) -> Findings:
+    def __call__(self, point: DevicePoint, report: Any, within_s: float) -> Findings:
         self.points.append(point)
+        self.within_s.append(within_s)
         if point.system in self.errors:
             raise self.errors[point.system]
         speed = {"tokens_per_s": SPEEDS[point.budget] if point.system == "emoe" else 40.0, "ttft_s": 0.5}
@@ -163,6 +165,13 @@ def test_no_run_is_begun_that_is_expected_to_end_too_late(file: Path, measured: 
     assert (found.recorded, found.left) == (1, 2) and [point.system for point in measured.points] == [
         "stock-grouped_mm"
     ]
+
+
+def test_no_run_ends_much_later_than_the_time_there_is(file: Path, measured: Measured) -> None:
+    swept(file, minutes=0.9)
+    assert measured.within_s[0] <= 0.9 * 60 + GRACE_S
+    with pytest.raises(ExperimentError, match="too slow"):
+        measure_point(DevicePoint(tokens=4, warm_tokens=2, long_prompt_tokens=8), lambda *stage: None, within_s=0.0)
 
 
 def test_the_page_holds_each_speed_against_its_references(file: Path, measured: Measured) -> None:
