@@ -279,5 +279,5 @@ def write_recipe(out: Path, trainer: Trainer, texts: list[corpora.Texts], tokeni
         "tokenizer": {"library": "tokenizers", "options": sorted(tokenizer_options())},
         "domains": corpora.describe_texts(texts, PreTrainedTokenizerFast(tokenizer_object=tokenizer)),
     }
-    Recipe.save(out, stored(state), asdict(trainer.shape), description)
+    Recipe.save_tensors(out, stored(state), asdict(trainer.shape), {"layers": trainer.shape.layers, **description})
     return out

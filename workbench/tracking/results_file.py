@@ -150,7 +150,7 @@ def _rows_table(runs: Sequence[RecordedRun]) -> pa.Table:
 def _run(row: dict[str, Any], rows: pa.Table) -> RecordedRun:
     import pyarrow.compute as pc
 
-    kinds: dict[str, dict[str, Any]] = {attribute: {} for attribute in _KINDS.values()}
+    kinds: dict[str, Any] = {attribute: {} for attribute in _KINDS.values()}
     for column, value in row.items():
         kind, _, name = column.partition(".")
         if kind in _KINDS and name and value is not None:
@@ -160,7 +160,8 @@ def _run(row: dict[str, Any], rows: pa.Table) -> RecordedRun:
     for table, columns in json.loads(row["tables"]).items():
         part = own.filter(pc.equal(own["table"], table)).select([f"{table}.{column}" for column in columns])
         tables[table] = part.rename_columns([str(column) for column in columns]).to_pandas()
-    return RecordedRun(*(row[name] for name in _INFO), *kinds.values(), tables)
+    info: dict[str, Any] = {name: row[name] for name in _INFO}
+    return RecordedRun(**info, **kinds, tables=tables)
 
 
 def _names(mappings: Iterable[Any]) -> list[str]:

@@ -14,7 +14,7 @@ from emoe_core.errors import require_known
 
 # Kinds, by the names that users give.
 REFERENCE = "reference"
-EMBEDDED = {REFERENCE: "upcycled", "carved": "carved", "native": "native"}
+EMBEDDED = {REFERENCE: "upcycled", "carved": "carved"}
 KINDS = tuple(EMBEDDED.values())
 RECIPES = Path(__file__).parent / "recipes"
 

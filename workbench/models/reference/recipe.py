@@ -80,6 +80,13 @@ class Recipe:
             for index, parts in enumerate(layers)
             for part, tensor in parts.items()
         }
+        return cls.save_tensors(folder, tensors, shape, {"layers": len(layers), **description})
+
+    @classmethod
+    def save_tensors(
+        cls, folder: Path, tensors: dict[str, torch.Tensor], shape: dict[str, int], description: dict[str, Any]
+    ) -> Self:
+        """Write tensors as they are, and the description, which says how many ``layers`` there are; see `save`."""
         with whole_file(folder / ADAPTERS) as scratch:
             save_file(tensors, scratch)
             size_bytes = scratch.stat().st_size
@@ -90,7 +97,6 @@ class Recipe:
         full = {
             "format": 1,
             "kind": cls.kind,
-            "layers": len(layers),
             "shape": shape,
             **description,
             "adapters_sha256": sha256_file(folder / ADAPTERS),
