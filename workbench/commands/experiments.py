@@ -16,6 +16,7 @@ from workbench.commands.options import RayAddress
 
 if TYPE_CHECKING:
     from workbench.sweep.run import SweepResult
+    from workbench.sweep.schema import Scalar
 
 
 def sweep(
@@ -33,12 +34,17 @@ def sweep(
         bool,
         typer.Option("--take-over", help="Go on with a sweep whose machine is gone though the server says it runs."),
     ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE in place of what the file fixes, for example model=PATH; repeatable."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and the estimate; run nothing.")] = False,
 ) -> None:
     """Run notebooks over a grid of parameters, resuming where an earlier call stopped."""
     console = Console(stderr=True)
+    given = _given(settings or [])
     if dry_run:
-        _show_plan(file)
+        _show_plan(file, given)
         return
     from workbench.sweep.executors.choice import executor_maker
     from workbench.sweep.run import run_sweep
@@ -46,7 +52,7 @@ def sweep(
     from workbench.tracking.store import open_store
 
     place = executor_maker(executor, ray_address)
-    result = run_sweep(file, fresh=fresh, jobs=jobs, take_over=take_over, console=console, executor=place)
+    result = run_sweep(file, given=given, fresh=fresh, jobs=jobs, take_over=take_over, console=console, executor=place)
     console.print(_summary(result))
     experiment = open_store().get_run(result.parent_run_id).info.experiment_id
     console.print(f"Look at the runs: [bold]{escape(ui_command())}[/]\nthen {_view(experiment)}", soft_wrap=True)
@@ -127,12 +133,27 @@ def _summary(result: SweepResult) -> str:
     return ", ".join(parts) + "."
 
 
-def _show_plan(file: Path) -> None:
+def _given(settings: list[str]) -> dict[str, Scalar]:
+    from emoe_core.errors import OptionError
+    from workbench.sweep.yaml_file import unquoted
+
+    found: dict[str, Scalar] = {}
+    for text in settings:
+        name, sign, value = text.partition("=")
+        if not (name and sign):
+            raise OptionError(f"--set {text}: give NAME=VALUE, for example --set model=path/to/model")
+        # Notebooks run in a folder of their own, so a path has to be whole.
+        path = Path(value).expanduser()
+        found[name] = str(path.resolve()) if name == "model" and path.exists() else unquoted(value)
+    return found
+
+
+def _show_plan(file: Path, given: dict[str, Scalar]) -> None:
     """Print the runs of a sweep with their state, and how long the rest may take."""
     from workbench.metrics.show import show_seconds
     from workbench.sweep.plan import describe_plan
 
-    preview = describe_plan(file)
+    preview = describe_plan(file, given)
     runs = preview.runs
     table = Table(title=f"Sweep {preview.file.name}", caption=escape(preview.file.description) or None)
     for heading in ("run", "kind", "state", "expected"):

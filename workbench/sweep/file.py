@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from emoe_core.errors import ExperimentError, did_you_mean
-from workbench.sweep.schema import Needs, NeedsWhere, Stage, SweepFile
+from workbench.sweep.schema import Needs, NeedsWhere, Scalar, Stage, SweepFile
 from workbench.sweep.yaml_file import read_yaml
 
 
@@ -71,13 +71,21 @@ class SweepSource:
     source: Source
 
 
-def read_sweep(path: Path) -> SweepSource:
+def read_sweep(path: Path, given: Mapping[str, Scalar] | None = None) -> SweepSource:
     """Read and validate a sweep file.
+
+    Parameters
+    ----------
+    path : Path
+    given : mapping of str to scalar, optional
+        Values in place of those that stages fix. The sweep is then called ``NAME-VALUE``, so that runs of one file with
+        several models lie side by side.
 
     Raises
     ------
     ExperimentError
-        When the file is missing, is not YAML, or says something that a sweep does not know; each mistake with its line.
+        When the file is missing, is not YAML, or says something that a sweep does not know, each mistake with its line;
+        or when no stage fixes what is given.
     """
     if not path.is_file():
         raise ExperimentError(f"no sweep file at {path}. Sweeps lie in sweeps/, for example sweeps/quick.yaml.")
@@ -89,7 +97,8 @@ def read_sweep(path: Path) -> SweepSource:
     for key, line in source.repeated_keys():
         raise ExperimentError(f"{path}:{line}: the key {key!r} stands twice; YAML would drop the first.")
     try:
-        return SweepSource(SweepFile.model_validate(content), source)
+        file = SweepFile.model_validate(content)
+        return SweepSource(file.with_fixed(given) if given else file, source)
     except ValidationError as error:
         told = [describe(problem, source) for problem in error.errors()]
         raise ExperimentError("\n".join([f"{path} is not a usable sweep file:", *told])) from None

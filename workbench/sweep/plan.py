@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from emoe_core.errors import did_you_mean
 from workbench.sweep.file import read_sweep
 from workbench.sweep.points import Point, StagePlan, plan_stages
-from workbench.sweep.schema import SweepFile
+from workbench.sweep.schema import Scalar, SweepFile
 from workbench.tracking.runs import DIGEST_TAG, NOTEBOOK_TAG, children, find_parent, search
 from workbench.tracking.store import encode, open_store
 
@@ -39,9 +39,9 @@ class SweepPreview:
     warnings: list[str]
 
 
-def describe_plan(path: Path) -> SweepPreview:
-    """Return what a sweep file would do."""
-    sweep = read_sweep(path)
+def describe_plan(path: Path, given: Mapping[str, Scalar] | None = None) -> SweepPreview:
+    """Return what a sweep file would do; see `read_sweep` for what is given."""
+    sweep = read_sweep(path, given)
     client = open_store()
     parent = find_parent(client, sweep.file.name)
     runs = [] if parent is None else children(client, parent)

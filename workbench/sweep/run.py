@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +30,7 @@ from workbench.sweep.file import read_sweep
 from workbench.sweep.plan import Expectation
 from workbench.sweep.points import Point, StagePlan, plan_stages
 from workbench.sweep.record import SweepRecord
+from workbench.sweep.schema import Scalar
 from workbench.sweep.screen import SweepScreen
 from workbench.tracking.place import server_uri, store_dir
 from workbench.tracking.store import locked, open_store
@@ -75,6 +76,7 @@ class Attempt:
 def run_sweep(
     path: Path,
     *,
+    given: Mapping[str, Scalar] | None = None,
     fresh: bool = False,
     jobs: int | None = None,
     take_over: bool = False,
@@ -87,6 +89,8 @@ def run_sweep(
     ----------
     path : Path
         The sweep file.
+    given : mapping of str to scalar, optional
+        Values in place of what its stages fix; see `read_sweep`.
     fresh : bool
         Start a new parent run and do everything again.
     jobs : int, optional
@@ -109,7 +113,7 @@ def run_sweep(
     if jobs is not None and not 1 <= jobs <= most:
         more = "" if server_uri() else "; more writers than that need an MLflow server (`mlflow server`)"
         raise OptionError(f"--jobs {jobs}: give 1 to {most}{more}.")
-    sweep = read_sweep(path)
+    sweep = read_sweep(path, given)
     plans = plan_stages(sweep, path.parent)
     screen = SweepScreen(console or Console(stderr=True))
     client = open_store()

@@ -23,7 +23,8 @@ A file with a single stage may put these keys beside `name`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -35,6 +36,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from emoe_core.errors import ExperimentError
 
 Scalar = bool | int | float | str | None
 DEFAULT_MEMORY_BYTES = 6_000_000_000  # a run of the embedded model in float32 with its libraries stays below it
@@ -151,6 +154,25 @@ class SweepFile(Strict):
             return data
         outer = {name: data[name] for name in ("name", "description") if name in data}
         return outer | {"stages": [{name: value for name, value in data.items() if name not in outer}]}
+
+    def with_fixed(self, given: Mapping[str, Scalar]) -> SweepFile:
+        """Return the sweep with these values in place of what its stages fix; ExperimentError where none fixes one."""
+        fixed = {name for stage in self.stages for name in stage.fixed}
+        unknown = sorted(set(given) - fixed)
+        if unknown:
+            raise ExperimentError(
+                f"no stage of sweep {self.name!r} fixes {', '.join(unknown)}, so it cannot be set. Fixed are: "
+                f"{', '.join(sorted(fixed)) or 'none'}."
+            )
+        stages = [
+            stage.model_copy(
+                update={"fixed": stage.fixed | {name: value for name, value in given.items() if name in stage.fixed}}
+            )
+            for stage in self.stages
+        ]
+        # Of a path or a hub id its last part.
+        words = [re.sub(r"[^A-Za-z0-9_.]+", "_", str(value).rpartition("/")[2]).strip("_.") for value in given.values()]
+        return self.model_copy(update={"name": "-".join([self.name, *words]), "stages": stages})
 
 
 def distinct(values: list[Scalar]) -> list[Scalar]:
