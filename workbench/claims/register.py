@@ -6,9 +6,10 @@
         sweep: quick                  # recorded in results/quick.runs.parquet
         where: {budget: "40%", tolerance: 0.0}      # parameters that pick its runs, all of them if left out
         metric: memory_ratio          # of each run; or a cell of a recorded table:
-        # table: summary
+        # table: caches
         # row: {policy: lru}
         # column: hit_rate
+        # pooled: "drop 50%"          # the metric of this configuration over the prompts of all runs (`pooled`)
         shown: ".0%"                  # a format, if not as tables show the metric
         machine: any                  # or quiet: a clock's, on a machine that does nothing else; or gpu
         within: 0.05                  # how far a rerun's value may be from it, relative
@@ -18,14 +19,14 @@
     open:
       fig-12: {says: "Whether ...", command: "emoe sweep sweeps/paper.yaml", minutes: 60}
 
-A claim's value is that of its run; of several (seeds, models) their mean, beside their range.
+A claim's value is that of its run, beside its interval; of several runs their mean, beside their range.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from emoe_core.errors import ExperimentError, require_known
+from workbench.claims.pooled import PROMPTS, SUMMARY, Tables, pooled_row
 from workbench.metrics.show import show
 from workbench.sweep.schema import Scalar
 from workbench.sweep.yaml_file import read_yaml
@@ -50,8 +52,11 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
+NOTEBOOK = "notebook"
+
+
 class Picked(BaseModel):
-    """Recorded runs of a sweep that have some parameters."""
+    """Recorded runs of a sweep that have some parameters; ``notebook`` counts as one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     sweep: str
@@ -60,10 +65,19 @@ class Picked(BaseModel):
     def runs(self, results: Results) -> list[RecordedRun]:
         """Return them; ExperimentError where none was recorded."""
         recorded = [run for run in results(self.sweep).runs if run.status == "FINISHED"]
-        found = [run for run in recorded if has(run.parameters, self.where)]
+        found = [run for run in recorded if has({NOTEBOOK: run.notebook, **run.parameters}, self.where)]
         if not found:
             raise ExperimentError(f"the results of sweep {self.sweep!r} have no run with {self.where}.")
         return found
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number and what it scatters between: its interval over prompts, or range over runs; NaN where not known."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
 
 
 class Claim(Picked):
@@ -74,6 +88,7 @@ class Claim(Picked):
     table: str = ""
     row: dict[str, Scalar] = Field(default_factory=dict)
     column: str = ""
+    pooled: str = ""
     shown: str = ""
     machine: Literal["any", "quiet", "gpu"] = "any"
     within: float = Field(ge=0)
@@ -83,8 +98,8 @@ class Claim(Picked):
 
     @model_validator(mode="after")
     def _names_one_value(self) -> Claim:
-        if bool(self.metric) == bool(self.table and self.column):
-            raise ValueError("give a metric, or table, row and column")
+        if bool(self.metric) == bool(self.table and self.column) or (self.pooled and not self.metric):
+            raise ValueError("give a metric, or table, row and column; pooled goes with a metric")
         return self
 
     @field_validator("holds")
@@ -99,12 +114,29 @@ class Claim(Picked):
         """The metric or the column: what the catalogue knows it by."""
         return self.metric or self.column
 
-    def value_of(self, run: RecordedRun) -> float:
-        """Return the claimed value of one run; NaN where the run has none."""
-        return self.value_in(run.metrics, run.tables)
+    @property
+    def source(self) -> str:
+        """What of a run the value is, for people."""
+        if self.pooled:
+            return f"`{self.metric}` of {self.pooled!r} over the prompts of all its runs"
+        return f"`{self.metric}`" if self.metric else f"`{self.column}` of table `{self.table}` where {self.row}"
 
-    def value_in(self, metrics: Mapping[str, float], tables: Mapping[str, Any]) -> float:
-        """Return the claimed value among metrics and tables; NaN where there is none."""
+    def tables_needed(self) -> list[str]:
+        """Return the names of a run's tables that the value is made of."""
+        return [SUMMARY, PROMPTS] if self.pooled else [self.table] if self.table else []
+
+    def value_of(self, runs: Sequence[tuple[Mapping[str, float], Tables]]) -> Value:
+        """Return the claimed value of runs, given the metrics and tables of each; NaN where one has it not."""
+        if self.pooled:
+            row = pooled_row([tables for _, tables in runs], self.pooled)
+            return Value(*(float(row.get(self.metric + end, math.nan)) for end in ("", "_low", "_high")))
+        values = [self._value_in(metrics, tables) for metrics, tables in runs]
+        mean = math.fsum(values) / len(values)
+        if len(values) > 1:
+            return Value(mean, min(values), max(values))
+        return Value(mean, *(runs[0][0].get(self.metric + end, math.nan) for end in ("_low", "_high")))
+
+    def _value_in(self, metrics: Mapping[str, float], tables: Tables) -> float:
         if self.metric:
             return float(metrics.get(self.metric, math.nan))
         table = tables.get(self.table)
@@ -120,11 +152,10 @@ class Claim(Picked):
             When nothing was, or a run lacks the value.
         """
         runs = self.runs(results)
-        values = [self.value_of(run) for run in runs]
-        if any(math.isnan(value) for value in values):
-            lacking = next(run for run, value in zip(runs, values, strict=True) if math.isnan(value))
-            raise ExperimentError(f"the recorded run {lacking.name!r} of sweep {self.sweep!r} has no {self.name!r}.")
-        return Found(self, tuple(runs), tuple(values))
+        value = self.value_of([(run.metrics, run.tables) for run in runs])
+        if math.isnan(value.value):
+            raise ExperimentError(f"a recorded run of sweep {self.sweep!r} with {self.where} has no {self.name!r}.")
+        return Found(self, tuple(runs), value)
 
     def text(self, value: float) -> str:
         """Return a value as people read it."""
@@ -133,27 +164,22 @@ class Claim(Picked):
 
 @dataclass(frozen=True)
 class Found:
-    """A claim, its recorded runs and their values."""
+    """A claim, its recorded runs and its value."""
 
     claim: Claim
     runs: tuple[RecordedRun, ...]
-    values: tuple[float, ...]
-
-    @property
-    def value(self) -> float:
-        """The mean over its runs."""
-        return math.fsum(self.values) / len(self.values)
+    value: Value
 
     @property
     def text(self) -> str:
         """The value as people read it."""
-        return self.claim.text(self.value)
+        return self.claim.text(self.value.value)
 
     @property
     def range_text(self) -> str:
-        """The values' range as people read it, empty for a single run."""
-        low, high = min(self.values), max(self.values)
-        return f"{self.claim.text(low)} to {self.claim.text(high)}" if len(self.values) > 1 else ""
+        """What the value scatters between, as people read it; empty where nothing is known."""
+        low, high = self.value.low, self.value.high
+        return "" if math.isnan(low) or math.isnan(high) else f"{self.claim.text(low)} to {self.claim.text(high)}"
 
     @property
     def verdict(self) -> str:
@@ -161,7 +187,7 @@ class Found:
         if not self.claim.holds:
             return ""
         compare, limit = _comparison(self.claim.holds)
-        return "holds" if compare(self.value, limit) else "failed"
+        return "holds" if compare(self.value.value, limit) else "failed"
 
     @property
     def sentence(self) -> str:
@@ -182,10 +208,20 @@ class Column(BaseModel):
 
 
 class Rows(Picked):
-    """A table that pages show: a row for each recorded run, or for each row of a recorded table."""
+    """A table of pages: a row for each recorded run, each row of a table of theirs, or each label of all together."""
 
     columns: list[Column] = Field(min_length=1)
     table: str = ""
+    pooled: bool = False
+    labels: list[str] = Field(default_factory=list)
+
+
+class Drawn(Picked):
+    """A figure of the paper, drawn from recorded runs over the prompts of all of them."""
+
+    title: str
+    figure: Literal["memory", "interval"]
+    labels: list[str] = Field(default_factory=list)
 
 
 class Open(BaseModel):
@@ -203,6 +239,7 @@ class Register(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     claims: dict[str, Claim] = Field(default_factory=dict)
     tables: dict[str, Rows] = Field(default_factory=dict)
+    figures: dict[str, Drawn] = Field(default_factory=dict)
     open: dict[str, Open] = Field(default_factory=dict)
 
     def claim(self, name: str) -> Claim:

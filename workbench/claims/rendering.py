@@ -4,7 +4,7 @@ In a page's text, ``<!--KIND NAME-->...<!--/-->`` holds what is rendered; in bet
 
 * ``claim NAME``: a claim's value, as a link to its entry on the page of claims;
 * ``range NAME``: the range of a claim's runs;
-* ``table NAME``: a table of the register;
+* ``table NAME``, ``figure NAME``: a table or figure of the register, with its data;
 * ``recorded SWEEP``: when, by which commit and on what machine a sweep was recorded;
 * ``claims all``, ``open all``, ``artifact all``: every claim, what is still open, and what an evaluator needs to know.
 
@@ -23,6 +23,8 @@ from typing import Any
 
 from emoe_core.errors import ExperimentError
 from emoe_core.files import write_whole
+from workbench.claims.gallery import shown_figure
+from workbench.claims.pooled import pooled_summary
 from workbench.claims.register import Column, Found, Register, Results, Rows
 from workbench.claims.verdicts import Verdict
 from workbench.metrics.show import show
@@ -125,8 +127,12 @@ def _table(name: str, source: Source, file: Path) -> str:
 
 
 def _cells(rows: Rows, results: Results) -> list[list[str]]:
-    made = []
-    for run in rows.runs(results):
+    made: list[list[str]] = []
+    runs = rows.runs(results)
+    if rows.pooled:
+        summary = pooled_summary([run.tables for run in runs], rows.labels)
+        return [[_cell(column, row, row) for column in rows.columns] for row in summary.to_dict("records")]
+    for run in runs:
         if not rows.table:
             made.append([_cell(column, run.parameters, run.metrics) for column in rows.columns])
             continue
@@ -157,6 +163,13 @@ def _shown(column: Column, value: float) -> str:
     return format(value, column.shown) if column.shown else show(column.metric, value)
 
 
+def _figure(name: str, source: Source, file: Path) -> str:
+    if name not in source.register.figures:
+        raise ExperimentError(f"the register has no figure {name!r}.")
+    item = source.register.figures[name]
+    return f"\n{shown_figure(name, item)}: {provenance(item.runs(source.results))}\n"
+
+
 def _recorded(name: str, source: Source, file: Path) -> str:
     return provenance(source.results(name).runs)
 
@@ -169,15 +182,15 @@ def _claims(name: str, source: Source, file: Path) -> str:
 def _entry(name: str, found: Found, source: Source) -> str:
     claim = found.claim
     holds = {"holds": f" Claimed: {claim.holds}; it holds.", "failed": f" Claimed: {claim.holds}; **it failed.**"}
-    spread = f" From {found.range_text} over {len(found.runs)} runs." if found.range_text else ""
+    scattered = "the 95% interval over prompts is" if claim.pooled or len(found.runs) == 1 else "its runs lie within"
+    spread = f" ({scattered} {found.range_text})" if found.range_text else ""
     verdict = source.verdicts.get(name)
     settings = ", ".join(f"{key} {value}" for key, value in claim.where.items())
-    picked = f"`{claim.metric}`" if claim.metric else f"`{claim.column}` of table `{claim.table}`, {claim.row}"
     runs = ", ".join(f"`{run.run_id[:8]}`" for run in found.runs)
     lines = [
         f'<a id="{name}"></a>\n### {name}',
         f"{found.sentence}{spread}{holds.get(found.verdict, '')}",
-        f"- {picked} of {'run' if len(found.runs) == 1 else 'runs'} {runs} of sweep `{claim.sweep}`"
+        f"- {claim.source}, {'run' if len(found.runs) == 1 else 'runs'} {runs} of sweep `{claim.sweep}`"
         f"{f' ({settings})' if settings else ''}: {provenance(found.runs)}",
         f"- again: `emoe reproduce {name}`; about {_minutes(found)} and {claim.gb:g} GB of disk; a rerun may differ by "
         f"{claim.within:.0%}{_needs(claim.machine)}",
@@ -223,6 +236,7 @@ _KINDS: dict[str, Callable[[str, Source, Path], str]] = {
     "claim": _claim,
     "range": _range,
     "table": _table,
+    "figure": _figure,
     "recorded": _recorded,
     "claims": _claims,
     "open": _open,

@@ -6,12 +6,14 @@ else that the run recorded is judged as `emoe verify` does, and told, but decide
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from emoe_core.errors import ExperimentError
 from workbench.claims.register import Claim, Found, Results
 from workbench.claims.verdicts import NOT, REPRODUCED, WITHIN, Verdict
 from workbench.compare.verify.plan import plan_rerun
@@ -22,6 +24,7 @@ from workbench.tracking.record import RunRecord
 from workbench.tracking.runs import RECORDED_TAG, search
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow.tracking import MlflowClient
 
     from workbench.tracking.recorded import RecordedRun
@@ -72,18 +75,22 @@ def reproduce(
 
 def judge(found: Found, again: Iterable[RunRecord]) -> Verdict:
     """Return how far the value of reruns is from the recorded one."""
-    claim, values = found.claim, []
-    for run in again:
-        tables = {claim.table: run.table(claim.table)} if claim.table and run.status == "FINISHED" else {}
-        values.append(claim.value_in(run.metrics, tables) if run.status == "FINISHED" else math.nan)
-    value = math.fsum(values) / len(values)
-    off = abs(value - found.value)
-    same = value == found.value
-    word = REPRODUCED if same else WITHIN if off <= claim.within * abs(found.value) else NOT
+    claim, runs = found.claim, list(again)
+    value, recorded = math.nan, found.value.value
+    if all(run.status == "FINISHED" for run in runs):
+        with contextlib.suppress(ExperimentError):  # a table that is not there any more: not reproduced
+            value = claim.value_of([(run.metrics, _tables(run, claim)) for run in runs]).value
+    off = abs(value - recorded)
+    word = REPRODUCED if value == recorded else WITHIN if off <= claim.within * abs(recorded) else NOT
     here = describe_environment()
     machine = f"{here.cores} cores of {here.cpu}"
     known = None if math.isnan(value) else value
     return Verdict(word, known, f"{datetime.now(UTC):%Y-%m-%d}", here.commit or "unknown", machine)
+
+
+def _tables(run: RunRecord, claim: Claim) -> dict[str, pd.DataFrame]:
+    found = {name: run.table(name) for name in claim.tables_needed()}
+    return {name: table for name, table in found.items() if table is not None}
 
 
 def _run_again(client: MlflowClient, run: RecordedRun, tell: Callable[[str], object]) -> RunRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -65,12 +66,12 @@ def results(tmp_path: Path) -> Results:
 
 def test_a_claim_s_value_is_the_mean_of_its_runs_beside_their_range(results: Results) -> None:
     found = claim(shown=".0%", holds=">= 0.6").found(results)
-    assert (found.value, found.text, found.range_text, found.verdict) == (0.5, "50%", "25% to 75%", "failed")
+    assert (found.value.value, found.text, found.range_text, found.verdict) == (0.5, "50%", "25% to 75%", "failed")
     assert found.sentence == "The share is 50%."
     alone = claim(where={"budget": "60%"}, holds="== 0.5").found(results)
-    assert (alone.value, alone.range_text, alone.verdict) == (0.5, "", "holds")
+    assert (alone.value.value, alone.range_text, alone.verdict) == (0.5, "", "holds")
     cell = claim(metric="", table="by", row={"policy": "fifo"}, column="hits", where={"seed": 3}).found(results)
-    assert cell.value == 0.25
+    assert cell.value.value == 0.25
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,7 @@ def test_a_claim_s_value_is_the_mean_of_its_runs_beside_their_range(results: Res
     [
         ({"where": {"budget": "10%"}}, "have no run with"),
         ({"metric": "none"}, "has no 'none'"),
+        ({"pooled": "drop 50%"}, "has no tables 'summary' and 'requests'"),
         ({"metric": "", "table": "by", "row": {}, "column": "hits"}, "has no 'hits'"),
         ({"sweep": "other"}, "holds no results of a sweep 'other'"),
     ],
@@ -87,7 +89,41 @@ def test_a_claim_without_its_runs_or_value_is_refused(results: Results, changes:
         claim(**changes).found(results)
 
 
-@pytest.mark.parametrize("entry", [{"metric": ""}, {"holds": "about 3"}, {"within": -1}, {"extra": 1}])
+def test_prompts_of_all_seeds_are_taken_together(tmp_path: Path) -> None:
+    runs = []
+    for seed, losses in enumerate(([0.0, 0.2], [0.4, 0.6])):
+        prompts = pd.DataFrame({"label": ["drop 50%"] * 2 + ["other"] * 2, "log_ratio_nats": losses * 2})
+        requests = prompts.assign(output_tokens=10, kl_nats=prompts["log_ratio_nats"] / 2, top1_agreement=0.5)
+        summary = pd.DataFrame(
+            {"label": ["drop 50%", "other"], "budget": "50%", "perplexity_ratio": -1.0, "hits": seed}
+        )
+        tables = {"summary": summary, "requests": requests}
+        runs.append(RecordedRun(f"{seed:032x}", "run", "FINISHED", 0, 1, {"seed": str(seed)}, tables=tables))
+    write_results(SweepResults("dummy", "", runs), tmp_path)
+    found = claim(where={}, metric="kl_nats", pooled="drop 50%").found(Results(tmp_path))
+    assert found.value.value == pytest.approx(0.15)
+    ratio = claim(where={}, metric="perplexity_ratio", pooled="drop 50%").found(Results(tmp_path))
+    assert ratio.value.value == pytest.approx(math.exp(0.3)) and len(ratio.runs) == 2
+    alone = claim(where={"seed": 1}, metric="perplexity_ratio", pooled="other").found(Results(tmp_path))
+    assert alone.value.value == pytest.approx(math.exp(0.5))
+    columns = [{"title": "budget", "param": "budget"}, {"title": "ratio", "metric": "perplexity_ratio", "shown": ".3f"}]
+    table = {"sweep": "dummy", "pooled": True, "labels": ["drop 50%"], "columns": columns}
+    source = Source(Register.model_validate({"tables": {"t": table}}), Results(tmp_path), {})
+    assert "| 50% | 1.350 |" in rendered("<!--table t--><!--/-->", source, tmp_path / "p.md")
+    with pytest.raises(ExperimentError, match="labelled 'none'"):
+        claim(where={}, metric="kl_nats", pooled="none").found(Results(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"metric": ""},
+        {"metric": "", "pooled": "a", "table": "b", "column": "c"},
+        {"holds": "about 3"},
+        {"within": -1},
+        {"extra": 1},
+    ],
+)
 def test_what_a_register_does_not_know_is_told_with_its_place(tmp_path: Path, entry: dict[str, Any]) -> None:
     file = tmp_path / "claims.yaml"
     file.write_text(yaml.safe_dump({"claims": {"one": SIMPLE | entry}}))
