@@ -15,7 +15,7 @@ run: $(READY)
 	$(BIN)/emoe model build
 	$(BIN)/emoe data prepare
 	@# The report also shows failed runs, so it is written either way; the exit code is the sweep's.
-	$(BIN)/emoe sweep $(SWEEP); code=$$?; $(BIN)/emoe report --hints && exit $$code
+	$(BIN)/emoe sweep $(SWEEP); code=$$?; $(BIN)/emoe results import && $(BIN)/emoe report --hints && exit $$code
 
 # Processes of one thread each, kernels and what they start included: threads of one process wait for each other at every
 # product, and where a core is taken away they wait long. One process more than two cores need, since many tests wait. Whole
