@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from emoe_core.errors import IntegrationError, UnsupportedFamilyError
+from emoe_core.experts import trace
 from emoe_core.experts.compute import LeasedExperts
 from emoe_core.experts.dispatch import attached_to
 from emoe_core.experts.rerouting import DROP, Rerouted, reroute
@@ -141,7 +142,8 @@ class LayerHandle:
         self._count(wanted, demand, active, absent, rerouted, real)
         if self._session.recorder is not None:
             replaced = None if rerouted is None else rerouted.replaced
-            self._session.recorder.layer(self.layer, chosen, scores[0], served, absent, replaced)
+            became = trace.DROP if dropping else trace.REROUTE
+            self._session.recorder.layer(self.layer, chosen, scores[0], served, absent, replaced, became)
 
         # 4. Lease: experts that are needed stay until they are computed; what is missing still is read meanwhile.
         with self._loader.lease(self.layer, needed or [int(chosen.flatten()[0])]) as lease:
