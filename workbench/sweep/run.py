@@ -176,8 +176,8 @@ class _Sweep:
         drift = self.record.mark_drift(plans)
         if drift is not None and abs(drift[1]) > DRIFT_LIMIT:
             self.screen.say(
-                f"[yellow]The machine drifted: {drift[0]} of the control moved by {drift[1]:+.1%} from its first to its "
-                "last run.[/] --fresh times all again."
+                f"[yellow]The machine drifted: {drift[0]} of the control moved by {drift[1]:+.1%} from its first to "
+                "its last run.[/] --fresh times all again."
             )
 
     def _parts(self, plans: Sequence[StagePlan]) -> list[Part]:
