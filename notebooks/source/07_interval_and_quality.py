@@ -97,7 +97,7 @@ found.log(
 #
 # 25 November 2026, model `reference`, 50% of experts, tolerance 1, decayed frequency warmed with 60 prompts, one plan
 # kept for p prompts (`replan="interval"`), 48 test prompts a stream, 24 tokens each, float32, seed 0. Not yet the full
-# settings of `sweeps/paper.yaml` (120 prompts, p up to 80, both models).
+# settings of `sweeps/paper/` (three seeds, both models, beside the bounds).
 #
 # | stream | p | perplexity ratio (95%) | KL, nats | token hit rate | MB a prompt | predicting, swapping: time |
 # |---|---|---|---|---|---|---|

@@ -108,7 +108,7 @@ found.log(
 # ## Measured
 #
 # 25 November 2026, 24 test prompts of six tasks, 24 tokens each, seed 0, float32, predictors warmed with 60 prompts of
-# the profile split, p = 1, tolerance 1. Not yet the full settings of `sweeps/paper.yaml`. Perplexity ratio (95%
+# the profile split, p = 1, tolerance 1. Not yet the full settings of `sweeps/paper/`. Perplexity ratio (95%
 # interval over prompts); KL in nats per token.
 #
 # | model, stream | kept | decayed frequency | random subset | oracle | experts in fewer bits |
