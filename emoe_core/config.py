@@ -11,6 +11,7 @@ from emoe_core.budget import Budget
 from emoe_core.checkpoint.index import EXPERT_DTYPES, parse_dtype
 from emoe_core.device import KINDS, Device
 from emoe_core.errors import OptionError, require_known
+from emoe_core.experts.rerouting import DROP, ON_MISS, REROUTE
 from emoe_core.loader.eviction import LRU, require_policy
 from emoe_core.loader.slots import Policy
 from emoe_core.loader.storage import VERIFY
@@ -30,6 +31,9 @@ class EngineConfig:
         all experts, or as few as ``max_quality_loss`` allows.
     tolerance : float
         Miss tolerance in [0, 1]: 0 is exact, 1 the paper's eMoE.
+    on_miss : str
+        What becomes of absent experts that the tolerance lets go: "reroute" gives their places to residents, "drop"
+        leaves them empty (`rerouting.py`). A control rather than a way to serve: it loses far more.
     cache_bias : float
         0 is off. Above: an absent expert is replaced only where an available one comes close enough, this share of the
         spread of the router's values (`rerouting.outranked`), and the loss is within the tolerance; else it is loaded.
@@ -75,6 +79,7 @@ class EngineConfig:
 
     budget: str | int | float | None = None
     tolerance: float = 0.0
+    on_miss: str = REROUTE
     cache_bias: float = 0.0
     predictor: str | PredictorFactory | None = FREQUENCY
     predictor_path: Path | None = None
@@ -109,9 +114,15 @@ class EngineConfig:
             raise OptionError(
                 "cache_bias only matters where experts may be replaced: give a tolerance, 1.0 for no limit"
             )
+        if self.cache_bias and self.on_miss == DROP:
+            raise OptionError('cache_bias asks who could take a place: leave it out, or on_miss="drop"')
         if self.max_quality_loss is not None:
             if self.tolerance:
                 raise OptionError("give a tolerance or max_quality_loss, not both: the target chooses the tolerance")
+            if self.on_miss != REROUTE:
+                raise OptionError(
+                    "max_quality_loss knows what rerouting loses, not what dropping does: leave on_miss out"
+                )
             if self.profile is None:
                 raise OptionError(
                     "max_quality_loss needs a task profile of this model: measure one with `emoe model profile MODEL` "
@@ -119,6 +130,7 @@ class EngineConfig:
                 )
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
             raise OptionError(f"interval is {self.interval!r}: predict every 1 or more requests, 40 being the paper's")
+        require_known(self.on_miss, ON_MISS, "on_miss")
         require_known(self.replan, REPLANS, "replan")
         require_known(self.verify, VERIFY, "verify")
         require_known(self.expert_dtype, EXPERT_DTYPES, "expert_dtype")

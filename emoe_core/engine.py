@@ -6,7 +6,7 @@
 
 `Engine.model` is the stock transformers model; calling it or its ``generate`` directly works, each row then being an
 anonymous request of unknown task. What is not resident is loaded (tolerance 0: bit-identical to stock eager) or
-replaced by resident experts (tolerance > 0). The engine runs one forward pass at a time.
+replaced by resident experts or dropped (tolerance > 0). The engine runs one forward pass at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from emoe_core.device.cpu_memory import bound_kernel_caches, trim_during_prompts
 from emoe_core.errors import OptionError, UnsupportedFamilyError
 from emoe_core.experts import dispatch
 from emoe_core.experts.attach import Attached, attach_layers, infer_only, refuse_misuse
+from emoe_core.experts.rerouting import DROP
 from emoe_core.experts.trace import RoutingTrace, TraceRecorder
 from emoe_core.footprint import MemoryBreakdown, memory_breakdown
 from emoe_core.generation import load_tokenizer
@@ -80,7 +81,7 @@ def load(checkpoint: str | Path, *, progress: Progress | None = None, **options:
 
 
 # What `Engine.restart` changes: nothing that weights, files or slots depend on.
-RESTARTABLE = ("tolerance", "cache_bias", "interval", "replan")
+RESTARTABLE = ("tolerance", "on_miss", "cache_bias", "interval", "replan")
 
 
 class Engine:
@@ -107,7 +108,7 @@ class Engine:
             self.control = self._new_control(predictor)
             self.recorder = TraceRecorder(len(layers), self._most_experts) if config.record else None
             self.passes = ForwardPasses(
-                self.loader, self.control, self.recorder, self._miss_tolerance(), config.cache_bias
+                self.loader, self.control, self.recorder, self._miss_tolerance(), config.on_miss, config.cache_bias
             )
             dispatch.register()
             with short_of_memory(self._device, "the model beside its experts", index.dense_bytes_total):
@@ -124,7 +125,7 @@ class Engine:
     @property
     def reroutable(self) -> bool:
         """Whether a tolerance above 0 can be served."""
-        return self._attached.exact_only is None
+        return self._lossy(self.config)
 
     def generate(
         self,
@@ -165,7 +166,7 @@ class Engine:
         self.config, self.tolerance = config, config.tolerance
         self.loader.empty(self._new_table())
         self.control = self._new_control(self._new_predictor())
-        self.passes.restart(self.control, self._miss_tolerance(), config.cache_bias)
+        self.passes.restart(self.control, self._miss_tolerance(), config.on_miss, config.cache_bias)
         self.forget_trace()
 
     def load_all(self) -> None:
@@ -222,6 +223,7 @@ class Engine:
             dense_bytes=self.index.dense_bytes_total,
             top_k_share=self.plan.top_k_share,
             tolerance=self.tolerance,
+            on_miss=self.config.on_miss,
             policy=policy_name(self.config.policy),
             predictor=NO_PREDICTOR if self.control.predictor is None else self.control.predictor.name,
             interval=self.config.interval,
@@ -229,7 +231,9 @@ class Engine:
             storage=self.loader.storage.description,
             requests_served=self.control.finished,
             compute=self._compute,
-            rerouting="by its rule" if self.reroutable else f"exact only: {self._attached.exact_only}",
+            rerouting="by its rule"
+            if self._attached.exact_only is None
+            else f"exact only: {self._attached.exact_only}",
             extra={"prediction_s": self.control.prediction_s, "cache_bias": self.config.cache_bias},
         )
 
@@ -335,12 +339,16 @@ class Engine:
         infer_only(self.model)
         refuse_misuse(self.model)
 
+    def _lossy(self, config: EngineConfig) -> bool:
+        """Say whether choices can be given up: dropping needs no routing rule."""
+        return self._attached.exact_only is None or config.on_miss == DROP
+
     def _require_reroutable(self, config: EngineConfig) -> None:
         profile = self.control.profile
         skips = profile is not None and not all(all(task.sensitive) for task in profile.tasks.values())
         skips = skips or bool(config.max_quality_loss)
-        if not self.reroutable and (skips or config.tolerance > 0):
+        if not self._lossy(config) and (skips or config.tolerance > 0):
             raise UnsupportedFamilyError(
-                f"{self.index.model_type} is served exactly only: {self._attached.exact_only}. Load with tolerance=0 "
-                f"and no profile."
+                f"{self.index.model_type} cannot be rerouted: {self._attached.exact_only}. Load with tolerance=0 and "
+                f'no profile, or with on_miss="drop".'
             )

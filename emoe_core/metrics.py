@@ -10,8 +10,10 @@ load
     A lookup whose expert was fetched because the layer needed it (on demand).
 reroute
     A lookup whose expert stayed absent: every token that chose it was served by resident experts instead.
+drop
+    A lookup whose expert stayed absent, and nobody took its place (`on_miss="drop"`).
 miss
-    A load or a reroute.
+    A load, a reroute or a drop.
 prefetch
     An expert brought in by the planner or at warm start, outside any lookup.
 wasted
@@ -22,8 +24,9 @@ stall
 
 Identities (checked by :meth:`Counters.check` and in the tests)
 ----------------------------------------------------------------
-* ``hits + loads + reroutes == lookups`` and ``misses == loads + reroutes``, in a pass that died midway as well
-* ``token_hits + token_loads + token_reroutes == token_lookups`` (one per token and choice)
+* ``hits + loads + reroutes + drops == lookups`` and ``misses == loads + reroutes + drops``, in a pass that died midway
+  as well
+* ``token_hits + token_loads + token_reroutes + token_drops == token_lookups`` (one per token and choice)
 * ``bytes_loaded == (loads + prefetches) * record_bytes`` when all records are of one size, failed reads included
 * ``wasted_bytes <= bytes_loaded``
 
@@ -44,10 +47,12 @@ class Counters:
     hits: int = 0
     loads: int = 0
     reroutes: int = 0
+    drops: int = 0
     token_lookups: int = 0
     token_hits: int = 0
     token_loads: int = 0
     token_reroutes: int = 0
+    token_drops: int = 0
     prefetches: int = 0
     evictions: int = 0
     bytes_loaded: int = 0
@@ -61,7 +66,7 @@ class Counters:
     @property
     def misses(self) -> int:
         """Lookups that found their expert absent."""
-        return self.loads + self.reroutes
+        return self.loads + self.reroutes + self.drops
 
     @property
     def hit_rate(self) -> float:
@@ -75,8 +80,9 @@ class Counters:
 
     def check(self) -> None:
         """Raise AssertionError when an identity of the contract does not hold."""
-        assert self.hits + self.loads + self.reroutes == self.lookups, self
-        assert self.token_hits + self.token_loads + self.token_reroutes == self.token_lookups, self
+        assert self.hits + self.misses == self.lookups, self
+        tokens = self.token_hits + self.token_loads + self.token_reroutes + self.token_drops
+        assert tokens == self.token_lookups, self
         assert self.wasted_bytes <= self.bytes_loaded, self
         assert all(getattr(self, item.name) >= 0 for item in fields(self)), self
 
@@ -103,6 +109,7 @@ class RunStats:
     dense_bytes: int
     top_k_share: float
     tolerance: float
+    on_miss: str
     policy: str
     predictor: str
     interval: int

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from emoe_core.errors import IntegrationError
+from emoe_core.experts.rerouting import REROUTE
 from emoe_core.experts.step import StepContext
 from emoe_core.experts.trace import TraceRecorder
 from emoe_core.loader.loader import ExpertLoader
@@ -45,6 +46,8 @@ class ForwardPasses:
     recorder : TraceRecorder or None
         Told when a pass ends.
     tolerance : MissTolerance
+    on_miss : str
+        What becomes of absent experts that the tolerance lets go: "reroute" or "drop" (`rerouting.py`).
     cache_bias : float
         Bonus of available experts that decides who may be replaced; 0 is off.
 
@@ -60,9 +63,11 @@ class ForwardPasses:
         control: ControlLoop,
         recorder: TraceRecorder | None,
         tolerance: MissTolerance,
+        on_miss: str = REROUTE,
         cache_bias: float = 0.0,
     ) -> None:
         self.recorder = recorder
+        self.on_miss = on_miss
         self.cache_bias = cache_bias
         self.step: StepContext | None = None
         self.timeline: Timeline | None = None
@@ -95,9 +100,9 @@ class ForwardPasses:
         if self._seated:
             raise IntegrationError("this engine answers one batch at a time: finish it, or load a second engine")
 
-    def restart(self, control: ControlLoop, tolerance: MissTolerance, cache_bias: float) -> None:
-        """Go on with another control loop and other tolerances; no request may be running."""
-        self.cache_bias = cache_bias
+    def restart(self, control: ControlLoop, tolerance: MissTolerance, on_miss: str, cache_bias: float) -> None:
+        """Go on with another control loop and another answer to misses; no request may be running."""
+        self.on_miss, self.cache_bias = on_miss, cache_bias
         self._control, self._tolerance, self._seated = control, tolerance, []
 
     def tolerances(self, layer: int, step: StepContext | None) -> list[float]:

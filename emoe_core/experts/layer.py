@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import torch
 
 from emoe_core.errors import IntegrationError, UnsupportedFamilyError
+from emoe_core.experts import trace
 from emoe_core.experts.compute import LeasedExperts
 from emoe_core.experts.dispatch import attached_to
-from emoe_core.experts.rerouting import Rerouted, reroute
+from emoe_core.experts.rerouting import DROP, Rerouted, reroute
 from emoe_core.experts.router import WatchedRouter
 from emoe_core.experts.routing_rules import Choice
 from emoe_core.experts.step import StepContext
@@ -38,6 +39,7 @@ class Session(Protocol):
 
     step: StepContext | None
     recorder: TraceRecorder | None
+    on_miss: str
     cache_bias: float
 
     def tolerances(self, layer: int, step: StepContext | None) -> list[float]:
@@ -112,7 +114,8 @@ class LayerHandle:
         rows = self._session.tolerances(self.layer, step)
         lossy = any(tolerance > 0 for tolerance in rows)
         asked = [weights] if lossy or self._session.recorder is not None else []
-        asked += [logits] if lossy and logits is not None else []
+        dropping = self._session.on_miss == DROP
+        asked += [logits] if lossy and logits is not None and not dropping else []
         chosen, *scores = device.to_host(index, *asked)
         real = None if step is None else step.real
         wanted = chosen if real is None else chosen[real]
@@ -124,7 +127,7 @@ class LayerHandle:
         resident = self._loader.table.resident(self.layer)
         absent = [expert for expert in active if expert not in resident]
 
-        # 3. Replace: choices that are missing, by residents, as far as their tokens' tolerances go.
+        # 3. Replace or drop: choices that are missing, as far as their tokens' tolerances go.
         rerouted = None
         if absent and lossy:
             rerouted = self._reroute(rows, chosen, scores, absent, demand, resident, real)
@@ -139,7 +142,8 @@ class LayerHandle:
         self._count(wanted, demand, active, absent, rerouted, real)
         if self._session.recorder is not None:
             replaced = None if rerouted is None else rerouted.replaced
-            self._session.recorder.layer(self.layer, chosen, scores[0], served, absent, replaced)
+            became = trace.DROP if dropping else trace.REROUTE
+            self._session.recorder.layer(self.layer, chosen, scores[0], served, absent, replaced, became)
 
         # 4. Lease: experts that are needed stay until they are computed; what is missing still is read meanwhile.
         with self._loader.lease(self.layer, needed or [int(chosen.flatten()[0])]) as lease:
@@ -174,18 +178,20 @@ class LayerHandle:
         resident: set[int],
         real: torch.Tensor | None,
     ) -> Rerouted | None:
-        """Replace choices as far as the rows' tolerances go; all on the host, ``scores`` being weights and logits."""
-        if self.rule is None or len(scores) < 2:
+        """Give choices up as far as the rows' tolerances go; all on the host, ``scores`` being weights and logits."""
+        dropping = self._session.on_miss == DROP
+        if not dropping and (self.rule is None or len(scores) < 2):
             raise UnsupportedFamilyError(
                 f"MoE layer {self.layer} of this family has a router that no known routing rule explains, so tokens "
-                f"cannot be rerouted: load with tolerance=0 (exact)."
+                f'cannot be rerouted: load with tolerance=0 (exact) or on_miss="drop".'
             )
         # While a layer still has empty slots, filling them is better than replacing: load the most wanted first.
         room = self._loader.table.room(self.layer)
         filling = sorted(absent, key=lambda expert: -demand[expert])[:room]
-        weights, logits = scores
-        choice, present = Choice(logits, weights, index), resident.union(filling)
-        return reroute(choice, present, self.num_experts, rows, self.rule, self._session.cache_bias, real)
+        # Dropping never looks at logits: the weights stand in for them.
+        choice, present = Choice(scores[-1], scores[0], index), resident.union(filling)
+        rule = None if dropping else self.rule
+        return reroute(choice, present, self.num_experts, rows, rule, self._session.cache_bias, real)
 
     def _count(
         self,
@@ -196,7 +202,7 @@ class LayerHandle:
         rerouted: Rerouted | None,
         real: torch.Tensor | None,
     ) -> None:
-        """Count the layer's hits and reroutes, and its tokens; the lease counts each load where it starts."""
+        """Count the layer's hits, reroutes or drops, and its tokens; the lease counts each load where it starts."""
         counters = self._loader.counters
         counters.token_lookups += wanted.numel()
         missed_tokens = sum(demand[expert] for expert in absent)
@@ -207,13 +213,17 @@ class LayerHandle:
             replaced_tokens = int(marks.sum())
             lost = torch.bincount(wanted[marks], minlength=self.num_experts).tolist()
             replaced = {expert: lost[expert] for expert in absent}
-        counters.token_reroutes += replaced_tokens
         counters.token_loads += missed_tokens - replaced_tokens
-        reroutes = sum(1 for expert in absent if replaced.get(expert, 0) == demand[expert])
+        given_up = sum(1 for expert in absent if replaced.get(expert, 0) == demand[expert])
         hits = len(active) - len(absent)
         counters.hits += hits
-        counters.reroutes += reroutes
-        counters.lookups += hits + reroutes
+        counters.lookups += hits + given_up
+        if self._session.on_miss == DROP:
+            counters.drops += given_up
+            counters.token_drops += replaced_tokens
+        else:
+            counters.reroutes += given_up
+            counters.token_reroutes += replaced_tokens
 
 
 def _demand(index: torch.Tensor, num_experts: int) -> list[int]:

@@ -1,12 +1,20 @@
-"""What happens on a miss: whether an absent expert is loaded or replaced, by whom, and with what weight.
+"""What happens on a miss: whether an absent expert is loaded or given up, and who serves in its place.
 
 The experts of a layer get the router's choice only, so a hook keeps the router's logits for the layer's call. A
 `RoutingRule` turns logits into the order in which experts are chosen and into the scores their weights come from; a
-family whose router has no rule is served exactly only.
+family whose router has no rule cannot be rerouted.
 
 Loss of a token = weights of its absent chosen experts / weights of all its chosen experts. The smallest absent
-weights are replaced first, while the loss stays within the tolerance; the rest is loaded. The new weights are the
-scores of the experts used, scaled to the token's original total (the paper's section 3.4 leaves re-weighting open).
+weights are given up first, while the loss stays within the tolerance; the rest is loaded. What becomes of those given
+up is `on_miss`:
+
+reroute
+    The token's next-best available experts take their places. The new weights are the scores of the experts used,
+    scaled to the token's original total (the paper's section 3.4 leaves re-weighting open).
+drop
+    Nobody does: the weights of the experts that are left are scaled to the token's original total. It needs no router
+    logits, hence no rule. A token that gives up all of its experts, which only a tolerance of 1 allows, gets nothing
+    from the layer's routed experts; below 1 it always keeps, or loads, its best one.
 
 A *cache bias* narrows that down: an absent expert is replaced only if it falls out of the token's top-k once available
 experts get a bonus (`outranked`; cache-aware routing, arXiv 2412.00099). It then matters how close a substitute comes,
@@ -23,10 +31,12 @@ import torch
 
 from emoe_core.experts.routing_rules import MINUS_INFINITY, Choice, RoutingRule
 
+REROUTE, DROP = ON_MISS = ("reroute", "drop")
+
 
 @dataclass(frozen=True)
 class Rerouted:
-    """What is served instead: index and weights [T, k], ``replaced`` bool [T, k]."""
+    """What is served instead: index and weights [T, k]; ``replaced`` bool [T, k] marks the choices given up."""
 
     index: torch.Tensor
     weights: torch.Tensor
@@ -38,11 +48,11 @@ def reroute(
     present: Collection[int],
     num_experts: int,
     tolerances: Sequence[float],
-    rule: RoutingRule,
+    rule: RoutingRule | None,
     cache_bias: float = 0.0,
     real: torch.Tensor | None = None,
 ) -> Rerouted | None:
-    """Decide for each token of a layer which of its absent experts are replaced; the others are to be loaded.
+    """Decide for each token of a layer which of its absent experts are given up; the others are to be loaded.
 
     Parameters
     ----------
@@ -54,17 +64,17 @@ def reroute(
         E.
     tolerances : sequence of float
         Of each row of the pass, in [0, 1]; T is a multiple of their number.
-    rule : RoutingRule
-        How logits become order and scores.
+    rule : RoutingRule or None
+        How logits become order and scores; None drops what is given up.
     cache_bias : float
         See `outranked`; 0 is off.
     real : torch.Tensor or None
-        Bool [T], False at padding, which is never rerouted.
+        Bool [T], False at padding, which gives nothing up.
 
     Returns
     -------
     Rerouted or None
-        None when nothing is replaced.
+        None when nothing is given up.
     """
     tokens = choice.index.shape[0]
     if tokens == 1 and cache_bias == 0:
@@ -74,14 +84,18 @@ def reroute(
     missing = ~available[choice.index]
     if real is not None:
         missing &= real.unsqueeze(-1)
-    candidates = missing & outranked(choice, available, cache_bias, rule) if cache_bias > 0 else missing
+    candidates = missing & outranked(choice, available, cache_bias, rule) if rule and cache_bias > 0 else missing
     replace = replaceable(
         choice.weights, candidates, torch.tensor(tolerances).repeat_interleave(tokens // len(tolerances))
     )
     available[choice.index[missing & ~replace]] = True
     # What is loaded for one token serves every other that chose it.
     replace &= ~available[choice.index]
-    return substitute(choice, replace, available, rule) if bool(replace.any()) else None
+    if not bool(replace.any()):
+        return None
+    if rule is None:
+        return drop(choice, replace, int(available.nonzero()[0, 0]))
+    return substitute(choice, replace, available, rule)
 
 
 def replaceable(weights: torch.Tensor, absent: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
@@ -184,7 +198,36 @@ def substitute(choice: Choice, replace: torch.Tensor, available: torch.Tensor, r
     return Rerouted(index, weights, replace)
 
 
-def reroute_token(choice: Choice, present: Collection[int], tolerance: float, rule: RoutingRule) -> Rerouted | None:
+def drop(choice: Choice, marks: torch.Tensor, stand_in: int) -> Rerouted:
+    """Give up the marked choices and let each token's remaining ones carry its original total.
+
+    Parameters
+    ----------
+    choice : Choice
+        The router's decision; its logits are not looked at.
+    marks : torch.Tensor
+        Bool [T, k].
+    stand_in : int
+        An expert that is there: with weight 0, it fills the places of a token that has no expert left. Other places
+        given up name, with weight 0, the first expert that the token keeps.
+    """
+    weights = choice.weights.float()
+    kept = weights.masked_fill(marks, 0.0)
+    left = kept.sum(dim=-1, keepdim=True)
+    scaled = torch.where(left > 0, kept / left * weights.sum(dim=-1, keepdim=True), torch.zeros_like(kept))
+    first = choice.index.gather(1, (~marks).int().argmax(dim=-1, keepdim=True))
+    filler = first.masked_fill(marks.all(dim=-1, keepdim=True), stand_in)
+    touched = marks.any(dim=-1, keepdim=True)
+    return Rerouted(
+        torch.where(marks, filler, choice.index),
+        torch.where(touched, scaled.to(choice.weights.dtype), choice.weights),
+        marks,
+    )
+
+
+def reroute_token(
+    choice: Choice, present: Collection[int], tolerance: float, rule: RoutingRule | None
+) -> Rerouted | None:
     """Do for a single token what `reroute` does for many, without its forty small tensor operations a layer.
 
     Decoding one token meets every layer once, and there operations on a few elements cost more than the experts they
@@ -199,12 +242,13 @@ def reroute_token(choice: Choice, present: Collection[int], tolerance: float, ru
         Experts that are, or are about to be, in slots; at least one.
     tolerance : float
         In [0, 1]; see `rerouting.replaceable`.
-    rule : RoutingRule
+    rule : RoutingRule or None
+        As for `reroute`.
 
     Returns
     -------
     Rerouted or None
-        None when nothing is replaced: every absent expert is to be loaded.
+        None when nothing is given up: every absent expert is to be loaded.
     """
     chosen = choice.index[0].tolist()
     available = set(present)
@@ -214,6 +258,9 @@ def reroute_token(choice: Choice, present: Collection[int], tolerance: float, ru
     marked = [place for place in marked if chosen[place] not in available]
     if not marked:
         return None
+    if rule is None:
+        given_up = [place in marked for place in range(len(chosen))]
+        return drop(choice, torch.tensor([given_up], device=choice.index.device), min(available))
     logits = choice.logits.float()
     values = rule.order(logits)
     order = values[0].tolist()

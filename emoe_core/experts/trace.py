@@ -1,4 +1,4 @@
-"""Routing traces: which experts each token chose, with what weight, which served it, and how (hit, load, reroute).
+"""Routing traces: which experts each token chose, with what weight, which served it, and how (hit, load, reroute, ...).
 
 A trace is a set of equally long columns, one row per (request, token); experts and weights are arrays over
 (row, MoE layer, choice). It rests on disk as one compressed npz file with a format version. Recording is off unless
@@ -29,7 +29,7 @@ COLUMNS = {
     "weight": "float16",
 }
 # How a choice was served, in the terms of `emoe_core/metrics.py`: the values of `RoutingTrace.outcome`.
-HIT, LOAD, REROUTE = range(3)
+HIT, LOAD, REROUTE, DROP = range(4)
 MAX_EXPERTS = 1 << 16
 # Recorded routing packs 2 to 20 times smaller.
 MAX_RATIO = 200
@@ -48,7 +48,7 @@ class RoutingTrace:
     prefill : bool [n]
         Whether the token was part of a prompt.
     chosen, served : uint16 [n, L, k]
-        Experts the router wanted, and those that computed.
+        Experts the router wanted, and those that computed; where a choice was dropped, any, with weight 0.
     weight : float16 [n, L, k]
         Router weights of the chosen experts.
     tasks : dict
@@ -56,7 +56,8 @@ class RoutingTrace:
     experts : int
         E.
     outcome : uint8 [n, L, k] or None
-        How each choice was served: `HIT`, `LOAD` or `REROUTE`. None where nobody knows (a trace made otherwise).
+        How each choice was served: `HIT`, `LOAD`, `REROUTE` or `DROP`. None where nobody knows (a trace made
+        otherwise).
     """
 
     request: np.ndarray
@@ -132,7 +133,7 @@ class RoutingTrace:
         if len(shape) != 3 or {trace.weight.shape, trace.served.shape} != {shape} or by_token != {shape[:1]}:
             raise DataError(f"{path} is damaged: its columns disagree in length. Record it again.")
         if outcome is not None and (
-            outcome.dtype != "uint8" or outcome.shape != shape or (outcome.size and outcome.max() > REROUTE)
+            outcome.dtype != "uint8" or outcome.shape != shape or (outcome.size and outcome.max() > DROP)
         ):
             raise DataError(f"{path} is damaged: its outcomes are not those of its choices. Record it again.")
         if not 0 < trace.experts <= MAX_EXPERTS or not all(shape[1:]):
@@ -169,15 +170,16 @@ class TraceRecorder:
         served: torch.Tensor,
         absent: Sequence[int] = (),
         replaced: torch.Tensor | None = None,
+        became: int = REROUTE,
     ) -> None:
         """Take one layer's choice of the current pass: tensors [tokens, k].
 
-        ``absent`` are the experts that had no slot when the layer was reached, ``replaced`` (bool) the choices that
-        other experts served; what else was absent was loaded.
+        ``absent`` are the experts that had no slot when the layer was reached, ``replaced`` (bool) the choices given
+        up, and ``became`` what they are, `REROUTE` or `DROP`; what else was absent was loaded.
         """
         outcome = np.isin(chosen.cpu().numpy(), list(absent)).astype(np.uint8) * LOAD
         if replaced is not None:
-            outcome[replaced.cpu().numpy()] = REROUTE
+            outcome[replaced.cpu().numpy()] = became
         self._pending[layer] = {
             "chosen": chosen.cpu().numpy().astype(np.uint16),
             "weight": weight.detach().float().cpu().numpy().astype(np.float16),

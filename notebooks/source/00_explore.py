@@ -10,6 +10,7 @@
 model: str = "reference"  # "reference", a checkpoint directory, or a hub id
 budget: str = "40%"  # expert memory: share, bytes ("300MB") or slots per layer ("3 slots")
 tolerance: float = 0.5  # miss tolerance: 0 is exact, 1 replaces every absent expert
+on_miss: str = "reroute"  # what becomes of experts that the tolerance lets go: reroute, or drop
 strategy: str = "frequency"  # who chooses residents: frequency, random, lru (on demand)
 interval: int = 1  # p: predict before every p-th prompt
 replan: str = "interval"  # when to plan: interval or admission

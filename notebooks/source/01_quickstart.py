@@ -11,6 +11,7 @@
 model: str = "reference"  # "reference", "carved", "tiny" (random), a checkpoint directory, or a hub id
 budget: str = "60%"  # expert memory: share, bytes ("300MB") or slots per layer ("3 slots")
 tolerance: float = 1.0  # miss tolerance: 0 is exact, 1 replaces every absent expert
+on_miss: str = "reroute"  # what becomes of experts that the tolerance lets go: reroute, or drop
 strategy: str = "frequency"  # who chooses residents: frequency, random, lru (on demand)
 interval: int = 40  # p: predict before every p-th prompt
 replan: str = "admission"  # when to plan: interval or admission

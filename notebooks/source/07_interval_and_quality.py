@@ -7,13 +7,16 @@
 # task. *Task skipping* uses the task profile: layers that a task is not sensitive to claim no memory and take whatever
 # is resident.
 #
+# The arms: residents chosen by decayed *frequency*, by an *oracle* that knows the prompts to come, or at *random*; and
+# *drop*, a control with frequency's residents, in which the weight of an absent expert goes to those that are there.
+#
 # The defaults check that everything runs; their figures mean nothing. What was measured is at the end.
 
 # %% tags=["parameters"]
 measure: bool = True  # False draws the result that ships with the project, where there is one
 model: str = "tiny"  # "tiny" (random), "reference", "carved", a checkpoint directory, or a hub id
 budget: str = "50%"  # expert memory: share, bytes ("300MB") or slots per layer ("3 slots")
-strategy: str = "frequency"  # who predicts
+arms: str = "frequency,drop"  # comma-separated: who chooses residents (frequency, random, oracle), or drop
 intervals: str = "1,4"  # prediction intervals p, comma-separated
 mixes: str = "sticky"  # orders of tasks: sticky, uniform, comma-separated
 skipping: str = "off"  # task skipping, by the model's profile: off, on, comma-separated
@@ -30,19 +33,21 @@ seed: int = 0
 # %matplotlib inline
 from functools import partial
 
+from emoe_core.predictor import FREQUENCY
 from workbench.paper import figures
 from workbench.paper import interval as report
 from workbench.paper.tables import closing_table, shown
-from workbench.quality.configuration import ExperimentConfig
+from workbench.quality.configuration import ExperimentConfig, arm
 from workbench.quality.variants import measure_variants, variant_metrics
 from workbench.tracking.findings import findings
 from workbench.tracking.parameters import config_from, listed, parameters_of
 
 parameters = parameters_of(globals())
 variants = {
-    f"{mix}, p={p}{', skipping' if skips == 'on' else ''}": config_from(
-        ExperimentConfig, parameters, tolerance=1.0, interval=int(p), mix=mix, skipping=skips == "on"
+    ", ".join([mix, f"p={p}"] + ["skipping"] * (skips == "on") + [name] * (name != FREQUENCY)): arm(
+        config_from(ExperimentConfig, parameters, tolerance=1.0, interval=int(p), mix=mix, skipping=skips == "on"), name
     )
+    for name in listed(arms)
     for mix in listed(mixes)
     for skips in listed(skipping)
     for p in listed(intervals)
@@ -92,7 +97,7 @@ found.log(
 #
 # 25 November 2026, model `reference`, 50% of experts, tolerance 1, decayed frequency warmed with 60 prompts, one plan
 # kept for p prompts (`replan="interval"`), 48 test prompts a stream, 24 tokens each, float32, seed 0. Not yet the full
-# settings of `sweeps/paper.yaml` (120 prompts, p up to 80, both models).
+# settings of `sweeps/paper/` (three seeds, both models, beside the bounds).
 #
 # | stream | p | perplexity ratio (95%) | KL, nats | token hit rate | MB a prompt | predicting, swapping: time |
 # |---|---|---|---|---|---|---|

@@ -2,9 +2,10 @@
 # # Memory against accuracy: eMoE, its bounds, and what others do
 #
 # At each expert budget: who chooses the resident experts (decayed frequency, an activation map as MoE-Infinity keeps, a
-# random subset, and the oracle, which knows every prompt to come), with absent experts replaced (tolerance 1). Beside
-# them all experts in 8 and 4 bits, the other way to save the same memory (Table 3). On demand with LRU eviction loses
-# nothing and costs time: it is timed in fresh processes, in rounds, beside stock transformers.
+# random subset, and the oracle, which knows every prompt to come), with absent experts replaced (tolerance 1). The
+# control *drop* keeps frequency's residents, but the weight of an absent expert goes to those that are there. Beside
+# them all experts in 8 and 4 bits, the other way to save the same memory (Table 3). On demand with LRU eviction (*lru*)
+# loses nothing and costs time: it is timed in fresh processes, in rounds, beside stock transformers.
 #
 # The defaults check that everything runs; their figures mean nothing. What was measured is at the end.
 
@@ -12,7 +13,7 @@
 measure: bool = True  # False draws the result that ships with the project, where there is one
 model: str = "tiny"  # "tiny" (random), "reference", "carved", a checkpoint directory, or a hub id
 budgets: str = "50%"  # expert memory, comma-separated: shares, bytes ("300MB") or slots per layer ("3 slots")
-strategies: str = "frequency,random,oracle"  # who chooses residents, comma-separated
+arms: str = "frequency,drop,random,oracle"  # comma-separated: who chooses residents, drop, or lru
 formats: str = ""  # quantised experts beside them: q8_0, q4_0, comma-separated
 expert_dtypes: str = "auto"  # how the engine holds experts: auto, int8, comma-separated
 interval: int = 1  # p: predict before every p-th prompt
@@ -41,7 +42,7 @@ from IPython.display import display
 from workbench.paper import figures
 from workbench.paper import memory as report
 from workbench.paper.tables import closing_table, shown
-from workbench.quality.configuration import ORACLE, ExperimentConfig
+from workbench.quality.configuration import ORACLE, ExperimentConfig, arm
 from workbench.quality.memory_comparison import Timing, measure_memory_and_accuracy
 from workbench.quality.variants import variant_metrics
 from workbench.tracking.findings import findings
@@ -50,12 +51,12 @@ from workbench.tracking.parameters import config_from, listed, parameters_of
 parameters = parameters_of(globals())
 base = config_from(ExperimentConfig, parameters, tolerance=1.0)
 variants = {
-    f"{strategy} {budget}{'' if kind == 'auto' else f' {kind}'}": replace(
-        base, budget=budget, strategy=strategy, expert_dtype=kind, answers=0 if strategy == ORACLE else answers
+    f"{name} {budget}{'' if kind == 'auto' else f' {kind}'}": replace(
+        arm(base, name), budget=budget, expert_dtype=kind, answers=0 if name == ORACLE else answers
     )
     for kind in listed(expert_dtypes)
     for budget in listed(budgets)
-    for strategy in listed(strategies)
+    for name in listed(arms)
 }
 timing = Timing(timing_rounds, timing_budget, timing_prompts, timing_tokens, timing_dtype)
 figures.set_style()
@@ -98,7 +99,7 @@ found.log(
     "memory and accuracy",
     f"{model} {budgets} {mix}",
     parameters,
-    variant_metrics(summary, ("perplexity_ratio", "kl_nats", "similarity")),
+    variant_metrics(summary, ("perplexity_ratio", "kl_nats", "top1_agreement", "bytes_loaded", "similarity")),
     tables={"beside_paper": closing},
     figures=drawn,
 )
@@ -107,7 +108,7 @@ found.log(
 # ## Measured
 #
 # 25 November 2026, 24 test prompts of six tasks, 24 tokens each, seed 0, float32, predictors warmed with 60 prompts of
-# the profile split, p = 1, tolerance 1. Not yet the full settings of `sweeps/paper.yaml`. Perplexity ratio (95%
+# the profile split, p = 1, tolerance 1. Not yet the full settings of `sweeps/paper/`. Perplexity ratio (95%
 # interval over prompts); KL in nats per token.
 #
 # | model, stream | kept | decayed frequency | random subset | oracle | experts in fewer bits |

@@ -101,7 +101,7 @@ found.log(
 # ## Measured
 #
 # 25 November 2026, 24 uniform test prompts, 24 tokens each, float32, one thread, tolerance 1, p = 1, predictors warmed
-# with 60 prompts. Perplexity ratio to all resident. Not yet the full settings of `sweeps/paper.yaml`.
+# with 60 prompts. Perplexity ratio to all resident. Not yet the full settings of `sweeps/paper/`.
 #
 # | model, kept | seed | task-aware | task-agnostic | keywords | 10% / 20% / 50% wrong | oracle (notebook 08) |
 # |---|---|---|---|---|---|---|

@@ -28,6 +28,7 @@ routers: str = "round_robin,least_loaded,affinity"  # that spread requests over 
 replicas: int = 4  # engines behind a router; each keeps its own experts
 replica_scheduler: str = "fcfs"  # of each replica
 affinity_slack: float = 0.0  # how much busier, as a share of a full batch, a better fitting replica may be
+searched: int = 0  # random settings tried, to see where Algorithm 1 helps and where it hurts; 0: none
 throughput_requests: int = 0  # requests that every system serves for real, at once (minutes); 0: not at all
 throughput_repeats: int = 1  # how often
 throughput_systems: str = "emoe,on demand"  # also emoe exact, all resident
@@ -40,6 +41,7 @@ seed: int = 0
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 from IPython.display import display
 
 from workbench.machine.busy import busy_warning
@@ -70,7 +72,7 @@ real = throughput_requests and ThroughputConfig(
     seed=seed,
 )
 rates = [float(load) for load in listed(loads)]
-compared = {"cluster": several, "routers": listed(routers), "throughput": real or None}
+compared = {"cluster": several, "routers": listed(routers), "searched": searched, "throughput": real or None}
 found = findings(
     "11_scheduling",
     measure,
@@ -116,6 +118,19 @@ if routed is not None:
     last = placed[(placed["router"] == listed(routers)[-1]) & (placed["load"] == placed["load"].max())]
     print(f"requests by task and replica at the highest rate, under {listed(routers)[-1]}")
     display(last.pivot_table(index="task", columns="replica", values="requests", fill_value=0), drawn["routers"])
+
+# %% [markdown]
+# ## Where Algorithm 1 helps, and where it hurts
+#
+# Random settings (load, largest batch, tokens at which prompts and answers are cut), each under FCFS and Algorithm 1:
+# the five that it helps most in mean latency, and the five that it hurts most. Notebook 12 serves such a setting for
+# real. Only where `searched` is set.
+
+# %%
+tried = found.get("searched")
+if tried is not None:
+    drawn["searched"] = report.search_figure(tried)
+    display(shown(pd.concat([tried.head(), tried.tail()]).drop_duplicates()), drawn["searched"])
 
 # %% [markdown]
 # ## Throughput at equal memory

@@ -16,6 +16,7 @@ system: str = "emoe"  # or "stock-eager", "stock-grouped_mm", which hold every e
 budget: str = "100%"
 tier: str = "host"  # where absent experts rest: "host" or "disk"
 tolerance: float = 0.0
+on_miss: str = "reroute"  # what becomes of experts that the tolerance lets go: "reroute" or "drop"
 device: str = "auto"
 tokens: int = 16  # decoded and timed
 prompt_tokens: int = 16

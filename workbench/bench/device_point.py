@@ -54,8 +54,8 @@ class DevicePoint:
     routing : str
         Recorded routing that the shape's weights follow (`recorded_trace`).
     system : str
-        One of `MEASURED_SYSTEMS`. Stock systems hold every expert, whatever the next three say.
-    budget, tier, tolerance, device
+        One of `MEASURED_SYSTEMS`. Stock systems hold every expert, whatever the next four say.
+    budget, tier, tolerance, on_miss, device
         As `EngineConfig`.
     tokens, prompt_tokens, warm_tokens : int
         Decoded and timed; of the prompt whose first token is timed; decoded before, untimed.
@@ -77,6 +77,7 @@ class DevicePoint:
     budget: str = "100%"
     tier: str = "host"
     tolerance: float = 0.0
+    on_miss: str = "reroute"
     device: str = "auto"
     tokens: int = 128
     prompt_tokens: int = 64
@@ -94,15 +95,19 @@ class DevicePoint:
         if self.profiled_tokens > self.tokens:
             raise OptionError(f"profiled_tokens is {self.profiled_tokens}: give at most tokens, {self.tokens}")
         join_device(self.device)
-        EngineConfig(budget=self.budget, tier=self.tier, tolerance=self.tolerance, device=self.device)
+        EngineConfig(**self._of_engine, device=self.device)
 
     @property
     def options(self) -> dict[str, Any]:
         """Options of the system."""
         options = dict(SYSTEMS[self.system].options)
         if self.system == "emoe":
-            options |= {"budget": self.budget, "tier": self.tier, "tolerance": self.tolerance}
+            options |= self._of_engine
         return options
+
+    @property
+    def _of_engine(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("budget", "tier", "tolerance", "on_miss")}
 
 
 def join_device(name: str) -> list[str]:
@@ -198,6 +203,7 @@ def metrics_of(found: dict[str, Any]) -> dict[str, float]:
             "hit_rate": counters["hits"] / counters["lookups"],
             "loads": counters["loads"],
             "reroutes": counters["reroutes"],
+            "drops": counters["drops"],
             "bytes_loaded": counters["bytes_loaded"],
             "stall_share": counters["stall_s"] / seconds,
         }

@@ -17,7 +17,7 @@
         gb: 5                         # of disk that running it takes
         quick: true                   # `emoe reproduce --quick` runs it
     open:
-      fig-12: {says: "Whether ...", command: "emoe sweep sweeps/paper.yaml", minutes: 60}
+      fig-12: {says: "Whether ...", command: "emoe sweep sweeps/paper/5-scheduling.yaml", minutes: 60}
 
 A claim's value is that of its run, beside its interval; of several runs their mean, beside their range.
 """

@@ -39,6 +39,13 @@ Tolerance = Annotated[
     float,
     typer.Option(help="0 is exact; 1 loads only while slots are empty, then replaces.", rich_help_panel=MEMORY_PANEL),
 ]
+OnMiss = Annotated[
+    Literal["reroute", "drop"],
+    typer.Option(
+        help="What becomes of absent experts that the tolerance lets go: residents take their tokens, or nobody does.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.", rich_help_panel=MEMORY_PANEL)]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,7 +11,17 @@ from rich.table import Table
 
 from emoe_core.errors import OptionError
 from workbench.commands.engine import memory_options, open_engine
-from workbench.commands.options import Budget, Device, Dtype, ExpertDtype, MaxQualityLoss, Model, TaskType, Tolerance
+from workbench.commands.options import (
+    Budget,
+    Device,
+    Dtype,
+    ExpertDtype,
+    MaxQualityLoss,
+    Model,
+    OnMiss,
+    TaskType,
+    Tolerance,
+)
 
 
 def run(
@@ -20,6 +30,7 @@ def run(
     budget: Budget = None,
     max_quality_loss: MaxQualityLoss = None,
     tolerance: Tolerance = 0.0,
+    on_miss: OnMiss = "reroute",
     task: Annotated[TaskType | None, typer.Option(help="Of the prompt; found from its words if not given.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     device: Device = "auto",
@@ -32,7 +43,8 @@ def run(
     if not prompt.strip():
         raise OptionError("the prompt is empty: say what to ask.")
     console = Console(highlight=False)
-    options = {"tolerance": tolerance, "device": device, "dtype": dtype, "expert_dtype": expert_dtype}
+    options: dict[str, Any] = {"tolerance": tolerance, "on_miss": on_miss}
+    options |= {"device": device, "dtype": dtype, "expert_dtype": expert_dtype}
     with open_engine(model, budget, max_quality_loss, console, **options) as engine:
 
         def write(request: int, text: str) -> None:
@@ -44,7 +56,8 @@ def run(
     from workbench.metrics.show import show
 
     counts = stats.counters
-    exactness = f"[yellow]lossy[/]: {counts.reroutes} replaced by residents" if counts.reroutes else "none replaced"
+    lossy = f"{counts.reroutes} replaced by residents" if counts.reroutes else f"{counts.drops} dropped"
+    exactness = f"[yellow]lossy[/]: {lossy}" if counts.reroutes or counts.drops else "none replaced"
     console.print(
         f"[dim]experts: {counts.hits} hits, {counts.loads} loads, {counts.reroutes} reroutes "
         f"({counts.hit_rate:.0%} hits); {exactness}\n"

@@ -23,6 +23,7 @@ from workbench.commands.options import (
     MaxBatch,
     MaxQualityLoss,
     Model,
+    OnMiss,
     RayAddress,
     RouterName,
     SchedulerName,
@@ -87,6 +88,7 @@ def serve(
     budget: Budget = None,
     max_quality_loss: MaxQualityLoss = None,
     tolerance: Tolerance = 0.0,
+    on_miss: OnMiss = "reroute",
     device: Device = "auto",
     dtype: Dtype = "auto",
     expert_dtype: ExpertDtype = "auto",
@@ -174,7 +176,7 @@ def serve(
         drain_s,
         budget,
         max_quality_loss,
-        {"tolerance": tolerance, "device": device, "dtype": dtype, "expert_dtype": expert_dtype},
+        {"tolerance": tolerance, "on_miss": on_miss, "device": device, "dtype": dtype, "expert_dtype": expert_dtype},
         Console(stderr=True, highlight=False),
     )
     if placement is None:

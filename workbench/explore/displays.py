@@ -86,7 +86,7 @@ def stats_html(stats: RunStats) -> str:
         ("waited for experts", f"{counters.stall_s:.3g} s"),
         ("requests served", stats.requests_served),
     ]
-    served = served_bar([counters.hits, counters.loads, counters.reroutes], "expert lookups")
+    served = served_bar([counters.hits, counters.loads, counters.reroutes, counters.drops], "expert lookups")
     told = "no plan yet (cold start)" if stats.cold_start else f"predictor {stats.predictor}, policy {stats.policy}"
     everything = folded("all figures", table(stats.to_dict().items()))
     return heading("Run", told) + served + table(rows) + everything

@@ -145,6 +145,7 @@ class Explorer:
             "hit_rate": answering.hit_rate,
             "loads": float(answering.loads),
             "reroutes": float(answering.reroutes),
+            "drops": float(answering.drops),
             "bytes_loaded": float(answering.bytes_loaded),
             "stall_s": answering.stall_s,
         }

@@ -15,7 +15,7 @@ import numpy as np
 
 # Distinguishable with any colour vision (seaborn's "colorblind"), and light enough for black text.
 GREEN, ORANGE, PINK, BLUE, GREY = "#029e73", "#de8f05", "#cc78bc", "#56b4e9", "#949494"
-SERVED = (("hit", GREEN), ("loaded", ORANGE), ("rerouted", PINK))
+SERVED = (("hit", GREEN), ("loaded", ORANGE), ("rerouted", PINK), ("dropped", BLUE))
 LEVELS = 8
 _MAP_WIDTH, _MAP_HEIGHT, _CELL = 640, 240, 14
 
@@ -72,12 +72,18 @@ def bar(parts: Sequence[Part], label: str) -> str:
     )
 
 
+def is_told(name: str, count: int) -> bool:
+    """Say whether a way to be served is worth a word: drops only where there are any."""
+    return bool(count) or name != "dropped"
+
+
 def served_bar(counts: Sequence[int], unit: str) -> str:
-    """Return how experts were served, as a bar: hits, loads and reroutes (terms in `metrics.py`), in this order."""
+    """Return how experts were served, as a bar: hits, loads, reroutes, drops (terms in `metrics.py`), in this order."""
     total = max(1, sum(counts))
     parts = [
         Part(name, count / total, f"{count:,} ({count / total:.1%})", color)
         for (name, color), count in zip(SERVED, counts, strict=True)
+        if is_told(name, count)
     ]
     return bar(parts, f"{unit}: " + ", ".join(f"{part.text} {part.name}" for part in parts))
 

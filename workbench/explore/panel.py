@@ -165,7 +165,7 @@ class Panel:
         seen = self.latest
         step = min(self.step.value, len(seen.pieces) - 1)
         row = steps_table(count_steps(seen.trace), seen.pieces).iloc[step]
-        told = f"{row['token']!r}: {row['hit']} hit, {row['loaded']} loaded, {row['rerouted']} rerouted"
+        told = f"{row['token']!r}: " + ", ".join(f"{count} {name}" for name, count in row.drop("token").items())
         table = step_table(seen.trace, step).to_html(index=False, border=0)
         self.detail.value = (
             heading(f"Token {step}", told) + f"<div style='max-height:320px;overflow:auto'>{table}</div>"

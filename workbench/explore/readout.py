@@ -79,7 +79,7 @@ def readout(seen: Observation) -> str:
             heading("Speed", f"{speed} ({doubt})" if doubt else speed),
             heading("Quality", f"{quality}; 1.000 and 100% are the all-resident model itself"),
             heading("Experts", "requests of the scored prompts and the answer"),
-            served_bar([counters.hits, counters.loads, counters.reroutes], "expert lookups"),
+            served_bar([counters.hits, counters.loads, counters.reroutes, counters.drops], "expert lookups"),
         ]
     )
 

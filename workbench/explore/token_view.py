@@ -2,7 +2,7 @@
 
 Terms. A *step* is one forward pass of a request and the token that came out of it: the first step reads the whole
 prompt, each later one the token before it. Within a step, a layer's *choices* are (token, expert) pairs; each was a
-hit, loaded, or rerouted to other experts (`emoe_core.metrics`).
+hit, loaded, rerouted to other experts, or dropped (`emoe_core.metrics`).
 
 `count_steps` counts them, `steps_table` and `step_table` list them, `step_grid` draws layers (down) by steps (across)
 as SVG: a cell is split in proportion to its choices, by colour and by a letter, or by a pattern where there is no room
@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from emoe_core.errors import DataError
-from emoe_core.experts.trace import HIT, LOAD, REROUTE, RoutingTrace
-from workbench.explore.html_view import SERVED, served_bar
+from emoe_core.experts.trace import DROP, HIT, LOAD, REROUTE, RoutingTrace
+from workbench.explore.html_view import SERVED, is_told, served_bar
 from workbench.replay.trace_statistics import outcomes
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _LETTER = 30, 13, 62, 78, 9
@@ -29,11 +29,12 @@ _PATTERNS = (
     "",
     "<path d='M0 4L4 0M-1 1L1 -1M3 5L5 3' stroke='#000' stroke-width='.8'/>",
     "<circle cx='2' cy='2' r='.9' fill='#000'/>",
+    "<path d='M0 2h4' stroke='#000' stroke-width='.8'/>",
 )
 
 
 def count_steps(trace: RoutingTrace, request: int | None = None) -> np.ndarray:
-    """Return how the choices of each step were served, int64 [steps, layers, 3]: hits, loads, reroutes.
+    """Return how the choices of each step were served, int64 [steps, layers, 4]: hits, loads, reroutes, drops.
 
     Parameters
     ----------
@@ -52,11 +53,10 @@ def count_steps(trace: RoutingTrace, request: int | None = None) -> np.ndarray:
 
 
 def steps_table(counts: np.ndarray, pieces: Sequence[str]) -> pd.DataFrame:
-    """Return one row a step: its token's text, and its hits, loads and reroutes over all layers."""
-    totals = counts.sum(axis=1)
-    return pd.DataFrame(
-        {"token": list(pieces), "hit": totals[:, HIT], "loaded": totals[:, LOAD], "rerouted": totals[:, REROUTE]}
-    )
+    """Return one row a step: its token's text, and how its choices over all layers were served."""
+    totals, places = counts.sum(axis=1), (HIT, LOAD, REROUTE, DROP)
+    served = {name: totals[:, place] for (name, _), place in zip(SERVED, places, strict=True)}
+    return pd.DataFrame({"token": list(pieces), **{name: n for name, n in served.items() if is_told(name, n.sum())}})
 
 
 def step_table(trace: RoutingTrace, step: int, request: int | None = None) -> pd.DataFrame:
@@ -108,7 +108,8 @@ def step_grid(trace: RoutingTrace, pieces: Sequence[str], request: int | None = 
     label = f"{steps} steps by {layers} layers: {_words(counts.sum(axis=(0, 1)))}"
     return (
         f"{served_bar(counts.sum(axis=(0, 1)).tolist(), 'choices')}"
-        "<div style='font-size:12px'>Where no letter has room: plain is hit, hatched loaded, dotted rerouted."
+        "<div style='font-size:12px'>Where no letter has room: plain is hit, hatched loaded, dotted rerouted, lined "
+        "dropped."
         f"</div><div style='overflow-x:auto'><svg role='img' aria-label='{escape(label)}' width='{width:.0f}' "
         f"height='{height}' font-family='monospace' font-size='9' fill='currentColor' text-anchor='middle'>"
         f"{_patterns(key)}<g text-anchor='end'>{names}</g>{''.join(columns)}</svg></div>"
@@ -183,7 +184,8 @@ def _pattern(key: str, kind: int) -> str:
 
 
 def _words(counts: np.ndarray) -> str:
-    return ", ".join(f"{count} {name}" for (name, _), count in zip(SERVED, counts.tolist(), strict=True))
+    pairs = zip(SERVED, counts.tolist(), strict=True)
+    return ", ".join(f"{count} {name}" for (name, _), count in pairs if is_told(name, count))
 
 
 def _visible(piece: str) -> str:

@@ -196,10 +196,11 @@ CATALOGUE = (
     Metric("scale_arrivals_per_s", "1/s", TIME, NEITHER, "requests a second of the largest simulated cluster"),
     Metric("scale_simulated_per_s", "1/s", TIME, HIGHER, "requests that a second of computing simulates"),
     # How expert lookups were served. A lookup is one expert that a layer wants in one pass.
-    Metric("lookups", "", OTHER, NEITHER, "hits, loads and reroutes"),
+    Metric("lookups", "", OTHER, NEITHER, "hits, loads, reroutes and drops"),
     Metric("hits", "", OTHER, NEITHER, "the expert was in a slot, or on its way"),
     Metric("loads", "", OTHER, LOWER, "the expert was fetched because a layer needed it"),
     Metric("reroutes", "", OTHER, LOWER, "the expert stayed absent, residents took its tokens"),
+    Metric("drops", "", OTHER, LOWER, "the expert stayed absent, nobody took its tokens"),
     Metric("hit_rate", "%", OTHER, HIGHER, "hits per lookup"),
     Metric("token_hit_rate", "%", OTHER, HIGHER, "hits per token and chosen expert"),
     Metric("prefetches", "", OTHER, NEITHER, "experts that the planner brought in"),

@@ -36,7 +36,7 @@ def say_n(axis: Axes, n: float, unit: str = "prompts") -> None:
 
 
 def served_shares(runs: pd.DataFrame) -> Figure | None:
-    """Draw how each run served its expert lookups: hit, loaded on demand, rerouted."""
+    """Draw how each run served its expert lookups: hit, loaded on demand, rerouted, dropped."""
     if not _has(runs, "hits", "loads", "reroutes", "lookups", "strategy", "budget"):
         return None
     table = runs.dropna(subset=["lookups"])
@@ -45,7 +45,9 @@ def served_shares(runs: pd.DataFrame) -> Figure | None:
         return None
     names = _run_names(table)
     figure, axes = _subplots(1, 1, figsize=(8.5, 0.36 * len(table) + 1.6))
-    _stacked(axes[0], names, [table[part] / table["lookups"] for part in ("hits", "loads", "reroutes")])
+    given_up = table["drops"] if "drops" in table else 0 * table["lookups"]  # earlier runs never dropped
+    parts = [*(table[part] for part in ("hits", "loads", "reroutes")), given_up.fillna(0)]
+    _stacked(axes[0], names, [part / table["lookups"] for part in parts])
     axes[0].set_xlabel("share of expert lookups (one per forward pass, layer and expert)")
     return figure
 
@@ -127,9 +129,14 @@ def residency_heatmap(residency: pd.DataFrame, prompts: int) -> Figure:
 
 def _stacked(axis: Axes, names: list[str], shares: list[pd.Series]) -> None:
     palette = sns.color_palette("colorblind")
-    looks = (("hit", palette[2], ""), ("loaded on demand", palette[1], "//"), ("rerouted", palette[4], ".."))
+    looks = (
+        *(("hit", palette[2], ""), ("loaded on demand", palette[1], "//"), ("rerouted", palette[4], "..")),
+        ("dropped", palette[9], "--"),
+    )
     left = np.zeros(len(names))
     for (label, color, hatch), share in zip(looks, shares, strict=True):
+        if label == "dropped" and not share.any():
+            continue
         axis.barh(names, share, left=left, color=color, hatch=hatch, edgecolor="white", linewidth=0.5, label=label)
         left += share.to_numpy()
     axis.invert_yaxis()
@@ -143,6 +150,7 @@ def _run_names(table: pd.DataFrame) -> list[str]:
     names = []
     for number, (_, row) in enumerate(table.iterrows(), start=1):
         lossy = f"t={row['tolerance']:g}" if "tolerance" in row else ""
+        lossy += ", drop" if row.get("on_miss") == "drop" else ""
         interval = f", p={row['interval']:g}" if pd.notna(row.get("interval")) else ""
         skipping = ", skipping" if row.get("skipping") is True else ""
         names.append(f"{number}. {row['budget']}, {row['strategy']}, {lossy}{interval}{skipping}")

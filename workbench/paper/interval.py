@@ -10,9 +10,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from emoe_core.predictor import FREQUENCY
 from workbench.paper.figures import MEGABYTE, say_n
+from workbench.paper.memory import arm_name, arms_of
 
 MARKERS = "os^D"
+# Beyond, a control that loses much would press the others' lines together.
+WIDE_RATIO = 3.0
 
 
 def swept_intervals(runs: pd.DataFrame) -> Figure | None:
@@ -38,27 +42,29 @@ def swept_intervals(runs: pd.DataFrame) -> Figure | None:
 
 
 def interval_figure(summary: pd.DataFrame) -> Figure:
-    """Draw quality and bytes moved over the prediction interval, one line a task order, with and without skipping.
+    """Draw quality and bytes moved over the prediction interval, a line for each arm, task order, skipping or not.
 
     Parameters
     ----------
     summary : DataFrame
-        One row a run that differs from the others in ``interval``, ``mix`` and ``skipping`` alone.
+        One row a run that differs from the others in ``interval``, arm, ``mix`` and ``skipping`` alone.
     """
     ticks = sorted(int(value) for value in summary["interval"].unique())
     figure = Figure(layout="constrained", dpi=96, figsize=(11, 4.2))
     axes = figure.subplots(1, 2)
-    lines = summary.assign(mix=summary.get("mix", "uniform")).groupby(["mix", "skipping"])
-    for number, ((mix, skipping), group) in enumerate(lines):
+    lines = _lines(summary.assign(mix=summary.get("mix", "uniform")))
+    for number, ((arm, mix, skipping), group) in enumerate(lines):
         rows = group.sort_values("interval")
-        look = {"color": sns.color_palette("colorblind")[number], "marker": MARKERS[number % 4]}
+        look = {"color": sns.color_palette("colorblind")[number % 10], "marker": MARKERS[number % 4]}
         ratio = rows["perplexity_ratio"]
         spread = [ratio - rows["perplexity_ratio_low"], rows["perplexity_ratio_high"] - ratio]
         # Beside each other, so that no line's interval hides another's.
         place = [ticks.index(value) + 0.06 * (number - (len(lines) - 1) / 2) for value in rows["interval"]]
-        axes[0].errorbar(place, ratio, yerr=np.maximum(spread, 0), capsize=3, label=_line(mix, skipping), **look)
-        axes[1].plot(place, rows["bytes_loaded"] / rows["prompts"] / MEGABYTE, label=_line(mix, skipping), **look)
+        axes[0].errorbar(place, ratio, yerr=np.maximum(spread, 0), capsize=3, label=_line(arm, mix, skipping), **look)
+        axes[1].plot(place, rows["bytes_loaded"] / rows["prompts"] / MEGABYTE, **look)
     axes[0].axhline(1.0, color="0.4", linestyle=":", linewidth=1.2)
+    if summary["perplexity_ratio"].max() > WIDE_RATIO:
+        axes[0].set_yscale("log")
     axes[0].set_ylabel("perplexity ratio to all-resident\n(95% interval over prompts)")
     axes[1].set_ylabel("expert bytes loaded (MB a prompt)")
     axes[1].set_ylim(0, 1.08 * float((summary["bytes_loaded"] / summary["prompts"]).max()) / MEGABYTE)
@@ -67,7 +73,7 @@ def interval_figure(summary: pd.DataFrame) -> Figure:
         axis.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
         axis.set_xlabel("prediction interval p (prompts)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     return figure
 
 
@@ -92,15 +98,20 @@ def overhead_share(summary: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFram
     return table
 
 
-def _line(mix: str, skipping: bool) -> str:
-    return f"{mix} stream{', task skipping' if skipping else ''}"
+def _lines(summary: pd.DataFrame) -> list[tuple[tuple[str, str, bool], pd.DataFrame]]:
+    """Return the rows of each line: (arm, task order, with skipping or without)."""
+    return list(summary.assign(arm=arms_of(summary)).groupby(["arm", "mix", "skipping"]))
+
+
+def _line(arm: str, mix: str, skipping: bool) -> str:
+    return f"{arm_name(arm)}, {mix} stream{', task skipping' if skipping else ''}"
 
 
 def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the table "paper, here, why they differ" for Fig. 10, with this run's figures."""
     rows = []
-    for (mix, skipping), group in summary.groupby(["mix", "skipping"]):
-        line = _line(mix, skipping)
+    for (arm, mix, skipping), group in _lines(summary):
+        line = _line(arm, mix, skipping)
         rows_of = group.sort_values("interval").itertuples()
         here = ", ".join(f"p={row.interval}: {row.perplexity_ratio:.3f}" for row in rows_of)
         rise = (
@@ -108,5 +119,6 @@ def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
             if (group["replan"] == "interval").all()
             else "only the prediction is kept; every prompt gets a plan for its own task"
         )
-        rows.append((f"Fig. 10, {line}, perplexity ratio", "flat up to p = 40, rises from 60", here, rise))
+        paper = "flat up to p = 40, rises from 60" if arm == FREQUENCY else "not given"
+        rows.append((f"Fig. 10, {line}, perplexity ratio", paper, here, rise))
     return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])

@@ -13,6 +13,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from emoe_core.experts.rerouting import DROP, REROUTE
 from workbench.machine.busy import busy_warning
 from workbench.measure.memory import MemoryMeasurement
 from workbench.paper.figures import say_n
@@ -40,6 +41,12 @@ def expert_memory_share(summary: pd.DataFrame) -> pd.Series:
     return formats.fillna(slots * np.where(kinds == "int8", 0.5, 1.0))
 
 
+def arms_of(summary: pd.DataFrame) -> pd.Series:
+    """Return each row's arm: who chose its residents, or "drop" where absent experts were dropped (`variants.arm`)."""
+    dropped = summary.get("on_miss", pd.Series(REROUTE, summary.index)) == DROP
+    return summary["strategy"].mask(dropped, DROP)
+
+
 def accuracy_figure(summary: pd.DataFrame) -> Figure:
     """Draw KL and perplexity ratio over the share of expert memory, one line a strategy; quantised formats are points.
 
@@ -50,6 +57,7 @@ def accuracy_figure(summary: pd.DataFrame) -> Figure:
         ``expert_memory_share``.
     """
     table = _without_control(summary)
+    table = table.assign(strategy=arms_of(table))
     figure = Figure(layout="constrained", dpi=96, figsize=(11.5, 4.6))
     axes = figure.subplots(1, 2)
     order = sorted(table["strategy"].unique(), key=lambda name: (name in BOUNDS, name))
@@ -66,7 +74,7 @@ def accuracy_figure(summary: pd.DataFrame) -> Figure:
             "markersize": 7,
         }
         place = group["share"] + DODGE * (number - (len(order) - 1) / 2)
-        axes[0].plot(place, group["kl_nats"].clip(lower=FLOOR_NATS), label=_name(strategy), **look)
+        axes[0].plot(place, group["kl_nats"].clip(lower=FLOOR_NATS), label=arm_name(strategy), **look)
         ratio = group["perplexity_ratio"]
         spread = [ratio - group["perplexity_ratio_low"], group["perplexity_ratio_high"] - ratio]
         axes[1].errorbar(place, ratio, yerr=np.maximum(spread, 0), capsize=3, **look)
@@ -147,7 +155,7 @@ def broken_bounds(summary: pd.DataFrame, requests: pd.DataFrame) -> list[str]:
     summary, requests : DataFrame
         Of a `Comparison`.
     """
-    lossy = summary[(summary["tolerance"] > 0) & (summary["strategy"].map(_is_cache))]
+    lossy = summary[(summary["tolerance"] > 0) & summary["strategy"].map(_is_cache) & (arms_of(summary) != DROP)]
     found = []
     for (budget, _, _), group in lossy.groupby(["budget", "mix", "seed"]):
         labels = dict(zip(group["strategy"], group["label"], strict=True))
@@ -170,6 +178,7 @@ def beside_paper(
 ) -> pd.DataFrame:
     """Return the table "paper, here, why they differ" with this run's figures; ``floor`` is `noise_floor`'s."""
     table = _without_control(summary)
+    table = table.assign(strategy=arms_of(table))
 
     def told(strategy: str) -> str:
         rows = table[(table["strategy"] == strategy) & ((table["tolerance"] > 0) | ~table["strategy"].map(_is_cache))]
@@ -192,6 +201,12 @@ def beside_paper(
             "4 to 8.6 points lower",
             told("random"),
             "drawn anew at every prediction",
+        ),
+        (
+            "the absent expert dropped",
+            "not given; others call it catastrophic",
+            told(DROP),
+            "the residents of eMoE; weights of the experts that are left keep each token's total",
         ),
         (
             "Figs. 15, 16, activation map (MoE-Infinity's)",
@@ -227,10 +242,12 @@ def beside_paper(
     return pd.DataFrame(rows, columns=["what", "paper", "here", "why they differ"])
 
 
-def _name(strategy: str) -> str:
+def arm_name(strategy: str) -> str:
+    """Return an arm as legends call it."""
     names = {
         "frequency": "eMoE: decayed frequency",
-        "lru": "on demand, LRU",
+        "lru": "on demand, LRU (exact)",
+        "drop": "eMoE's residents, absent dropped",
         "random": "random subset",
         "oracle": "oracle (hindsight)",
         "activation_map": "activation map",

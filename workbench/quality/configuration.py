@@ -8,13 +8,14 @@ the routing of every prompt to come), or ``lru`` (on demand; what most systems d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from emoe_core.config import EngineConfig
 from emoe_core.errors import OptionError, require_known
+from emoe_core.experts.rerouting import DROP, REROUTE
 from emoe_core.planning.tasks import TASK_TYPES
-from emoe_core.predictor import TRAINED
+from emoe_core.predictor import FREQUENCY, TRAINED
 from workbench.predictors import PREDICTORS
 from workbench.systems.option_names import resolve_options
 from workbench.workloads import StreamConfig
@@ -32,6 +33,7 @@ class ExperimentConfig:
     ``skipping`` uses the model's task profile: insensitive (task, layer) pairs take whatever is resident.
     ``max_quality_loss`` is a target that the model's task profile turns into tolerances, and slots where ``budget`` is
     None; ``tolerance`` must then be 0.
+    ``on_miss`` says what becomes of absent experts that the tolerance lets go: "reroute", or "drop", the control.
     ``stepwise`` scores token by token, so that experts are asked for as while generating; else one pass a prompt.
     ``labels`` and ``label_error`` say what the engine is told of each prompt's task type (`workloads/labels.py`).
     """
@@ -39,6 +41,7 @@ class ExperimentConfig:
     model: str = "reference"
     budget: str | None = "60%"
     tolerance: float = 1.0
+    on_miss: str = REROUTE
     cache_bias: float = 0.0
     strategy: str = "frequency"
     policy: str = "lru"
@@ -90,6 +93,7 @@ class ExperimentConfig:
         return {
             "budget": self.budget,
             "tolerance": self.tolerance,
+            "on_miss": self.on_miss,
             "cache_bias": self.cache_bias,
             # The oracle is no engine's: the experiment brings it.
             "predictor": None if self.strategy in ("lru", ORACLE) else self.strategy,
@@ -101,6 +105,22 @@ class ExperimentConfig:
             "expert_dtype": self.expert_dtype,
             "seed": self.seed,
         }
+
+
+def arm(base: ExperimentConfig, name: str) -> ExperimentConfig:
+    """Return the configuration of an arm of a comparison.
+
+    Parameters
+    ----------
+    base : ExperimentConfig
+        What all arms have in common.
+    name : str
+        A strategy, with absent experts given up as far as ``base`` tolerates; "lru" is on demand and exact; "drop" has
+        the residents that `FREQUENCY` chooses and drops what is absent.
+    """
+    if name == DROP:
+        return replace(base, strategy=FREQUENCY, on_miss=DROP)
+    return replace(base, strategy=name, tolerance=0.0 if name == "lru" else base.tolerance)
 
 
 def as_params(config: ExperimentConfig) -> dict[str, Any]:

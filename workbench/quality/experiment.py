@@ -190,10 +190,9 @@ def warm_trace(
     """Return the routing that a run's predictor learns from first; None where there is nothing to learn."""
     if config.warm_prompts == 0 or config.strategy in ("random", "lru", ORACLE):
         return None
-    # One session per task in turn would teach the last task best: the warm-up is always a uniform mix.
-    stream = StreamConfig(
-        config.tasks, config.warm_prompts, "uniform", 8.0, config.seed, "profile", config.stream().source
-    )
+    # One session per task in turn would teach the last task best: the warm-up is always a uniform mix. It is the same
+    # for all seeds, so that they differ in the prompts that are judged (and in residents drawn at random) alone.
+    stream = StreamConfig(config.tasks, config.warm_prompts, "uniform", 8.0, 0, "profile", config.stream().source)
     prompts = prompt_stream(stream)
     trace = all_resident(config, checkpoint, prompts, "warm-up", progress).trace
     return replace(trace, tasks=dict(enumerate(told_tasks(prompts, config.labels))))
@@ -247,6 +246,7 @@ def _row(
         "token_hit_rate": counters.token_hit_rate,
         "loads": counters.loads,
         "reroutes": counters.reroutes,
+        "drops": counters.drops,
         "prefetches": counters.prefetches,
         "bytes_loaded": counters.bytes_loaded,
         "stall_s": counters.stall_s,
@@ -304,9 +304,9 @@ def _metrics(
     metrics = quality_metrics(requests)
     for name in ("hit_rate", "token_hit_rate", "slot_share", "slot_bytes", "expert_bytes", "dense_bytes"):
         metrics[name] = float(stats[name])
-    for name in ("lookups", "hits", "loads", "reroutes", "prefetches", "bytes_loaded", "wasted_bytes", "evictions"):
+    for name in ("lookups", "hits", "loads", "reroutes", "drops", "prefetches", "evictions"):
         metrics[name] = float(stats[name])
-    for name in ("stall_s", "swap_s", "prediction_s", "predictions", "swaps"):
+    for name in ("bytes_loaded", "wasted_bytes", "stall_s", "swap_s", "prediction_s", "predictions", "swaps"):
         metrics[name] = float(stats[name])
     if len(answers):
         metrics["similarity"] = float(answers["similarity"].mean())

@@ -251,7 +251,7 @@ def timed(
 
 def _fields(config: ExperimentConfig) -> dict[str, Any]:
     kept = (
-        *("model", "budget", "tolerance", "cache_bias", "strategy", "policy", "interval", "replan"),
+        *("model", "budget", "tolerance", "on_miss", "cache_bias", "strategy", "policy", "interval", "replan"),
         *("skipping", "mix", "labels", "label_error", "stepwise", "expert_dtype", "seed"),
     )
     return {name: getattr(config, name) for name in kept}

@@ -10,6 +10,7 @@ They are counts of a replay (`cache.py`), not of the run: a plan that replaces e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,8 +81,14 @@ def replayed_hit_rates(reference: Reference, slots_per_layer: Sequence[int], see
     seed : int
         Of the random bound.
     """
+    return dict(_replayed(reference, tuple(int(slots) for slots in slots_per_layer), seed))
+
+
+@lru_cache(maxsize=16)
+def _replayed(reference: Reference, slots_per_layer: tuple[int, ...], seed: int) -> dict[str, float]:
+    """Replay once what all variants of a stream with equal slots have in common."""
     accesses = accesses_of_reference(reference)
-    capacity = [min(int(slots), accesses.experts) for slots in slots_per_layer]
+    capacity = [min(slots, accesses.experts) for slots in slots_per_layer]
     found = {}
     for name, policy in REPLAYED.items():
         misses = int(replay_policy(accesses, policy, capacity, seed=seed).misses.sum())

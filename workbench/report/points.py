@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from emoe_core.experts.rerouting import DROP, REROUTE
 from workbench.paper.memory import expert_memory_share
 from workbench.quality.configuration import ORACLE
 from workbench.tracking.store import decode
@@ -66,11 +67,12 @@ def bound_of(strategy: str, tolerance: float, memory_share: float, kind: str = "
     return {ORACLE: ORACLE, "random": RANDOM}.get(strategy, "")
 
 
-def label_of(strategy: str, tolerance: float, bound: str) -> str:
+def label_of(strategy: str, tolerance: float, bound: str, on_miss: str = REROUTE) -> str:
     """Return a configuration's series as legends call it."""
     if bound:
         return bound
-    exact = "" if strategy.startswith("q") else ", exact" if tolerance == 0 else ""
+    dropped = ", absent dropped" if on_miss == DROP else ""
+    exact = "" if strategy.startswith("q") else ", exact" if tolerance == 0 else dropped
     return f"{NAMES.get(strategy, strategy.replace('_', ' '))}{exact}"
 
 
@@ -86,7 +88,7 @@ def _point(record: RunRecord, row: dict[str, Any]) -> dict[str, Any]:
         "run_name": record.name,
         "model": str(row.get("model") or record.params.get("model", "?")),
         "mix": str(row.get("mix") or record.params.get("mix", "?")),
-        "configuration": label_of(strategy, tolerance, bound),
+        "configuration": label_of(strategy, tolerance, bound, str(row.get("on_miss", REROUTE))),
         "strategy": strategy,
         "budget": "" if row.get("budget") is None or row["budget"] != row["budget"] else str(row["budget"]),
         "tolerance": tolerance,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from workbench.metrics.show import show_seconds
+from workbench.metrics.show import show_seconds, words_of
 from workbench.report.files import Download, as_tables, write_table
 from workbench.report.front_part import FrontPart, read_fronts, read_points
 from workbench.report.paper import paper_rows
@@ -23,7 +23,7 @@ from workbench.report.section import Section, read_section
 from workbench.tracking.record import RunRecord
 from workbench.tracking.results import frame_of
 from workbench.tracking.run import EXPERIMENT_TAG, PARENT_TAG
-from workbench.tracking.runs import NOTEBOOK_TAG, SWEEP_TAG, current_runs, search
+from workbench.tracking.runs import DRIFT_LIMIT, NOTEBOOK_TAG, SWEEP_TAG, current_runs, drift_of, search
 from workbench.tracking.store import slug
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class SweepPage:
     sections: list[Section]
     provenance: list[tuple[str, str]]
     page_cache: str
+    drift: str
+    drifted: bool
     downloads: list[Download]
     paper: pd.DataFrame
 
@@ -67,7 +69,8 @@ def read_sweep_page(
 ) -> SweepPage:
     """Gather one sweep from the store, its figures and files written into the site."""
     about = (parent.data.tags[SWEEP_TAG], parent.data.tags.get("mlflow.note.content", ""), parent.info.status.lower())
-    return _page(client, current_runs(client, parent), *about, parent.info.start_time, site, tell)
+    drift = drift_of(parent)
+    return _page(client, current_runs(client, parent), *about, parent.info.start_time, site, tell, drift)
 
 
 def read_by_hand(
@@ -94,6 +97,7 @@ def _page(
     started_ms: int,
     site: Path,
     tell: Callable[[str], object],
+    drift: tuple[str, float] | None = None,
 ) -> SweepPage:
     file = _free_name(site, slug(name))
     records, pages = [], []
@@ -125,6 +129,8 @@ def _page(
         sections=sections,
         provenance=provenance(environments),
         page_cache=page_cache_statement([item.data.tags for item in runs]),
+        drift="" if drift is None else f"{words_of(drift[0])} {drift[1]:+.1%} from the first control to the last",
+        drifted=drift is not None and abs(drift[1]) > DRIFT_LIMIT,
         downloads=[
             *write_table(site, f"{file}-runs", _runs_table(runs, records), "runs: parameters, metrics, environment"),
             *(write_table(site, f"{file}-points", points, "operating points") if len(points) else []),

@@ -19,6 +19,7 @@ from workbench.serving.simulation.comparison import (
     variant,
 )
 from workbench.serving.simulation.experiment import ServingConfig, ServingResult
+from workbench.serving.simulation.search import search_settings
 from workbench.tracking.findings import Findings
 
 BASELINE = "fcfs"
@@ -34,6 +35,7 @@ def compare_services(
     *,
     cluster: ServingConfig,
     routers: Sequence[str] = (),
+    searched: int = 0,
     throughput: ThroughputConfig | None = None,
     progress: Progress,
 ) -> Findings:
@@ -51,6 +53,8 @@ def compare_services(
     cluster : ServingConfig
         Several engines, before which routers are compared.
     routers : sequence of str
+    searched : int
+        Random settings at which to look for where Algorithm 1 helps and where it hurts; 0: none.
     throughput : ThroughputConfig, optional
         What to serve for real.
     progress : callable
@@ -61,7 +65,8 @@ def compare_services(
     Findings
         ``services``, ``gains``, ``reachable`` (see `simulation.comparison`), ``reference`` (one row: the reference
         load, and what no scheduler can gain more than there) and ``tasks`` (of the last variant there);
-        ``routed`` and ``placed`` (requests by router, load, task and replica); ``throughput`` and its ``rounds``.
+        ``routed`` and ``placed`` (requests by router, load, task and replica); ``searched`` (`search_settings`);
+        ``throughput`` and its ``rounds``.
     """
     names = list(dict.fromkeys([BASELINE, *variants]))
     reference_load = load_at_attainment(variant(base, BASELINE), costs, ATTAINED, progress)
@@ -77,6 +82,8 @@ def compare_services(
     if routers:
         tables["routed"], placed = compare_routers(cluster, costs, routers, loads, progress)
         tables["placed"] = _placed(placed)
+    if searched:
+        tables["searched"] = search_settings(base, costs, searched, progress)
     if throughput is not None:
         tables["rounds"] = measure_throughput(throughput, progress)
         tables["throughput"] = summary(tables["rounds"])

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class StagePlan:
         The notebook's default model.
     first : int
         Place in the sweep of the stage's first run.
+    repeats : StagePlan or None
+        The control whose run this stage does again.
     """
 
     stage: Stage
@@ -80,11 +82,13 @@ class StagePlan:
     source: str
     model: Any
     first: int
+    repeats: StagePlan | None = None
 
     def point(self, axes: dict[str, Any], place: int) -> Point:
         """Return the run with these values at a place within the stage."""
         parameters = {**self.stage.fixed, **axes}
         digest = point_digest(self.source, parameters, parameters.get(MODEL_PARAMETER, self.model))
+        digest += "-again" if self.repeats else ""
         return Point(self.stage, self.notebook, parameters, axes, digest, self.first + place)
 
     @cached_property
@@ -130,6 +134,10 @@ def plan_stages(sweep: SweepSource, beside: Path | None = None) -> list[StagePla
         plan = StagePlan(stage, notebook, source_hash(notebook), model, first)
         plans.append(plan)
         first += len(plan.points)
+    for control in [plan for plan in plans if plan.stage.control]:
+        stage = control.stage.model_copy(update={"label": f"{control.stage.label} again".strip()})
+        plans.append(replace(control, stage=stage, first=first, repeats=control))
+        first += 1
     check_points(sweep.file.name, plans)
     return plans
 

@@ -19,6 +19,7 @@ from workbench.tracking.run import NOTEBOOK_FOLDER, new_run
 from workbench.tracking.runs import (
     AXES_TAG,
     DIGEST_TAG,
+    DRIFT_TAG,
     ERROR_TAG,
     INDEX_TAG,
     KIND_TAG,
@@ -28,6 +29,8 @@ from workbench.tracking.runs import (
     SOURCE_TAG,
     SUPERSEDED_TAG,
     SWEEP_TAG,
+    children,
+    drift_of,
     find_parent,
 )
 from workbench.tracking.store import encode, experiment_id, recorded_metrics
@@ -128,6 +131,24 @@ class SweepRecord:
         self._client.set_terminated(ending.run_id, status)
         self._open.pop(ending.run_id)
         return recorded_metrics(self._client.get_run(ending.run_id))
+
+    def mark_drift(self, plans: Sequence[StagePlan]) -> tuple[str, float] | None:
+        """Tag the sweep with how far its controls drifted and return that; None without a finished pair."""
+        parent = self._client.get_run(self.parent_id)
+        runs = {item.data.tags[DIGEST_TAG]: item for item in reversed(children(self._client, parent))}
+        moved: dict[str, float] = {}
+        for plan in (plan for plan in plans if plan.repeats):
+            first, last = (
+                recorded_metrics(runs[stage.points[0].digest]) if stage.points[0].digest in runs else {}
+                for stage in (plan.repeats, plan)
+            )
+            for name in plan.stage.metrics:
+                if first.get(name) and name in last:
+                    moved[name] = max(moved.get(name, 0.0), last[name] / first[name] - 1, key=abs)
+        if moved:
+            most = max(moved, key=lambda name: abs(moved[name]))
+            self._client.set_tag(self.parent_id, DRIFT_TAG, f"{moved[most]:+.4f} {most}")
+        return drift_of(self._client.get_run(self.parent_id))
 
     def close(self, status: str) -> None:
         """End the sweep: runs that are still open were killed. A store that cannot be written does not stop this."""

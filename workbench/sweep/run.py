@@ -33,6 +33,7 @@ from workbench.sweep.record import SweepRecord
 from workbench.sweep.schema import Scalar
 from workbench.sweep.screen import SweepScreen
 from workbench.tracking.place import server_uri, store_dir
+from workbench.tracking.runs import DRIFT_LIMIT
 from workbench.tracking.store import locked, open_store
 from workbench.tracking.store_errors import DeletedError, disk_reason
 
@@ -165,6 +166,7 @@ class _Sweep:
                     with self.place.stage(part.kind):
                         self._run_part(part)
             self.record.refuse_deleted()
+            self._tell_drift(plans)
             status = "FAILED" if self.result.failed else "FINISHED"
         except KeyboardInterrupt:
             self.screen.say("[yellow]Stopped.[/] The same command goes on from here.")
@@ -173,6 +175,14 @@ class _Sweep:
             self.place.stop()
             self.record.close(status)
         return self.result
+
+    def _tell_drift(self, plans: Sequence[StagePlan]) -> None:
+        drift = self.record.mark_drift(plans)
+        if drift is not None and abs(drift[1]) > DRIFT_LIMIT:
+            self.screen.say(
+                f"[yellow]The machine drifted: {drift[0]} of the control moved by {drift[1]:+.1%} from its first to "
+                "its last run.[/] --fresh times all again."
+            )
 
     def _parts(self, plans: Sequence[StagePlan]) -> list[Part]:
         """Return what is left to do; neighbours of one kind are one part."""

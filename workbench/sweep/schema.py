@@ -11,6 +11,8 @@ A sweep file names a sweep and its stages. A *stage* runs one notebook over all 
         grid: {budget: ["20%", "60%"], tolerance: [0.0, 1.0]}
         exclude: [{budget: "20%", tolerance: 0.0}]
         metrics: [peak_bytes, perplexity_ratio]   # shown as runs finish
+        control: true                 # of kind timing: one run, done again at the end of the sweep; the listed metrics
+                                      # say how far the machine drifted meanwhile
         label: lossy                  # part of the runs' names, where stages of one notebook differ in what is fixed
         seconds_per_run: 60           # for the estimate, until the store knows better
         needs: {cores: 1, memory: 6GB, gpus: 1}   # what a run takes of a machine; gpus: 1 where there are GPUs, else 0
@@ -85,6 +87,7 @@ class Stage(Strict):
     grid: dict[str, list[Scalar]] = Field(default_factory=dict)
     exclude: list[dict[str, Scalar]] = Field(default_factory=list)
     metrics: list[str] = Field(default_factory=list)
+    control: bool = False
     label: str = ""
     seconds_per_run: float | None = Field(default=None, gt=0, strict=False)
     needs: Needs = Field(default_factory=Needs)
@@ -104,6 +107,8 @@ class Stage(Strict):
 
     @model_validator(mode="after")
     def _names_agree(self) -> Stage:
+        if self.control and (self.kind != "timing" or self.grid or not self.metrics):
+            raise ValueError("a control is of kind timing, has no grid, and lists the metrics that tell of drift")
         twice = sorted(set(self.fixed) & set(self.grid))
         if twice:
             raise ValueError(f"both fixed and on the grid: {', '.join(twice)}")

@@ -19,6 +19,7 @@ from workbench.tracking.notebook import Parameter
 SINGLE = (
     "budget",
     "tolerance",
+    "on_miss",
     "strategy",
     "policy",
     "interval",
@@ -37,7 +38,7 @@ SINGLE = (
 )
 PLURAL = {
     "budgets": "budget",
-    "strategies": "strategy",
+    "arms": "arm",
     "intervals": "interval",
     "mixes": "mix",
     "expert_dtypes": "expert_dtype",
@@ -73,12 +74,12 @@ def check_value(known: dict[str, Parameter], name: str, value: Any) -> None:
     try:
         if field == "model":
             require_named_model(value)
-        if field in SINGLE:
-            from workbench.quality.configuration import ExperimentConfig  # slow: it imports torch
+        if field in (*SINGLE, "arm"):
+            from workbench.quality.configuration import ExperimentConfig, arm  # slow: it imports torch
 
             for part in [entry.strip() for entry in str(value).split(",")] if name in PLURAL else [value]:
                 setting: dict[str, Any] = {field: number(part) if field in ("interval", "label_error") else part}
-                ExperimentConfig(**setting)
+                arm(ExperimentConfig(), part) if field == "arm" else ExperimentConfig(**setting)
     except EmoeError as error:
         raise ExperimentError(f"parameter {name!r}: {error}") from None
 

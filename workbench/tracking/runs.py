@@ -26,6 +26,9 @@ AXES_TAG = "emoe.axes"
 SOURCE_TAG = "mlflow.source.name"
 METRICS_TAG = "emoe.metrics"
 INDEX_TAG = "emoe.index"
+# Of a sweep's parent: how far its control's metric moved from the first to the last run, and which: "+0.0312 tpot_s".
+DRIFT_TAG = "emoe.drift"
+DRIFT_LIMIT = 0.03
 SUPERSEDED_TAG = "emoe.superseded"
 OWNER_TAG = "emoe.owner"
 PAGE_CACHE_TAG = "emoe.page_cache"
@@ -66,6 +69,12 @@ def find_parent(client: MlflowClient, name: str | None = None) -> MlflowRun | No
 def children(client: MlflowClient, parent: MlflowRun) -> list[MlflowRun]:
     """Return all children of a sweep, newest first."""
     return search(client, f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'", [str(parent.info.experiment_id)])
+
+
+def drift_of(parent: MlflowRun) -> tuple[str, float] | None:
+    """Return the control's metric that drifted most in a sweep, and by what share; None where there was no control."""
+    share, _, name = parent.data.tags.get(DRIFT_TAG, "").partition(" ")
+    return (name, float(share)) if name else None
 
 
 def listed_in(runs: Iterable[MlflowRun], tag: str) -> list[str]:

@@ -31,9 +31,9 @@ def test_recorded_outcomes_are_the_counted_ones(served: emoe_core.Engine, tmp_pa
     trace, counters = served.trace(), served.stats().counters
     found = outcomes(trace)
     assert found is not None
-    counted = [counters.token_hits, counters.token_loads, counters.token_reroutes]
+    counted = [counters.token_hits, counters.token_loads, counters.token_reroutes, counters.token_drops]
     assert found.sum(axis=0).tolist() == counted
-    assert all(counted), "the run has hits, loads and reroutes"
+    assert all(counted[:3]), "the run has hits, loads and reroutes"
     again = RoutingTrace.load(trace.save(tmp_path / "trace.npz"))
     assert (again.outcome == trace.outcome).all()
 
@@ -74,7 +74,7 @@ def test_every_object_is_shown_without_the_colours_of_one_theme(served: emoe_cor
 
 
 def test_a_bar_has_letters_shares_and_numbers() -> None:
-    html = served_bar([6, 3, 1], "choices")
+    html = served_bar([6, 3, 1, 0], "choices")
     assert [float(share) for share in re.findall(r"flex:([\d.]+)", html)] == [0.6, 0.3, 0.1]
     assert "aria-label='choices: 6 (60.0%) hit, 3 (30.0%) loaded, 1 (10.0%) rerouted'" in html
     assert html.count(">H<") == html.count(">L<") == html.count(">R<") == 2

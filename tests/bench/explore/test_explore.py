@@ -146,7 +146,7 @@ def trace() -> RoutingTrace:
 
 def test_steps_are_counted_and_told_by_hand() -> None:
     counts = count_steps(trace(), 7)
-    assert counts.tolist() == [[[2, 1, 1], [3, 1, 0]], [[2, 0, 0], [0, 1, 1]]]
+    assert counts.tolist() == [[[2, 1, 1, 0], [3, 1, 0, 0]], [[2, 0, 0, 0], [0, 1, 1, 0]]]
     table = steps_table(counts, ["a", "b"])
     assert table.to_numpy().tolist() == [["a", 5, 2, 1], ["b", 2, 1, 1]]
     told = step_table(trace(), 1, 7)["experts"].tolist()

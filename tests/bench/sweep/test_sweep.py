@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,15 +13,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sweep_bench import Bench, wait_for
+import yaml
+from rich.console import Console
+from sweep_bench import NOTEBOOK, Bench, wait_for
 
 from emoe_core.errors import ExperimentError, OptionError
+from workbench.report.sweep_page import read_sweep_page
 from workbench.sweep.resume import is_alive, owner_tag
 from workbench.sweep.run import run_sweep
 from workbench.tracking import results
 from workbench.tracking.place import HOME_VARIABLE
 from workbench.tracking.run import new_run
-from workbench.tracking.runs import ERROR_TAG, OWNER_TAG, find_parent
+from workbench.tracking.runs import ERROR_TAG, OWNER_TAG, drift_of, find_parent
 from workbench.tracking.store import locked, open_store
 from workbench.tracking.view import VIEW_TAG, view_address
 
@@ -100,6 +104,33 @@ def test_finished_runs_are_skipped_and_new_points_run_under_the_same_parent(benc
     assert len(bench.all_runs()) == 2
     fresh = run_sweep(bench.write(grid={"tolerance": [0.0]}), fresh=True)
     assert fresh.parent_run_id != first.parent_run_id and len(fresh.finished) == 1
+
+
+def test_a_control_runs_first_and_last_and_its_drift_marks_the_sweep(bench: Bench) -> None:
+    timed = {"notebook": str(NOTEBOOK), "kind": "timing"}
+    stages = [
+        timed | {"control": True, "label": "control", "metrics": ["tpot_s"]},
+        timed | {"grid": {"budget": ["60%"]}},
+    ]
+    path = bench.root / "dummy.yaml"
+    path.write_text(yaml.safe_dump({"name": "dummy", "stages": stages}))
+    run_sweep(path)
+    client = open_store()
+    assert [item.info.run_name for item in bench.current()] == [
+        "dummy control",
+        "dummy budget=60%",
+        "dummy control again",
+    ]
+    assert drift_of(find_parent(client)) == ("tpot_s", 0.0)
+    last = bench.current()[-1]
+    client.log_metric(last.info.run_id, "tpot_s", 1.05 * last.data.metrics["tpot_s"])
+    said = io.StringIO()
+    again = run_sweep(path, console=Console(file=said, width=200))
+    assert not again.finished and len(again.skipped) == 3
+    assert drift_of(find_parent(client)) == ("tpot_s", 0.05)
+    assert "tpot_s of the control moved by +5.0%" in said.getvalue()
+    page = read_sweep_page(client, find_parent(client), bench.root / "scratch")
+    assert page.drifted and "+5.0% from the first control to the last" in page.drift
 
 
 def test_a_killed_sweep_leaves_no_kernel_and_is_resumed(bench: Bench) -> None:

@@ -97,6 +97,7 @@ def test_the_same_run_twice_is_refused(project: Path) -> None:
         ({"grid": {"seed": 1}}, "grid.seed"),
         ({"grid": {"seed": [1]}, "fixed": {"seed": 2}}, "both fixed and on the grid: seed"),
         ({"exclude": [{"seed": 1}]}, "does not set: seed"),
+        ({"control": True, "metrics": ["tpot_s"]}, "a control is of kind timing"),
         ({"name": "a b"}, "name"),
         ({"notebook": None}, "notebook"),
     ],

@@ -64,7 +64,7 @@ def test_metrics_that_runs_like_these_do_not_record_are_warned_of(bench: Bench) 
         ("budgets", "60%, 40", "has no unit"),
         ("tolerance", 1.5, "must lie in"),
         ("strategy", "freqency", "unknown strategy 'freqency'"),
-        ("strategies", "frequency,best", "unknown strategy 'best'"),
+        ("arms", "frequency,best", "unknown strategy 'best'"),
         ("interval", 0, "interval"),
         ("intervals", "1,sometimes", "interval is 'sometimes'"),
         ("mix", "random", "random"),

@@ -11,6 +11,7 @@ import torch
 import emoe_core
 from emoe_core.checkpoint.index import open_checkpoint
 from emoe_core.errors import OptionError
+from emoe_core.experts.trace import DROP, LOAD
 from emoe_core.planning.tasks import Profile, TaskProfile
 from workbench.models.reference.tiny import FAMILIES, LAYERS, tiny_moe
 from workbench.replay.scoring import score
@@ -79,6 +80,34 @@ def test_no_token_loses_more_than_the_tolerance(mixtral: Path, tmp_path: Path, t
     lost = (weight * replaced).sum(axis=-1) / weight.sum(axis=-1)
     assert counters.token_reroutes == replaced.sum() > 0
     assert lost.max() <= tolerance + FLOAT16_EPSILON
+
+
+def test_dropping_computes_what_the_router_left_of_each_token(mixtral: Path, tmp_path: Path) -> None:
+    _, counters, trace = run(mixtral, tmp_path, 1.0, on_miss="drop")
+    dropped = trace.outcome == DROP
+    assert counters.reroutes == counters.token_reroutes == 0
+    assert counters.token_drops == dropped.sum() > 0
+    assert counters.token_loads == (trace.outcome == LOAD).sum()
+    assert np.array_equal(trace.served[~dropped], trace.chosen[~dropped])
+
+
+def test_dropping_is_exact_where_all_are_resident_or_nothing_is_tolerated(mixtral: Path, tmp_path: Path) -> None:
+    exact = run(mixtral, tmp_path, 0.0)[0]
+    assert all(map(torch.equal, run(mixtral, tmp_path, 1.0, "100%", on_miss="drop")[0], exact))
+    assert all(map(torch.equal, run(mixtral, tmp_path, 0.0, on_miss="drop")[0], exact)), "tolerance 0 is exact"
+    assert not all(map(torch.equal, run(mixtral, tmp_path, 1.0, on_miss="drop")[0], exact))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_miss": "guess"}, "unknown on_miss"),
+        ({"on_miss": "drop", "tolerance": 1.0, "cache_bias": 0.2}, "leave it out"),
+    ],
+)
+def test_an_on_miss_that_makes_no_sense_is_refused(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        emoe_core.load(tmp_path, **options)
 
 
 def test_with_one_resident_every_token_uses_it(mixtral: Path, tmp_path: Path) -> None:

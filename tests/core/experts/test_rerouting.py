@@ -12,7 +12,16 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import emoe_core
 from emoe_core.errors import UnsupportedFamilyError
-from emoe_core.experts.rerouting import Rerouted, outranked, replaceable, reroute_token, shares_of, substitute
+from emoe_core.experts.rerouting import (
+    Rerouted,
+    drop,
+    outranked,
+    replaceable,
+    reroute,
+    reroute_token,
+    shares_of,
+    substitute,
+)
 from emoe_core.experts.routing_rules import Choice, Groups, RoutingRule
 from workbench.models.reference.tiny import tiny_moe
 
@@ -94,14 +103,57 @@ def test_substitutes_are_available_distinct_and_keep_the_total(seed: int, k: int
         assert len(used) == len(set(used)) == min(k, len(resident))
 
 
-def reroute_in_general(choice: Choice, present: set[int], tolerance: float, rule: RoutingRule) -> Rerouted | None:
+@settings(max_examples=60)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.sets(st.integers(0, 7), min_size=1), st.floats(0, 1))
+def test_what_is_dropped_weighs_nothing_and_the_rest_keeps_the_total_and_its_proportions(
+    seed: int, k: int, resident: set[int], tolerance: float
+) -> None:
+    choice = top_k_choice(16, 8, k, seed)
+    served = reroute(choice, resident, 8, [tolerance], None)
+    if served is None:
+        return
+    marks, there = served.replaced, resident | set(choice.index[~served.replaced].tolist())
+    assert not set(choice.index[marks].tolist()) & there
+    assert torch.equal(served.index[~marks], choice.index[~marks])
+    assert not bool(served.weights[marks].any())
+    assert set(served.index.flatten().tolist()) <= there, "nothing else needs to be in a slot"
+    untouched, emptied = ~marks.any(-1), marks.all(-1)
+    assert torch.equal(served.weights[untouched], choice.weights[untouched])
+    kept = ~untouched & ~emptied
+    torch.testing.assert_close(served.weights[kept].sum(-1), choice.weights[kept].sum(-1))
+    torch.testing.assert_close(shares_of(served.weights)[kept], shares_of(choice.weights.masked_fill(marks, 0.0))[kept])
+    assert tolerance == 1 or not bool(emptied.any()), "below 1 a token keeps or loads its best expert"
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.sets(st.integers(0, 7), min_size=1), st.floats(0, 1))
+def test_dropping_gives_up_what_rerouting_would(seed: int, k: int, resident: set[int], tolerance: float) -> None:
+    choice = top_k_choice(16, 8, k, seed)
+    dropped, rerouted = (reroute(choice, resident, 8, [tolerance], rule) for rule in (None, SOFTMAX))
+    assert (dropped is None) == (rerouted is None)
+    assert dropped is None or rerouted is None or torch.equal(dropped.replaced, rerouted.replaced)
+
+
+def test_a_token_that_loses_all_its_experts_gets_nothing() -> None:
+    choice = Choice(torch.zeros(1, 4), torch.tensor([[0.6, 0.4]]), torch.tensor([[0, 1]]))
+    served = drop(choice, torch.tensor([[True, True]]), 3)
+    assert served.index.tolist() == [[3, 3]] and served.weights.tolist() == [[0.0, 0.0]]
+
+
+def reroute_in_general(
+    choice: Choice, present: set[int], tolerance: float, rule: RoutingRule | None
+) -> Rerouted | None:
     available = torch.zeros(choice.logits.shape[1], dtype=torch.bool)
     available[sorted(present)] = True
     missing = ~available[choice.index]
     replace = replaceable(choice.weights, missing, torch.tensor([tolerance]))
     available[choice.index[missing & ~replace]] = True
     replace &= ~available[choice.index]
-    return substitute(choice, replace, available, rule) if bool(replace.any()) else None
+    if not bool(replace.any()):
+        return None
+    if rule is None:
+        return drop(choice, replace, min(available.nonzero().flatten().tolist()))
+    return substitute(choice, replace, available, rule)
 
 
 @settings(max_examples=200)
@@ -110,7 +162,7 @@ def reroute_in_general(choice: Choice, present: set[int], tolerance: float, rule
     st.integers(1, 4),
     st.sets(st.integers(0, 7), min_size=1),
     st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]),
-    st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]),
+    st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus", "drop"]),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.booleans(),
     st.sampled_from([None, Groups(4, 1, best=2), Groups(2, 1, best=1), Groups(4, 2, best=2)]),
@@ -128,7 +180,9 @@ def test_a_single_token_is_rerouted_to_the_same_experts_and_bits_as_among_many(
     choice = top_k_choice(1, 8, k, seed)
     choice = Choice(choice.logits.to(dtype), choice.weights.to(dtype), choice.index)
     correction = torch.randn(8, generator=torch.Generator().manual_seed(seed + 1)) if corrected else None
-    rule = RoutingRule(choice_score=score, weight_score=score, correction=correction, groups=groups)
+    rule = None
+    if score != "drop":
+        rule = RoutingRule(choice_score=score, weight_score=score, correction=correction, groups=groups)
     alone = reroute_token(choice, present, tolerance, rule)
     general = reroute_in_general(choice, present, tolerance, rule)
     if general is None:
@@ -183,7 +237,9 @@ def test_the_rule_of_every_tested_family_is_found(family: str, rule: str, tmp_pa
         assert {module.__dict__["_emoe_layer"].rule.name for module in modules} == {rule}
 
 
-def test_a_router_that_no_rule_explains_is_served_exactly_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_that_no_rule_explains_cannot_be_rerouted_but_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tiny_moe(tmp_path / "model", family="mixtral", seed=2)
     plain = MixtralTopKRouter.forward
 
@@ -192,7 +248,14 @@ def test_a_router_that_no_rule_explains_is_served_exactly_only(tmp_path: Path, m
         return logits, weights, (-logits).topk(weights.shape[-1], dim=-1).indices
 
     monkeypatch.setattr(MixtralTopKRouter, "forward", contrary)
-    with pytest.raises(UnsupportedFamilyError, match=r"mixtral.*tolerance=0"):
+    with pytest.raises(UnsupportedFamilyError, match=r"mixtral.*tolerance=0.*on_miss=\"drop\""):
         emoe_core.load(path, budget="50%", tolerance=1.0, pack_dir=tmp_path)
+    lossy = {"tolerance": 1.0, "on_miss": "drop", "predictor": None}
+    with emoe_core.load(path, budget="2 slots", pack_dir=tmp_path, **lossy) as engine, torch.no_grad():
+        assert engine.reroutable
+        assert bool(torch.isfinite(engine.model(torch.arange(12).unsqueeze(0)).logits).all())
+        assert engine.stats().counters.drops > 0
+        with pytest.raises(UnsupportedFamilyError, match="cannot be rerouted"):
+            engine.restart(on_miss="reroute")
     with emoe_core.load(path, budget="50%", pack_dir=tmp_path) as engine, torch.no_grad():
         assert bool(torch.isfinite(engine.model(torch.arange(12).unsqueeze(0)).logits).all())

@@ -33,11 +33,11 @@ from workbench.serving.costs import conditions
 from workbench.serving.costs.task_loads import cut, task_tokens
 from workbench.serving.costs.times import Times, fitted, measure_times
 from workbench.serving.orders import make_scheduler
-from workbench.serving.simulation.arrivals import Arrival, at_rate, draw_arrivals
+from workbench.serving.simulation.arrivals import Arrival
 from workbench.serving.simulation.cluster import Cluster
 from workbench.serving.simulation.experiment import (
     ServingConfig,
-    capacity_per_s,
+    cut_arrivals,
     make_replica,
     make_request,
     objectives,
@@ -168,7 +168,7 @@ def validate(config: ValidationConfig, costs: ServingCosts, progress: Progress |
             costs = _measured_anew(costs, engine, config, report)
         else:
             conditions.require_conditions(costs, conditions.conditions_here(engine))
-        coming = _arrivals(config, costs)
+        coming = cut_arrivals(config.service(config.schedulers[0]), costs)
         promised = objectives(coming, costs, ServingConfig.ttft_factor, ServingConfig.tpot_factor)
         others, tables, parts = OtherWork(), [], []
         for scheduler in config.schedulers:
@@ -258,18 +258,6 @@ def simulate(
     for task in sorted(costs.tasks):
         replica.residents.admit([Request(task, 1)], [])
     return Cluster([replica]).run([make_request(service, costs, promised, one) for one in coming])
-
-
-def _arrivals(config: ValidationConfig, costs: ServingCosts) -> list[Arrival]:
-    drawn = [
-        replace(
-            one,
-            input_tokens=min(one.input_tokens, config.max_input_tokens),
-            output_tokens=min(one.output_tokens, config.max_output_tokens),
-        )
-        for one in draw_arrivals(costs.tasks, config.n_requests, 1.0, seed=config.seed)
-    ]
-    return at_rate(drawn, config.load * capacity_per_s(drawn, costs, config.max_batch))
 
 
 def _measured_anew(

@@ -83,6 +83,7 @@ class ServerMetrics(Collector):
             "emoe_expert_hits": counters.hits,
             "emoe_expert_loads": counters.loads,
             "emoe_expert_reroutes": counters.reroutes,
+            "emoe_expert_drops": counters.drops,
             "emoe_expert_prefetches": counters.prefetches,
             "emoe_expert_bytes_loaded": counters.bytes_loaded,
             "emoe_expert_stall_seconds": counters.stall_s,

@@ -14,7 +14,7 @@ unloaded
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,20 @@ def make_arrivals(config: ServingConfig, costs: ServingCosts) -> list[Arrival]:
         return at_rate(drawn, config.rate_per_s)
     if config.load is None:
         return drawn
+    return at_rate(drawn, config.load * config.replicas * capacity_per_s(drawn, costs, config.batch(costs)))
+
+
+def cut_arrivals(config: ServingConfig, costs: ServingCosts) -> list[Arrival]:
+    """Return Poisson arrivals at a configuration's load, whose prompts and answers are cut to its limits."""
+    assert config.load is not None
+    drawn = [
+        replace(
+            one,
+            input_tokens=min(one.input_tokens, config.max_input_tokens),
+            output_tokens=min(one.output_tokens, config.max_output_tokens),
+        )
+        for one in draw_arrivals(costs.tasks, config.n_requests, 1.0, seed=config.seed)
+    ]
     return at_rate(drawn, config.load * config.replicas * capacity_per_s(drawn, costs, config.batch(costs)))
 
 
