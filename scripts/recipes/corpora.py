@@ -246,10 +246,10 @@ def split(domain: Domain, tokenizer: PreTrainedTokenizerFast, seed: int = 0, hel
     texts = split_texts(domain, tokenizer, seed, held_out_tokens)
     return Split(
         domain.name,
-        _join(texts.fit, tokenizer),
-        _join(texts.held_out, tokenizer, 2_000)[: held_out_tokens + 1],
-        _digest(texts.fit),
-        _digest(texts.held_out),
+        joined(texts.fit, tokenizer),
+        joined(texts.held_out, tokenizer, 2_000)[: held_out_tokens + 1],
+        digest(texts.fit),
+        digest(texts.held_out),
     )
 
 
@@ -305,10 +305,10 @@ def describe_texts(texts: list[Texts], tokenizer: PreTrainedTokenizerFast) -> li
     return [
         _described(
             domain,
-            len(_join(part.fit, tokenizer)),
-            len(_join(part.held_out, tokenizer)),
-            _digest(part.fit),
-            _digest(part.held_out),
+            len(joined(part.fit, tokenizer)),
+            len(joined(part.held_out, tokenizer)),
+            digest(part.fit),
+            digest(part.held_out),
         )
         for domain, part in zip(DOMAINS, texts, strict=True)
     ]
@@ -326,12 +326,14 @@ def _described(domain: Domain, fit: int, held_out: int, fit_sha256: str, held_ou
     }
 
 
-def _join(texts: list[str], tokenizer: PreTrainedTokenizerFast, longest_tokens: int | None = None) -> torch.Tensor:
-    joined: list[int] = []
-    for ids in tokenizer(texts)["input_ids"]:
-        joined += [DOCUMENT_END, *ids[:longest_tokens]]
-    return torch.tensor(joined, dtype=torch.int64)
+def joined(texts: list[str], tokenizer: PreTrainedTokenizerFast, longest_tokens: int | None = None) -> torch.Tensor:
+    """Return the token ids of texts, each after the token that ends a document and cut at ``longest_tokens``."""
+    ids: list[int] = []
+    for found in tokenizer(texts)["input_ids"]:
+        ids += [DOCUMENT_END, *found[:longest_tokens]]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
-def _digest(texts: list[str]) -> str:
+def digest(texts: list[str]) -> str:
+    """Return the hash by which a recipe knows its texts."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()

@@ -2,8 +2,9 @@
 
 Blocks of tokens are drawn without replacement, epoch by epoch. The learning rate rises, stays, and falls at last to a
 tenth; the plan says for how many steps it stays, or a file called ``decay`` beside the state, which lets it fall from
-where the training is. Every random choice follows from the seed and the step, so a run stopped anywhere goes on from
-its last saved state.
+where the training is, over as many steps as the file says (none: the plan's). A file called ``stop`` ends the run
+after the step at hand, its state saved. Every random choice follows from the seed and the step, so a run stopped
+anywhere goes on from its last saved state.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 from emoe_core.errors import OptionError
 from emoe_core.files import whole_file
 from recipes import corpora
-from workbench.fetch import cache_dir
+from workbench.fetch import cache_dir, sha256_file
 from workbench.models.reference import dense
 from workbench.models.reference.native.recipe import (
     SPECIAL,
@@ -32,10 +33,10 @@ from workbench.models.reference.native.recipe import (
     Recipe,
     Shape,
     stored,
-    tokenizer_options,
 )
 
-STATE, LOG, DECAY = "state.pt", "log.jsonl", "decay"
+STATE, LOG, DECAY, STOP = "state.pt", "log.jsonl", "decay", "stop"
+SAVE_EVERY_S = 300
 LIMIT_CHARACTERS = 3_000_000
 
 
@@ -54,8 +55,8 @@ class Plan:
     warmup_steps : int
     balance : float
         Weight of the load-balancing loss, OLMoE's.
-    save_every, look_every : int
-        Steps between saved states, and between looks at held-out text.
+    look_every : int
+        Steps between looks at held-out text.
     """
 
     steps: int = 20_000
@@ -65,19 +66,18 @@ class Plan:
     rate: float = 2e-3
     warmup_steps: int = 100
     balance: float = 0.01
-    save_every: int = 200
     look_every: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("steps", "decay_steps", "batch", "length", "warmup_steps", "save_every", "look_every"):
+        for name in ("steps", "decay_steps", "batch", "length", "warmup_steps", "look_every"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} of a training plan is at least 1, not {getattr(self, name)}")
 
-    def rate_at(self, step: int, stable: int) -> float:
-        """Return the learning rate of a step, when it falls from step ``stable`` on."""
+    def rate_at(self, step: int, stable: int, decay_steps: int) -> float:
+        """Return the learning rate of a step, when it falls for ``decay_steps`` from step ``stable`` on."""
         if step < self.warmup_steps:
             return self.rate * (step + 1) / self.warmup_steps
-        fallen = min(1.0, max(0.0, (step - stable) / self.decay_steps))
+        fallen = min(1.0, max(0.0, (step - stable) / decay_steps))
         return self.rate * (1 - 0.9 * fallen)
 
 
@@ -125,7 +125,7 @@ class Trainer:
         others = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-        self.step, self.stable, self.seconds = 0, plan.steps, 0.0
+        self.step, self.stable, self.decay_steps, self.seconds = 0, plan.steps, plan.decay_steps, 0.0
 
     @property
     def blocks(self) -> int:
@@ -145,15 +145,17 @@ class Trainer:
     def run(self, stop_after: int | None = None) -> bool:
         """Train to the end of the plan, or for some steps of this call; return whether the end was reached."""
         self.resume()
-        began = self.step
-        bar = tqdm(total=self.stable + self.plan.decay_steps, initial=self.step, unit="step", mininterval=5)
-        while self.step < self.stable + self.plan.decay_steps:
-            if stop_after is not None and self.step - began >= stop_after:
+        began, saved = self.step, time.monotonic()
+        bar = tqdm(total=self.stable + self.decay_steps, initial=self.step, unit="step", mininterval=5)
+        while self.step < self.stable + self.decay_steps:
+            stop = (self.folder / STOP).exists() or (stop_after is not None and self.step - began >= stop_after)
+            if stop:
                 self.save()
                 return False
             if self.step < self.stable and (self.folder / DECAY).exists():
                 self.stable = self.step
-                bar.total = self.stable + self.plan.decay_steps
+                self.decay_steps = int((self.folder / DECAY).read_text() or self.plan.decay_steps)
+                bar.total = self.stable + self.decay_steps
             started = time.perf_counter()
             loss = self.one_step()
             self.seconds += time.perf_counter() - started
@@ -162,8 +164,9 @@ class Trainer:
             bar.set_postfix(loss=f"{loss:.3f}")
             if self.step % self.plan.look_every == 0:
                 self.look(loss)
-            if self.step % self.plan.save_every == 0:
+            if time.monotonic() - saved > SAVE_EVERY_S:
                 self.save()
+                saved = time.monotonic()
         self.save()
         return True
 
@@ -172,7 +175,7 @@ class Trainer:
         self.model.train()
         ids = self.batch(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate_at(self.step, self.stable)
+            group["lr"] = self.plan.rate_at(self.step, self.stable, self.decay_steps)
         output = self.model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
@@ -212,6 +215,7 @@ class Trainer:
             "seed": self.seed,
             "step": self.step,
             "stable": self.stable,
+            "decay_steps": self.decay_steps,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -229,7 +233,8 @@ class Trainer:
             raise OptionError(f"{file} belongs to another plan or seed; name another folder or delete it.")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.stable, self.seconds = state["step"], state["stable"], state["seconds"]
+        self.step, self.stable, self.decay_steps = state["step"], state["stable"], state["decay_steps"]
+        self.seconds = state["seconds"]
 
 
 def train(out: Path, seed: int = 0, plan: Plan | None = None, shape: Shape | None = None) -> Path:
@@ -271,12 +276,13 @@ def write_recipe(out: Path, trainer: Trainer, texts: list[corpora.Texts], tokeni
         "training": {
             "steps": trainer.step,
             "stable_steps": trainer.stable,
+            "decay_steps": trainer.decay_steps,
             "tokens": trainer.step * trainer.plan.batch * trainer.plan.length,
             "seconds": round(trainer.seconds),
             "threads": torch.get_num_threads(),
-            "log": [json.loads(line) for line in (trainer.folder / LOG).read_text().splitlines()][-1:],
+            "last_look": [json.loads(line) for line in (trainer.folder / LOG).read_text().splitlines()][-1:],
         },
-        "tokenizer": {"library": "tokenizers", "options": sorted(tokenizer_options())},
+        "tokenizer_sha256": sha256_file(out / TOKENIZER),
         "domains": corpora.describe_texts(texts, PreTrainedTokenizerFast(tokenizer_object=tokenizer)),
     }
     Recipe.save_tensors(out, stored(state), asdict(trainer.shape), {"layers": trainer.shape.layers, **description})

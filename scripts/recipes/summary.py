@@ -67,6 +67,6 @@ def normalised_mutual_information(shares: np.ndarray) -> float:
     joint = shares / shares.sum()
     rows, columns = joint.sum(axis=1), joint.sum(axis=0)
     filled = joint > 0
-    information = (joint[filled] * np.log((joint / np.outer(rows, columns))[filled])).sum()
+    information = (joint[filled] * np.log(joint[filled] / np.outer(rows, columns)[filled])).sum()
     entropies = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in (rows, columns)]
     return float(information / np.mean(entropies)) if min(entropies) > 0 else 0.0

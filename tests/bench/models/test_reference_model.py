@@ -204,6 +204,10 @@ def test_an_altered_recipe_and_one_of_another_kind_are_refused(grown: Grown, tmp
     flip_last_bit(tmp_path / ADAPTERS)
     with pytest.raises(CheckpointError, match="the recipe was altered"):
         grown.kind.assembly.recipe.open(tmp_path)
+    description = (tmp_path / DESCRIPTION).read_text()
+    (tmp_path / DESCRIPTION).write_text(description[: len(description) // 2])
+    with pytest.raises(CheckpointError, match="cannot be read as a recipe"):
+        grown.kind.assembly.recipe.open(tmp_path)
 
 
 def flip_last_bit(path: Path) -> None:

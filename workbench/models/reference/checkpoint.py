@@ -1,9 +1,9 @@
-"""Applies a recipe to the dense parent and writes a stock checkpoint of transformers, layer by layer.
+"""Writes the stock checkpoint of transformers that a recipe stands for, layer by layer.
 
-The result is the same to the last bit on every machine: corrections are added as rank-one products in a fixed order
-by elementwise operations, so no matrix library decides the rounding. The checksums of the weight files are stored
-with the recipe (``manifest.json``) and checked after building. A built folder also lists the checksums of all its
-files in ``checksums.json``, for `verify`. What a layer consists of is the kind's matter (`Assembly`).
+The result is the same to the last bit on every machine: no kind lets a matrix library decide a rounding. The
+checksums of the weight files are stored with the recipe (``manifest.json``) and checked after building. A built folder
+also lists the checksums of all its files in ``checksums.json``, for `verify`. What a layer consists of is the kind's
+matter (`Assembly`); the kinds that grow from the dense model share `parent`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from emoe_core.errors import CheckpointError
 from emoe_core.files import whole_folder
@@ -30,14 +30,27 @@ LAYERS_PER_SHARD = 3
 CHECKSUMS = "checksums.json"
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
-_KEPT = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "input_layernorm",
-    "post_attention_layernorm",
-)
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a checkpoint consists of.
+
+    Attributes
+    ----------
+    config : PreTrainedConfig
+        Configuration of the built model.
+    tokenizer : PreTrainedTokenizerFast
+    ends : callable
+        Makes the tensors that belong to no layer, in bfloat16.
+    layer : callable
+        From a layer's number to its tensors, in bfloat16.
+    """
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerFast
+    ends: Callable[[], dict[str, torch.Tensor]]
+    layer: Callable[[int], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,10 +65,8 @@ class Assembly:
         Raised whenever the built bytes change.
     recipe : type
         The kind's recipe class.
-    config : callable
-        From parent and recipe to the configuration of the built model.
-    experts : callable
-        From parent, recipe and layer to the tensors that take the place of the layer's feed-forward, in bfloat16.
+    ingredients : callable
+        From recipe and dense parent (None: fetched, where the kind has one) to what is written.
     card : callable
         From recipe and figures (or None) to the model card.
     """
@@ -63,13 +74,12 @@ class Assembly:
     stem: str
     version: int
     recipe: type[Recipe]
-    config: Callable[[dense.DenseSource, Any], PreTrainedConfig]
-    experts: Callable[[dense.DenseSource, Any, int], dict[str, torch.Tensor]]
+    ingredients: Callable[[Any, dense.DenseSource | None], Ingredients]
     card: Callable[[Any, dict[str, Any] | None], str]
 
     def content_key(self, recipe: Recipe) -> str:
-        """Return the hash of everything that decides the weights: parent, adapters, builder."""
-        parts = (recipe.description["parent"]["gguf_sha256"], recipe.description["adapters_sha256"], self.version)
+        """Return the hash of everything that decides the files: what it is made from, adapters, builder."""
+        parts = (recipe.base_sha256, recipe.description["adapters_sha256"], self.version)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def default_destination(self, recipe: Recipe) -> Path:
@@ -118,13 +128,9 @@ class Assembly:
             raise CheckpointError(f"{target} holds another build; give another destination or delete the folder.")
         if target.exists() and any(target.iterdir()):
             raise CheckpointError(f"{target} is not empty and not a complete build; give another destination.")
-        parent = source or dense.DenseSource.open(dense.fetch_gguf())
-        if sha256_file(parent.path) != chosen.description["parent"]["gguf_sha256"]:
-            raise CheckpointError(
-                f"the recipe belongs to other dense weights than {parent.path}; fetch the parent again."
-            )
+        made = self.ingredients(chosen, source)
         with whole_folder(target) as scratch:
-            self._write(scratch, parent, chosen)
+            self._write(scratch, made, chosen)
         return target
 
     def verify(self, path: Path | str | None = None) -> dict[str, str]:
@@ -159,20 +165,18 @@ class Assembly:
         """Write the card of a built model, with the recipe's figures where they belong to the same tensors."""
         (folder / CARD).write_text(self.card(recipe, recipe.figures))
 
-    def _write(self, folder: Path, parent: dense.DenseSource, recipe: Recipe) -> None:
-        config = self.config(parent, recipe)
+    def _write(self, folder: Path, made: Ingredients, recipe: Recipe) -> None:
+        config = made.config
         config.dtype = torch.bfloat16
         layers = recipe.layers
-        if config.num_hidden_layers != layers:
-            raise CheckpointError(f"the recipe adapts {layers} layers, the parent has {config.num_hidden_layers}.")
         groups = [range(i, min(i + LAYERS_PER_SHARD, layers)) for i in range(0, layers, LAYERS_PER_SHARD)]
         shards = len(groups) + 1
         weight_map: dict[str, str] = {}
         total_bytes = 0
         for number, group in enumerate(tqdm([range(0), *groups], desc="build", unit="shard"), start=1):
-            tensors = {} if group else _ends(parent)
+            tensors = {} if group else made.ends()
             for layer in group:
-                tensors |= _kept(parent, layer) | self.experts(parent, recipe, layer)
+                tensors |= made.layer(layer)
             name = f"model-{number:05d}-of-{shards:05d}.safetensors"
             save_file(tensors, folder / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
@@ -184,7 +188,7 @@ class Assembly:
         GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         ).save_pretrained(folder)
-        parent.tokenizer().save_pretrained(folder)
+        made.tokenizer.save_pretrained(folder)
         names = sorted(entry.name for entry in folder.iterdir())
         record = {
             "content_key": self.content_key(recipe),
@@ -212,53 +216,5 @@ class Assembly:
             )
 
 
-def corrected(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return ``weight + up @ down`` in float32, rounded the same way everywhere.
-
-    Parameters
-    ----------
-    weight : Tensor, shape [rows, columns], float32
-    down : Tensor, shape [rank, columns], float32
-    up : Tensor, shape [rows, rank], float32
-    """
-    total = weight.clone()
-    product = torch.empty_like(weight)
-    for index in range(down.shape[0]):
-        torch.mul(up[:, index, None], down[None, index], out=product)
-        total += product
-    return total
-
-
-def parent_options(parent: dense.DenseSource) -> dict[str, Any]:
-    """Return the configuration values that a mixture takes over from its parent."""
-    base = parent.config
-    return {
-        "vocab_size": base.vocab_size,
-        "hidden_size": base.hidden_size,
-        "intermediate_size": base.intermediate_size,
-        "num_hidden_layers": base.num_hidden_layers,
-        "num_attention_heads": base.num_attention_heads,
-        "num_key_value_heads": int(base.num_key_value_heads or base.num_attention_heads),
-        "max_position_embeddings": base.max_position_embeddings,
-        "rms_norm_eps": base.rms_norm_eps,
-        "rope_parameters": dict(base.rope_parameters or {}),
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-        "bos_token_id": base.bos_token_id,
-        "eos_token_id": base.eos_token_id,
-        "pad_token_id": base.pad_token_id,
-    }
-
-
 def _complete(folder: Path) -> bool:
     return (folder / CHECKSUMS).exists()
-
-
-def _ends(parent: dense.DenseSource) -> dict[str, torch.Tensor]:
-    names = ("model.embed_tokens.weight", "model.norm.weight")
-    return {name: parent.tensor(name).to(torch.bfloat16) for name in names}
-
-
-def _kept(parent: dense.DenseSource, layer: int) -> dict[str, torch.Tensor]:
-    names = (f"model.layers.{layer}.{name}.weight" for name in _KEPT)
-    return {name: parent.tensor(name).to(torch.bfloat16) for name in names}

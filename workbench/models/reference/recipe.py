@@ -1,4 +1,4 @@
-"""The recipe: everything that turns the dense parent into a mixture, small enough to keep under version control.
+"""The recipe: everything that a model is built from, small enough to keep under version control.
 
 A recipe is a folder: ``adapters.safetensors`` (tensors named ``layers.<layer>.<part>``), ``recipe.json`` (kind, shape,
 seed, plan, sources and hashes of the text), and after building and evaluating ``manifest.json`` (checksums of the built
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from emoe_core.errors import CheckpointError
-from emoe_core.files import whole_file
+from emoe_core.files import read_object, whole_file
 from workbench.fetch import sha256_file
 from workbench.models.reference import EMBEDDED, RECIPES
 
@@ -51,13 +51,14 @@ class Recipe:
             raise CheckpointError(
                 f"{path} holds no recipe; `python scripts/train_reference.py {name} --out FOLDER` computes one."
             )
-        description = json.loads((path / DESCRIPTION).read_text())
-        if description["kind"] != cls.kind:
-            raise CheckpointError(f"{path} holds a recipe of the kind {description['kind']!r}, not {cls.kind!r}.")
-        found = sha256_file(path / ADAPTERS)
-        if found != description["adapters_sha256"]:
+        fix = "restore the folder from version control"
+        description = read_object(path / DESCRIPTION, (1,), CheckpointError, "recipe", "a recipe", fix)
+        if description.get("kind") != cls.kind:
+            raise CheckpointError(f"{path} holds a recipe of the kind {description.get('kind')!r}, not {cls.kind!r}.")
+        found, known = sha256_file(path / ADAPTERS), description.get("adapters_sha256")
+        if found != known:
             raise CheckpointError(
-                f"{path / ADAPTERS} has SHA-256 {found}, its description says {description['adapters_sha256']}: "
+                f"{path / ADAPTERS} has SHA-256 {found}, its description says {known}: "
                 f"the recipe was altered. Restore the folder from version control."
             )
         return cls(path, description)
@@ -105,6 +106,11 @@ class Recipe:
         return cls.open(folder)
 
     @property
+    def base_sha256(self) -> str:
+        """Checksum of what else the model is made from: the dense parent's weights."""
+        return str(self.description["parent"]["gguf_sha256"])
+
+    @property
     def layers(self) -> int:
         """Number of layers that the recipe adapts."""
         return int(self.description["layers"])
@@ -118,14 +124,17 @@ class Recipe:
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Return the parts of one layer by name, floating-point ones in float32, read from the file when asked for."""
-        prefix = f"layers.{index}."
+        found = self.parts(f"layers.{index}.")
+        return {part: tensor.float() if tensor.is_floating_point() else tensor for part, tensor in found.items()}
+
+    def parts(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Return the tensors whose names start with a prefix, as stored, by the rest of their names."""
         try:
             with safe_open(self.folder / ADAPTERS, "pt") as file:
                 names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-                found = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+                return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / ADAPTERS} cannot be read: {error}") from error
-        return {part: tensor.float() if tensor.is_floating_point() else tensor for part, tensor in found.items()}
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from workbench.models.reference import dense
 from workbench.models.reference.carved.card import render_card
 from workbench.models.reference.carved.layer import assemble
 from workbench.models.reference.carved.recipe import Recipe
-from workbench.models.reference.checkpoint import Assembly, parent_options
+from workbench.models.reference.checkpoint import Assembly
+from workbench.models.reference.parent import on_parent, parent_options
 
 
 def qwen2_moe_config(parent: dense.DenseSource, recipe: Recipe) -> Qwen2MoeConfig:
@@ -54,5 +55,5 @@ def experts(parent: dense.DenseSource, recipe: Recipe, layer: int) -> dict[str, 
     return {f"{prefix}.{name}": tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
 
 
-ASSEMBLY = Assembly("carved-24x135m", 1, Recipe, qwen2_moe_config, experts, render_card)
+ASSEMBLY = Assembly("carved-24x135m", 1, Recipe, on_parent(qwen2_moe_config, experts), render_card)
 build, verify, is_built = ASSEMBLY.build, ASSEMBLY.verify, ASSEMBLY.is_built

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Self
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import OlmoeConfig
+from transformers import OlmoeConfig, PreTrainedTokenizerFast
 
+from emoe_core.errors import CheckpointError
+from workbench.fetch import sha256_file
 from workbench.models.reference import recipe
 
 TOKENIZER = "tokenizer.json"
@@ -70,15 +73,46 @@ class Recipe(recipe.Recipe):
     kind: ClassVar[str] = "native"
     limit_bytes: ClassVar[int] = 13_500_000
 
+    @classmethod
+    def open(cls, folder: Path | str | None = None) -> Self:
+        """Read a recipe, and check its tokenizer too; see the base."""
+        found = super().open(folder)
+        path = found.folder / TOKENIZER
+        if not path.exists() or sha256_file(path) != found.base_sha256:
+            raise CheckpointError(
+                f"{path} is missing or not the one that the weights were trained with: the recipe was altered. "
+                f"Restore the folder from version control."
+            )
+        return found
+
+    @property
+    def base_sha256(self) -> str:
+        """Checksum of the tokenizer: there is no parent."""
+        return str(self.description.get("tokenizer_sha256"))
+
     @property
     def shape(self) -> Shape:
         """Sizes of the model."""
         return Shape(**self.description["shape"])
 
-    @property
-    def tokenizer_file(self) -> Path:
-        """The tokenizer, as the library `tokenizers` writes it."""
-        return self.folder / TOKENIZER
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """Return the weights of one layer in bfloat16, by their names in it; experts are stacked."""
+        return restored(self.parts(f"model.layers.{index}."))
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Return the tokenizer with its chat template."""
+        end, _, turn = SPECIAL
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_file(str(self.folder / TOKENIZER)),
+            bos_token=end,
+            eos_token=turn,
+            pad_token=end,
+            additional_special_tokens=[SPECIAL[1]],
+            padding_side="left",
+            model_max_length=self.shape.positions,
+            clean_up_tokenization_spaces=False,
+            chat_template=CHAT_TEMPLATE,
+        )
 
 
 def stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,9 +143,3 @@ def restored(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 def is_router(name: str) -> bool:
     """Return whether a parameter is a router's."""
     return name.endswith("mlp.gate.weight")
-
-
-def tokenizer_options() -> dict[str, Any]:
-    """Return what makes a tokenizer of transformers of the recipe's."""
-    end, _, turn = SPECIAL
-    return {"bos_token": end, "eos_token": turn, "pad_token": end, "chat_template": CHAT_TEMPLATE}

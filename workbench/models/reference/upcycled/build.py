@@ -6,7 +6,8 @@ import torch
 from transformers import MixtralConfig
 
 from workbench.models.reference import dense
-from workbench.models.reference.checkpoint import Assembly, corrected, parent_options
+from workbench.models.reference.checkpoint import Assembly
+from workbench.models.reference.parent import corrected, on_parent, parent_options
 from workbench.models.reference.upcycled.card import render_card
 from workbench.models.reference.upcycled.recipe import Recipe
 
@@ -39,5 +40,5 @@ def experts(parent: dense.DenseSource, recipe: Recipe, layer: int) -> dict[str, 
     return tensors
 
 
-ASSEMBLY = Assembly("upcycled-8x135m", 1, Recipe, mixtral_config, experts, render_card)
+ASSEMBLY = Assembly("upcycled-8x135m", 1, Recipe, on_parent(mixtral_config, experts), render_card)
 build, verify, is_built = ASSEMBLY.build, ASSEMBLY.verify, ASSEMBLY.is_built
