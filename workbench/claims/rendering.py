@@ -182,8 +182,8 @@ def _claims(name: str, source: Source, file: Path) -> str:
 def _entry(name: str, found: Found, source: Source) -> str:
     claim = found.claim
     holds = {"holds": f" Claimed: {claim.holds}; it holds.", "failed": f" Claimed: {claim.holds}; **it failed.**"}
-    scattered = "the 95% interval over prompts is" if claim.pooled or len(found.runs) == 1 else "its runs lie within"
-    spread = f" ({scattered} {found.range_text})" if found.range_text else ""
+    scattered = "95% interval over prompts" if claim.pooled or len(found.runs) == 1 else "Range over runs"
+    spread = f" {scattered}: {found.range_text}." if found.range_text else ""
     verdict = source.verdicts.get(name)
     settings = ", ".join(f"{key} {value}" for key, value in claim.where.items())
     runs = ", ".join(f"`{run.run_id[:8]}`" for run in found.runs)
