@@ -12,11 +12,9 @@ from matplotlib.figure import Figure
 
 from emoe_core.predictor import FREQUENCY
 from workbench.paper.figures import MEGABYTE, say_n
-from workbench.paper.memory import arm_name, arms_of
+from workbench.paper.memory import WIDE_RATIO, arm_name, arms_of
 
 MARKERS = "os^D"
-# Beyond, a control that loses much would press the others' lines together.
-WIDE_RATIO = 3.0
 
 
 def swept_intervals(runs: pd.DataFrame) -> Figure | None:
@@ -73,7 +71,7 @@ def interval_figure(summary: pd.DataFrame) -> Figure:
         axis.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
         axis.set_xlabel("prediction interval p (prompts)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)), frameon=False)
     return figure
 
 

@@ -25,6 +25,8 @@ BOUNDS = ("oracle", "random")
 MARKERS = "osD^vPX*<>"
 # Points of one budget stand beside each other, so that one that is as good as another does not hide it.
 DODGE = 0.025
+# Beyond, a control that loses much would press the others' lines together.
+WIDE_RATIO = 3.0
 # KL of 0 has no place on a logarithmic axis.
 FLOOR_NATS = 1e-6
 
@@ -80,6 +82,8 @@ def accuracy_figure(summary: pd.DataFrame) -> Figure:
         axes[1].errorbar(place, ratio, yerr=np.maximum(spread, 0), capsize=3, **look)
     say_n(axes[1], summary["prompts"].max())
     axes[0].set_yscale("log")
+    if table["perplexity_ratio"].max() > WIDE_RATIO:
+        axes[1].set_yscale("log")
     axes[0].set_ylabel("KL to all-resident (nats per token)")
     axes[1].axhline(1.0, color="0.4", linestyle=":", linewidth=1.2)
     axes[1].set_ylabel("perplexity ratio to all-resident\n(95% interval over prompts)")
