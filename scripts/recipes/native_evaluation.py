@@ -116,7 +116,7 @@ def measure(
 
 def byte_length(ids: Tensor, tokenizer: PreTrainedTokenizerFast) -> int:
     """Return how many bytes of text byte-level tokens stand for; the end of a document stands for none."""
-    lengths = torch.tensor([len(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+    lengths = torch.tensor([len(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))])
     lengths[corpora.DOCUMENT_END] = 0
     return int(lengths[ids].sum())
 

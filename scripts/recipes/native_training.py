@@ -109,14 +109,8 @@ class Trainer:
         self, tokens: np.ndarray, held_out: dict[str, Tensor], shape: Shape, plan: Plan, seed: int, folder: Path
     ):
         torch.manual_seed(seed)
-        self.tokens, self.held_out, self.shape, self.plan, self.seed, self.folder = (
-            tokens,
-            held_out,
-            shape,
-            plan,
-            seed,
-            folder,
-        )
+        self.tokens, self.held_out, self.shape = tokens, held_out, shape
+        self.plan, self.seed, self.folder = plan, seed, folder
         config = shape.config()
         config.router_aux_loss_coef = plan.balance
         self.model = OlmoeForCausalLM(config)
@@ -167,6 +161,8 @@ class Trainer:
             if time.monotonic() - saved > SAVE_EVERY_S:
                 self.save()
                 saved = time.monotonic()
+        if self.step > began and self.step % self.plan.look_every:
+            self.look(loss)
         self.save()
         return True
 
@@ -238,7 +234,13 @@ class Trainer:
 
 
 def train(out: Path, seed: int = 0, plan: Plan | None = None, shape: Shape | None = None) -> Path:
-    """Train to the end and write the recipe; the state lies in the cache, so that the same call goes on."""
+    """Train to the end and write the recipe; the state lies in the cache, so that the same call goes on.
+
+    Raises
+    ------
+    OptionError
+        When a file called ``stop`` ended it before, or the state is of another plan or seed.
+    """
     plan, shape = plan or Plan(), shape or Shape()
     work = cache_dir() / "training" / f"native-{seed}"
     work.mkdir(parents=True, exist_ok=True)
@@ -261,7 +263,11 @@ def train(out: Path, seed: int = 0, plan: Plan | None = None, shape: Shape | Non
         held_out[part.domain] = ids[: whole * plan.length].view(whole, plan.length)
     trainer = Trainer(tokens, held_out, shape, plan, seed, work)
     print(f"{len(tokens):,} tokens to fit on, {sum(p.numel() for p in trainer.model.parameters()):,} parameters")
-    trainer.run()
+    if not trainer.run():
+        raise OptionError(
+            f"training stopped at step {trainer.step} because of {work / STOP}: delete that file, and the same command "
+            f"goes on."
+        )
     return write_recipe(out, trainer, texts, tokenizer)
 
 

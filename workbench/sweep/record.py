@@ -137,11 +137,11 @@ class SweepRecord:
         parent = self._client.get_run(self.parent_id)
         runs = {item.data.tags[DIGEST_TAG]: item for item in reversed(children(self._client, parent))}
         moved: dict[str, float] = {}
-        for plan in (plan for plan in plans if plan.repeats):
-            first, last = (
-                recorded_metrics(runs[stage.points[0].digest]) if stage.points[0].digest in runs else {}
-                for stage in (plan.repeats, plan)
-            )
+        for plan in plans:
+            pair = [stage.points[0].digest for stage in (plan.repeats, plan) if stage and plan.repeats]
+            if not pair or not set(pair) <= set(runs):
+                continue
+            first, last = (recorded_metrics(runs[digest]) for digest in pair)
             for name in plan.stage.metrics:
                 if first.get(name) and name in last:
                     moved[name] = max(moved.get(name, 0.0), last[name] / first[name] - 1, key=abs)

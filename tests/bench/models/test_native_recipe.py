@@ -68,12 +68,13 @@ def test_the_rate_falls_from_where_the_training_is_once_it_is_told_to(tmp_path: 
     assert other.run() and other.step == 1
 
 
-def test_a_stop_file_ends_a_run_that_then_goes_on(tmp_path: Path) -> None:
+def test_a_stop_file_ends_a_run_that_then_goes_on_and_looks_once_at_its_end(tmp_path: Path) -> None:
+    plan = replace(PLAN, look_every=3)
     (tmp_path / STOP).touch()
-    assert not work(tmp_path).run()
+    assert not work(tmp_path, plan).run() and not (tmp_path / LOG).exists()
     (tmp_path / STOP).unlink()
-    again = work(tmp_path)
-    assert again.run() and again.step == 8
+    assert work(tmp_path, plan).run() and work(tmp_path, plan).run()
+    assert [json.loads(line)["step"] for line in (tmp_path / LOG).read_text().splitlines()] == [3, 6, 8]
 
 
 def test_every_block_is_read_once_an_epoch(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_statistics_escape_names_and_texts() -> None:
         dense_bytes=1,
         top_k_share=0.5,
         tolerance=0.0,
+        on_miss="reroute",
         policy="lru",
         predictor=HOSTILE,
         interval=1,
