@@ -38,13 +38,14 @@ def sweep(
         list[str] | None,
         typer.Option("--set", help="NAME=VALUE in place of what the file fixes, for example model=PATH; repeatable."),
     ] = None,
+    stage: Annotated[str | None, typer.Option(help="Only the stages with this label.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and the estimate; run nothing.")] = False,
 ) -> None:
     """Run notebooks over a grid of parameters, resuming where an earlier call stopped."""
     console = Console(stderr=True)
     given = _given(settings or [])
     if dry_run:
-        _show_plan(file, given)
+        _show_plan(file, given, stage)
         return
     from workbench.sweep.executors.choice import executor_maker
     from workbench.sweep.run import run_sweep
@@ -52,7 +53,8 @@ def sweep(
     from workbench.tracking.store import open_store
 
     place = executor_maker(executor, ray_address)
-    result = run_sweep(file, given=given, fresh=fresh, jobs=jobs, take_over=take_over, console=console, executor=place)
+    options = {"given": given, "stage": stage, "fresh": fresh, "jobs": jobs, "take_over": take_over}
+    result = run_sweep(file, **options, console=console, executor=place)  # type: ignore[arg-type]
     console.print(_summary(result))
     experiment = open_store().get_run(result.parent_run_id).info.experiment_id
     console.print(f"Look at the runs: [bold]{escape(ui_command())}[/]\nthen {_view(experiment)}", soft_wrap=True)
@@ -148,12 +150,12 @@ def _given(settings: list[str]) -> dict[str, Scalar]:
     return found
 
 
-def _show_plan(file: Path, given: dict[str, Scalar]) -> None:
+def _show_plan(file: Path, given: dict[str, Scalar], stage: str | None) -> None:
     """Print the runs of a sweep with their state, and how long the rest may take."""
     from workbench.metrics.show import show_seconds
     from workbench.sweep.plan import describe_plan
 
-    preview = describe_plan(file, given)
+    preview = describe_plan(file, given, stage)
     runs = preview.runs
     table = Table(title=f"Sweep {preview.file.name}", caption=escape(preview.file.description) or None)
     for heading in ("run", "kind", "state", "expected"):

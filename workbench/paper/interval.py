@@ -5,6 +5,8 @@ Nothing here measures.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -15,6 +17,7 @@ from workbench.paper.figures import MEGABYTE, say_n
 from workbench.paper.memory import WIDE_RATIO, arm_name, arms_of
 
 MARKERS = "os^D"
+Line = tuple[tuple[str, str, bool], pd.DataFrame]
 
 
 def swept_intervals(runs: pd.DataFrame) -> Figure | None:
@@ -32,7 +35,7 @@ def swept_intervals(runs: pd.DataFrame) -> Figure | None:
     """
     if runs.empty or not {"interval", "skipping", "perplexity_ratio", "bytes_loaded", "prompts"} <= set(runs.columns):
         return None
-    held = ("model", "budget", "tolerance", "strategy", "replan", "mix", "prompts", "seed")
+    held = ("model", "budget", "tolerance", "on_miss", "strategy", "replan", "mix", "prompts", "seed")
     same = [name for name in held if name in runs]
     known = runs.dropna(subset=["perplexity_ratio", "interval"])
     groups = [group for _, group in known.groupby(same, dropna=False) if group["interval"].nunique() > 1]
@@ -53,16 +56,21 @@ def interval_figure(summary: pd.DataFrame) -> Figure:
     lines = _lines(summary.assign(mix=summary.get("mix", "uniform")))
     for number, ((arm, mix, skipping), group) in enumerate(lines):
         rows = group.sort_values("interval")
-        look = {"color": sns.color_palette("colorblind")[number % 10], "marker": MARKERS[number % 4]}
+        look: dict[str, Any] = {
+            "label": _line(arm, mix, skipping, lines),
+            "color": sns.color_palette("colorblind")[number % 10],
+            "marker": MARKERS[number % 4],
+        }
         ratio = rows["perplexity_ratio"]
         spread = [ratio - rows["perplexity_ratio_low"], rows["perplexity_ratio_high"] - ratio]
         # Beside each other, so that no line's interval hides another's.
         place = [ticks.index(value) + 0.06 * (number - (len(lines) - 1) / 2) for value in rows["interval"]]
-        axes[0].errorbar(place, ratio, yerr=np.maximum(spread, 0), capsize=3, label=_line(arm, mix, skipping), **look)
+        axes[0].errorbar(place, ratio, yerr=np.maximum(spread, 0), capsize=3, **look)
         axes[1].plot(place, rows["bytes_loaded"] / rows["prompts"] / MEGABYTE, **look)
     axes[0].axhline(1.0, color="0.4", linestyle=":", linewidth=1.2)
     if summary["perplexity_ratio"].max() > WIDE_RATIO:
         axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("perplexity ratio to all-resident\n(95% interval over prompts)")
     axes[1].set_ylabel("expert bytes loaded (MB a prompt)")
     axes[1].set_ylim(0, 1.08 * float((summary["bytes_loaded"] / summary["prompts"]).max()) / MEGABYTE)
@@ -96,20 +104,24 @@ def overhead_share(summary: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFram
     return table
 
 
-def _lines(summary: pd.DataFrame) -> list[tuple[tuple[str, str, bool], pd.DataFrame]]:
-    """Return the rows of each line: (arm, task order, with skipping or without)."""
-    return list(summary.assign(arm=arms_of(summary)).groupby(["arm", "mix", "skipping"]))
+def _lines(summary: pd.DataFrame) -> list[Line]:
+    """Return the rows of each line by arm, task order, and whether tasks skip layers."""
+    arm = arms_of(summary) if "strategy" in summary else FREQUENCY
+    return list(summary.assign(arm=arm).groupby(["arm", "mix", "skipping"]))
 
 
-def _line(arm: str, mix: str, skipping: bool) -> str:
-    return f"{arm_name(arm)}, {mix} stream{', task skipping' if skipping else ''}"
+def _line(arm: str, mix: str, skipping: bool, lines: list[Line]) -> str:
+    """Name a line; its arm only where others are drawn beside it."""
+    several = len({other for (other, *_), _ in lines}) > 1
+    return f"{arm_name(arm) + ', ' if several else ''}{mix} stream{', task skipping' if skipping else ''}"
 
 
 def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the table "paper, here, why they differ" for Fig. 10, with this run's figures."""
     rows = []
-    for (arm, mix, skipping), group in _lines(summary):
-        line = _line(arm, mix, skipping)
+    lines = _lines(summary)
+    for (arm, mix, skipping), group in lines:
+        line = _line(arm, mix, skipping, lines)
         rows_of = group.sort_values("interval").itertuples()
         here = ", ".join(f"p={row.interval}: {row.perplexity_ratio:.3f}" for row in rows_of)
         rise = (

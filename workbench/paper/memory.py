@@ -27,7 +27,7 @@ MARKERS = "osD^vPX*<>"
 DODGE = 0.025
 # Beyond, a control that loses much would press the others' lines together.
 WIDE_RATIO = 3.0
-# KL of 0 has no place on a logarithmic axis.
+# A KL below this is rounding, one of 0 has no place on a logarithmic axis.
 FLOOR_NATS = 1e-6
 
 
@@ -76,14 +76,16 @@ def accuracy_figure(summary: pd.DataFrame) -> Figure:
             "markersize": 7,
         }
         place = group["share"] + DODGE * (number - (len(order) - 1) / 2)
-        axes[0].plot(place, group["kl_nats"].clip(lower=FLOOR_NATS), label=arm_name(strategy), **look)
+        lossy = group["kl_nats"] > 0  # nothing lost has no place on a logarithmic axis
+        axes[0].plot(place[lossy], group["kl_nats"][lossy].clip(lower=FLOOR_NATS), **look)
         ratio = group["perplexity_ratio"]
         spread = [ratio - group["perplexity_ratio_low"], group["perplexity_ratio_high"] - ratio]
-        axes[1].errorbar(place, ratio, yerr=np.maximum(spread, 0), capsize=3, **look)
+        axes[1].errorbar(place, ratio, yerr=np.maximum(spread, 0), capsize=3, label=arm_name(strategy), **look)
     say_n(axes[1], summary["prompts"].max())
     axes[0].set_yscale("log")
     if table["perplexity_ratio"].max() > WIDE_RATIO:
         axes[1].set_yscale("log")
+        axes[1].yaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("KL to all-resident (nats per token)")
     axes[1].axhline(1.0, color="0.4", linestyle=":", linewidth=1.2)
     axes[1].set_ylabel("perplexity ratio to all-resident\n(95% interval over prompts)")
@@ -91,7 +93,7 @@ def accuracy_figure(summary: pd.DataFrame) -> Figure:
         axis.set_xlabel("expert memory (share of all experts in 16 bits;\npoints of one share stand side by side)")
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
         axis.set_xlim(0, 1.02)
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from emoe_core.errors import did_you_mean
 from workbench.sweep.file import read_sweep
-from workbench.sweep.points import Point, StagePlan, plan_stages
+from workbench.sweep.points import Point, StagePlan, chosen, plan_stages
 from workbench.sweep.schema import Scalar, SweepFile
 from workbench.tracking.runs import DIGEST_TAG, NOTEBOOK_TAG, children, find_parent, search
 from workbench.tracking.store import encode, open_store
@@ -39,15 +39,15 @@ class SweepPreview:
     warnings: list[str]
 
 
-def describe_plan(path: Path, given: Mapping[str, Scalar] | None = None) -> SweepPreview:
-    """Return what a sweep file would do; see `read_sweep` for what is given."""
+def describe_plan(path: Path, given: Mapping[str, Scalar] | None = None, stage: str | None = None) -> SweepPreview:
+    """Return what a sweep file would do; see `read_sweep` for what is given, `chosen` for a stage."""
     sweep = read_sweep(path, given)
     client = open_store()
     parent = find_parent(client, sweep.file.name)
     runs = [] if parent is None else children(client, parent)
     digests = {item.data.tags.get(DIGEST_TAG) for item in runs if item.info.status == "FINISHED"}
     expected = Expectation(client)
-    plans = plan_stages(sweep, path.parent)
+    plans = chosen(plan_stages(sweep, path.parent), stage)
     found = SweepPreview(sweep.file, [], expected.warnings(plans))
     for plan in plans:
         kind, seconds = plan.stage.kind, expected.seconds(plan)

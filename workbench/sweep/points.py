@@ -142,6 +142,24 @@ def plan_stages(sweep: SweepSource, beside: Path | None = None) -> list[StagePla
     return plans
 
 
+def chosen(plans: list[StagePlan], label: str | None) -> list[StagePlan]:
+    """Return the stages of a label, and the controls where these time; every stage where there is no label.
+
+    Raises
+    ------
+    ExperimentError
+        When no stage has the label; the message lists those there are.
+    """
+    if label is None:
+        return plans
+    found = [plan for plan in plans if plan.stage.label == label]
+    if not found:
+        labels = ", ".join(dict.fromkeys(plan.stage.label for plan in plans if plan.stage.label)) or "none"
+        raise ExperimentError(f"no stage of this sweep is labelled {label!r}: its labels are {labels}.")
+    timed = any(plan.stage.kind == "timing" for plan in found)
+    return [plan for plan in plans if plan in found or (timed and plan.stage.control)]
+
+
 def meant(known: dict[str, Parameter], name: str, value: Any) -> Any:
     """Return a value as the notebook's parameter of this name takes it; as it is where there is none."""
     return known[name].meant(value) if name in known else value

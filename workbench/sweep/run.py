@@ -28,7 +28,7 @@ from workbench.sweep.executors.local import LocalExecutor
 from workbench.sweep.executors.protocol import Ending, Executor, Kind
 from workbench.sweep.file import read_sweep
 from workbench.sweep.plan import Expectation
-from workbench.sweep.points import Point, StagePlan, plan_stages
+from workbench.sweep.points import Point, StagePlan, chosen, plan_stages
 from workbench.sweep.record import SweepRecord
 from workbench.sweep.schema import Scalar
 from workbench.sweep.screen import SweepScreen
@@ -78,6 +78,7 @@ def run_sweep(
     path: Path,
     *,
     given: Mapping[str, Scalar] | None = None,
+    stage: str | None = None,
     fresh: bool = False,
     jobs: int | None = None,
     take_over: bool = False,
@@ -92,6 +93,8 @@ def run_sweep(
         The sweep file.
     given : mapping of str to scalar, optional
         Values in place of what its stages fix; see `read_sweep`.
+    stage : str, optional
+        Only the stages with this label (`chosen`); the others' runs stay as they are.
     fresh : bool
         Start a new parent run and do everything again.
     jobs : int, optional
@@ -116,6 +119,7 @@ def run_sweep(
         raise OptionError(f"--jobs {jobs}: give 1 to {most}{more}.")
     sweep = read_sweep(path, given)
     plans = plan_stages(sweep, path.parent)
+    wanted = chosen(plans, stage)
     screen = SweepScreen(console or Console(stderr=True))
     client = open_store()
     with locked(f"sweep-{sweep.file.name}", wait=False) as mine:
@@ -125,7 +129,7 @@ def run_sweep(
         place = (executor or LocalExecutor)(scratch, most=most, jobs=jobs, tell=screen.say)
         with terminated_like_interrupted():
             record = SweepRecord(client, sweep.file, plans, fresh=fresh, take_over=take_over)
-            return _Sweep(record, place, screen, Expectation(client)).run(plans)
+            return _Sweep(record, place, screen, Expectation(client)).run(wanted)
 
 
 @contextlib.contextmanager

@@ -10,9 +10,12 @@ from sweep_bench import NOTEBOOK
 
 from emoe_core.errors import ExperimentError
 from workbench.sweep.file import SweepSource, read_sweep
-from workbench.sweep.points import Point, plan_stages
+from workbench.sweep.points import Point, chosen, plan_stages
 from workbench.tracking.notebook import find_notebook, source_hash
 from workbench.tracking.place import HOME_VARIABLE
+
+PROJECT = Path(__file__).parents[3]
+SWEEPS = sorted((PROJECT / "sweeps").rglob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +82,21 @@ def test_several_stages_follow_one_another(project: Path) -> None:
     stage = {"notebook": str(NOTEBOOK), "kind": "timing"}
     content = {"name": "s", "stages": [stage | {"grid": {"seed": [1]}}, stage | {"grid": {"seed": [0]}}]}
     assert [point.parameters["seed"] for point in expand(read_sweep(write(project, content)))] == [1, 0]
+
+
+def test_a_stage_is_chosen_by_its_label_and_brings_the_controls_that_its_times_need(project: Path) -> None:
+    stage = {"notebook": str(NOTEBOOK)}
+    stages = [
+        stage | {"kind": "quality", "label": "first"},
+        stage | {"kind": "timing", "label": "control", "control": True, "metrics": ["tpot_s"], "fixed": {"seed": 9}},
+        stage | {"kind": "timing", "label": "last", "fixed": {"seed": 1}},
+    ]
+    plans = plan_stages(read_sweep(write(project, {"name": "s", "stages": stages})))
+    assert chosen(plans, None) == plans
+    assert [plan.stage.label for plan in chosen(plans, "first")] == ["first"]
+    assert [plan.stage.label for plan in chosen(plans, "last")] == ["control", "last", "control again"]
+    with pytest.raises(ExperimentError, match=r"'middle': its labels are first, control, last, control again"):
+        chosen(plans, "middle")
 
 
 def test_the_same_run_twice_is_refused(project: Path) -> None:
@@ -258,20 +276,16 @@ def test_the_identity_of_a_run_is_source_parameters_and_model(project: Path) -> 
     assert source_hash(path) != old_source and digest(a=1) != before
 
 
-@pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[3] / "sweeps").glob("*.yaml")), ids=lambda file: file.stem
-)
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
 def test_the_projects_own_sweeps_fit_their_notebooks(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(HOME_VARIABLE, str(file.parents[1]))
+    monkeypatch.setenv(HOME_VARIABLE, str(PROJECT))
     sweep = read_sweep(file)
-    assert sweep.file.name == file.stem
+    assert sweep.file.name in (file.stem, f"{file.parent.name}-{file.stem.partition('-')[0]}"), "it says where it lies"
     assert expand(sweep, file.parent)
     assert all(stage.seconds_per_run for stage in sweep.file.stages), "each states what it takes"
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[3] / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_committed_sweep_names_its_model_itself(path: Path) -> None:
     for stage in yaml.safe_load(path.read_text())["stages"]:
         said = stage.get("fixed", {}) | stage.get("grid", {})
