@@ -26,6 +26,7 @@ COUNTED = (
     "hits",
     "loads",
     "reroutes",
+    "drops",
     "prefetches",
     "bytes_loaded",
     "wasted_bytes",

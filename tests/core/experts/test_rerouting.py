@@ -104,7 +104,7 @@ def test_substitutes_are_available_distinct_and_keep_the_total(seed: int, k: int
 
 
 @settings(max_examples=60)
-@given(st.integers(0, 10_000), st.integers(1, 4), st.sets(st.integers(0, 7), min_size=1), st.floats(0, 1))
+@given(st.integers(0, 10_000), st.integers(1, 4), st.sets(st.integers(0, 7), min_size=1), st.floats(0, 1, width=32))
 def test_what_is_dropped_weighs_nothing_and_the_rest_keeps_the_total_and_its_proportions(
     seed: int, k: int, resident: set[int], tolerance: float
 ) -> None:
