@@ -78,7 +78,8 @@ def accuracy_figure(summary: pd.DataFrame) -> Figure:
         place = group["share"] + DODGE * (number - (len(order) - 1) / 2)
         lossy = group["kl_nats"] > 0  # nothing lost has no place on a logarithmic axis
         shown_kl = group["kl_nats"][lossy].clip(lower=FLOOR_NATS)
-        axes[0].plot(place[lossy], shown_kl, label=arm_name(strategy), **look)
+        if lossy.any():
+            axes[0].plot(place[lossy], shown_kl, label=arm_name(strategy), **look)
         ratio = group["perplexity_ratio"]
         spread = [ratio - group["perplexity_ratio_low"], group["perplexity_ratio_high"] - ratio]
         axes[1].errorbar(place, ratio, yerr=np.maximum(spread, 0), capsize=3, label=arm_name(strategy), **look)
