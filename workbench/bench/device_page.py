@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from workbench.metrics.show import show
+from workbench.metrics.show import markdown_table, show
 from workbench.tracking.recorded import RecordedRun
 from workbench.tracking.runs import ERROR_TAG
 
@@ -65,7 +65,7 @@ def write_page(file: Path, records: Sequence[RecordedRun], tests: Sequence[Teste
     parts = [_head(records)]
     if tests:
         rows = [[one.name, one.passed, one.failed, one.skipped] for one in tests]
-        parts.append("## Tests\n\n" + _table(["", "passed", "failed", "skipped"], rows))
+        parts.append("## Tests\n\n" + markdown_table(["", "passed", "failed", "skipped"], rows))
     for model in dict.fromkeys(_model(record) for record in finished):
         mine = [record for record in finished if _model(record) == model]
         parts.append(f"## Decoding, {model}\n\n" + _speeds(mine) + _copies(mine))
@@ -108,7 +108,7 @@ def _speeds(records: Sequence[RecordedRun]) -> str:
         rows.append([given["system"], *settings, figures[0], *ratios, *figures[1:]])
     heads = ["system", "experts", "tier", "tolerance", "tokens/s", "of own 100%", "of grouped", *list(SPEED)[1:]]
     long = records[0].parameters["long_prompt_tokens"], records[0].parameters["prompt_tokens"]
-    return _table(heads, rows) + f"\n\nFirst token of {long[1]:,} tokens; the long prompt has {long[0]:,}."
+    return markdown_table(heads, rows) + f"\n\nFirst token of {long[1]:,} tokens; the long prompt has {long[0]:,}."
 
 
 def _copies(records: Sequence[RecordedRun]) -> str:
@@ -117,7 +117,7 @@ def _copies(records: Sequence[RecordedRun]) -> str:
         for one in records
         if "fill_share" in one.metrics
     ]  # fmt: skip
-    return "\n\n" + _table(["tier", "loading all experts", "one large copy", "share"], rows) if rows else ""
+    return "\n\n" + markdown_table(["tier", "loading all experts", "one large copy", "share"], rows) if rows else ""
 
 
 def _profile(record: RecordedRun) -> str:
@@ -128,7 +128,7 @@ def _profile(record: RecordedRun) -> str:
         for row in table.head(PROFILE_ROWS).to_dict("records")
     ]
     heads = ["operation", *(column.replace("_", " ") for column in kept)]
-    return f"## A decode step\n\n{record.name}.\n\n" + _table(heads, rows)
+    return f"## A decode step\n\n{record.name}.\n\n" + markdown_table(heads, rows)
 
 
 def _model(record: RecordedRun) -> str:
@@ -143,8 +143,3 @@ def _is(record: RecordedRun, **wanted: Any) -> bool:
 
 def _ratio(record: RecordedRun, other: RecordedRun | None) -> str:
     return "–" if other is None else f"{record.metrics['tokens_per_s'] / other.metrics['tokens_per_s']:.2f}"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -20,16 +21,22 @@ FIGURES = "figures"
 DRAW: dict[str, Callable[[pd.DataFrame], Figure]] = {"memory": accuracy_figure, "interval": interval_figure}
 
 
-def draw_figures(figures: dict[str, Drawn], results: Results, folder: Path) -> list[Path]:
-    """Draw figures into a folder's ``figures`` and return their tables; equal results give equal files."""
+def render_figures(figures: dict[str, Drawn], results: Results, folder: Path, *, write: bool) -> list[Path]:
+    """Return which tables of figures in a folder's ``figures`` are not as the results have them; draw all if asked.
+
+    Tables have six digits, so that another processor's sums come out the same.
+    """
     set_style()
-    tables = []
+    changed = []
     for name, item in figures.items():
-        runs = item.runs(results)
-        summary = pooled_summary([run.tables for run in runs], item.labels)
-        draw_picture(item.title, lambda item=item, summary=summary: DRAW[item.figure](summary), folder, name)  # type: ignore[misc]
-        tables.append(write_whole(folder / FIGURES / f"{name}.csv", summary.to_csv(index=False)))
-    return tables
+        summary = pooled_summary([run.tables for run in item.runs(results)], item.labels)
+        file, table = folder / FIGURES / f"{name}.csv", summary.to_csv(index=False, float_format="%.6g")
+        if not file.is_file() or file.read_text(encoding="utf-8") != table:
+            changed.append(file)
+        if write:
+            draw_picture(item.title, partial(DRAW[item.figure], summary), folder, name)
+            write_whole(file, table)
+    return changed
 
 
 def shown_figure(name: str, item: Drawn) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from emoe_core.files import write_whole
 from workbench.claims.gallery import shown_figure
 from workbench.claims.pooled import pooled_summary
 from workbench.claims.register import Column, Found, Register, Results, Rows
-from workbench.claims.verdicts import Verdict
-from workbench.metrics.show import show
+from workbench.claims.verdicts import Verdict, machine_name
+from workbench.metrics.show import markdown_table, show
 from workbench.tracking.recorded import RecordedRun
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,13 @@ class Source:
     register: Register
     results: Results
     verdicts: Mapping[str, Verdict]
+    _found: dict[str, Found] = field(default_factory=dict, repr=False)
+
+    def found(self, name: str) -> Found:
+        """Return what was recorded of a claim; many pages show it, and pooled intervals take a while."""
+        if name not in self._found:
+            self._found[name] = self.register.claim(name).found(self.results)
+        return self._found[name]
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -104,11 +111,11 @@ def _machine(environment: Mapping[str, Any]) -> str:
     if not environment:
         return "machine unknown"
     gpus = ", ".join(environment.get("gpus") or []) or "no GPU"
-    return f"{environment.get('cores', '?')} cores of {environment.get('cpu', 'an unknown CPU')}, {gpus}"
+    return f"{machine_name(environment)}, {gpus}"
 
 
 def _claim(name: str, source: Source, file: Path) -> str:
-    text = source.register.claim(name).found(source.results).text
+    text = source.found(name).text
     if file.suffix != ".md":
         return text
     page = os.path.relpath(CLAIMS_PAGE, file.parent) if file != CLAIMS_PAGE else ""
@@ -116,14 +123,14 @@ def _claim(name: str, source: Source, file: Path) -> str:
 
 
 def _range(name: str, source: Source, file: Path) -> str:
-    return source.register.claim(name).found(source.results).range_text
+    return source.found(name).range_text
 
 
 def _table(name: str, source: Source, file: Path) -> str:
     if name not in source.register.tables:
         raise ExperimentError(f"the register has no table {name!r}.")
     rows = source.register.tables[name]
-    return f"\n{markdown([column.title for column in rows.columns], _cells(rows, source.results))}\n"
+    return f"\n{markdown_table([column.title for column in rows.columns], _cells(rows, source.results))}\n"
 
 
 def _cells(rows: Rows, results: Results) -> list[list[str]]:
@@ -175,7 +182,7 @@ def _recorded(name: str, source: Source, file: Path) -> str:
 
 
 def _claims(name: str, source: Source, file: Path) -> str:
-    parts = [_entry(name, claim.found(source.results), source) for name, claim in source.register.claims.items()]
+    parts = [_entry(claim, source.found(claim), source) for claim in source.register.claims]
     return "\n\n" + "\n\n".join(parts) + "\n\n"
 
 
@@ -210,26 +217,22 @@ def _minutes(found: Found) -> str:
 
 def _open(name: str, source: Source, file: Path) -> str:
     rows = [[item.says, f"`{item.command}`", f"{item.minutes:g}"] for item in source.register.open.values()]
-    return f"\n{markdown(['question', 'command', 'minutes, 2 cores'], rows)}\n" if rows else "\nNothing is open.\n"
+    return (
+        f"\n{markdown_table(['question', 'command', 'minutes, 2 cores'], rows)}\n" if rows else "\nNothing is open.\n"
+    )
 
 
 def _artifact(name: str, source: Source, file: Path) -> str:
     rows = []
     for name, claim in source.register.claims.items():
-        found, verdict = claim.found(source.results), source.verdicts.get(name)
+        found, verdict = source.found(name), source.verdicts.get(name)
         rows.append(
             [f"[{name}](docs/results/claims.md#{name})", found.sentence, f"±{claim.within:.0%}",
              {"any": "any CPU", "quiet": "quiet CPU", "gpu": "a GPU"}[claim.machine], _minutes(found), f"{claim.gb:g}",
              "yes" if claim.quick else "", verdict.word if verdict else "–"]
         )  # fmt: skip
     heads = ["claim", "expected", "a rerun may differ by", "machine", "time", "GB", "quick", "last verdict"]
-    return f"\n{markdown(heads, rows)}\n"
-
-
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a table in Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)
+    return f"\n{markdown_table(heads, rows)}\n"
 
 
 _KINDS: dict[str, Callable[[str, Source, Path], str]] = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from emoe_core.errors import ExperimentError
 from workbench.claims.register import Claim, Found, Results
-from workbench.claims.verdicts import NOT, REPRODUCED, WITHIN, Verdict
+from workbench.claims.verdicts import NOT, REPRODUCED, WITHIN, Verdict, machine_name
 from workbench.compare.verify.plan import plan_rerun
 from workbench.compare.verify.verification import verify_run
 from workbench.machine.environment import describe_environment
@@ -83,7 +83,7 @@ def judge(found: Found, again: Iterable[RunRecord]) -> Verdict:
     off = abs(value - recorded)
     word = REPRODUCED if value == recorded else WITHIN if off <= claim.within * abs(recorded) else NOT
     here = describe_environment()
-    machine = f"{here.cores} cores of {here.cpu}"
+    machine = machine_name(here.to_dict())
     known = None if math.isnan(value) else value
     return Verdict(word, known, f"{datetime.now(UTC):%Y-%m-%d}", here.commit or "unknown", machine)
 

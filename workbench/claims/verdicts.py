@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from emoe_core.errors import ExperimentError
 from emoe_core.files import write_whole
@@ -38,6 +39,11 @@ class Verdict:
         """Return it in a line; ``text`` is how the claim's values are shown."""
         value = "" if self.value is None else f" ({text(self.value)})"
         return f"{self.word}{value}, {self.date}, commit {self.commit[:7]}, {self.machine}"
+
+
+def machine_name(environment: Mapping[str, Any]) -> str:
+    """Return in words the processor of a recorded environment."""
+    return f"{environment.get('cores', '?')} cores of {environment.get('cpu', 'an unknown CPU')}"
 
 
 def read_verdicts(folder: Path = RESULTS) -> dict[str, Verdict]:

@@ -62,15 +62,14 @@ def render(
 
     Only what stands between marks is written (`workbench/claims/rendering.py`). Rendering twice changes nothing.
     """
-    from workbench.claims.gallery import draw_figures
+    from workbench.claims.gallery import render_figures
     from workbench.claims.register import Results, read_register
     from workbench.claims.rendering import CLAIMS_PAGE, ROOT, Source, pages, render_pages
     from workbench.claims.verdicts import read_verdicts
 
     source = Source(read_register(), Results(), read_verdicts())
     changed = render_pages(pages(), source, write=not check)
-    if not check:
-        draw_figures(source.register.figures, source.results, CLAIMS_PAGE.parent)
+    changed += render_figures(source.register.figures, source.results, CLAIMS_PAGE.parent, write=not check)
     console = Console(soft_wrap=True, highlight=False)
     for file in changed:
         console.print(f"{'would change' if check else 'rendered'}: {escape(str(file.relative_to(ROOT)))}")

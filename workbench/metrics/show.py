@@ -130,3 +130,9 @@ def show_number(value: float) -> str:
 def show_count(number: int, noun: str) -> str:
     """Return ``1 thread`` or ``2 threads``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def markdown_table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table in Markdown; a bar within a cell would end it, and becomes a slash."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)

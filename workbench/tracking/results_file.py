@@ -50,13 +50,6 @@ class SweepResults:
     description: str
     runs: Sequence[RecordedRun]
 
-    def find(self, run_id: str) -> RecordedRun:
-        """Return the run whose id starts so; ExperimentError where it is not one."""
-        found = [run for run in self.runs if run.run_id.startswith(run_id)]
-        if len(found) != 1:
-            raise ExperimentError(f"{len(found)} recorded runs of sweep {self.sweep!r} have an id of {run_id!r}.")
-        return found[0]
-
 
 def write_results(results: SweepResults, folder: Path = RESULTS) -> list[Path]:
     """Write both files of a sweep, and return them."""

@@ -14,8 +14,9 @@ import yaml
 from sweep_bench import Bench
 
 from emoe_core.errors import EmoeError, ExperimentError
+from workbench.claims.gallery import render_figures
 from workbench.claims.register import Claim, Register, Results, read_register
-from workbench.claims.rendering import SPAN, Source, pages, render_pages, rendered
+from workbench.claims.rendering import CLAIMS_PAGE, SPAN, Source, pages, render_pages, rendered
 from workbench.claims.reproduce import reproduce
 from workbench.claims.verdicts import NOT, REPRODUCED, WITHIN, Verdict, read_verdicts, write_verdicts
 from workbench.results.export import export_sweep
@@ -203,6 +204,7 @@ def test_what_ships_is_small_and_every_page_says_what_it_holds() -> None:
     register, results = read_register(), Results()
     source = Source(register, results, read_verdicts())
     assert [str(page) for page in render_pages(pages(), source, write=False)] == []
+    assert render_figures(register.figures, results, CLAIMS_PAGE.parent, write=False) == []
     spans = "".join(page.read_text(encoding="utf-8") for page in pages())
     shown = {name for kind, name, _ in SPAN.findall(spans) if kind in ("claim", "range", "table")}
     assert shown <= {*register.claims, *register.tables}
