@@ -43,6 +43,10 @@ def reproduce(
     if bool(claim) == quick:
         raise OptionError("name claims, or give --quick for those that take minutes; --list shows all of them.")
     names = claim or [name for name, item in register.claims.items() if item.quick]
+    if not names:
+        raise OptionError(
+            "no claim is marked quick, so nothing was run: name one, --list shows them with their minutes."
+        )
     chosen = {name: register.claim(name) for name in names}
     screen = Console(stderr=True, highlight=False, soft_wrap=True)
     for name, item in chosen.items():

@@ -13,12 +13,14 @@ import pytest
 import yaml
 from sweep_bench import Bench
 
-from emoe_core.errors import EmoeError, ExperimentError
+from emoe_core.errors import EmoeError, ExperimentError, OptionError
+from workbench.claims import register as register_module
 from workbench.claims.gallery import render_figures
 from workbench.claims.register import Claim, Register, Results, read_register
 from workbench.claims.rendering import CLAIMS_PAGE, SPAN, Source, pages, render_pages, rendered
 from workbench.claims.reproduce import reproduce
 from workbench.claims.verdicts import NOT, REPRODUCED, WITHIN, Verdict, read_verdicts, write_verdicts
+from workbench.commands.claims import reproduce as reproduce_command
 from workbench.results.export import export_sweep
 from workbench.tracking.recorded import RecordedRun
 from workbench.tracking.results_file import RESULTS, SweepResults, read_results, recorded_sweeps, write_results
@@ -197,6 +199,16 @@ def test_a_claim_is_run_again_and_judged_by_its_own_tolerance(bench: Bench, tmp_
     assert again == {"same": REPRODUCED, "near": WITHIN, "far": NOT, "cell": REPRODUCED}
     # Two runs, though four claims.
     assert sum(line.startswith("[") for line in told) == 2
+
+
+def test_no_claim_to_run_is_no_success(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "claims.yaml"
+    file.write_text(yaml.safe_dump({"claims": {"slow": SIMPLE}}))
+    monkeypatch.setattr(register_module.read_register, "__defaults__", (file,))
+    with pytest.raises(OptionError, match="no claim is marked quick"):
+        reproduce_command(quick=True)
+    with pytest.raises(OptionError, match="name claims, or give --quick"):
+        reproduce_command()
 
 
 def test_what_ships_is_small_and_every_page_says_what_it_holds() -> None:
