@@ -6,6 +6,7 @@ tensors of one call would lie on the device and counts what would wait for it, o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,12 +107,18 @@ class HiddenWaits:
                 vars(device).pop(name, None)
 
 
+class _Off(threading.local):
+    """Whether the device itself is at work in a thread: a reading thread's copy hides nothing of the pass beside it."""
+
+    now = False
+
+
 class _Tags(TorchDispatchMode):
     """Follows where tensors of one call would lie."""
 
     def __init__(self, device: SimulatedDevice, hidden: list[str]) -> None:
         super().__init__()
-        self.off = False
+        self.off = _Off()
         self.hidden = hidden
         self._device = device
         # Storages are kept: another one would take the number of one that is gone.
@@ -129,7 +136,7 @@ class _Tags(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if self.off:
+        if self.off.now:
             return result
         name = function.overloadpacket.__name__
         tensors = _tensors(args, kwargs)
@@ -156,18 +163,18 @@ class _Values(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
-        if name in _VALUES and not self._tags.off and self._tags.is_there(args[0]):
+        if name in _VALUES and not self._tags.off.now and self._tags.is_there(args[0]):
             self._tags.hidden.append(name)
         return function(*args, **(kwargs or {}))
 
 
 def _untracked(tags: _Tags, act: Callable[..., Any], told: Callable[..., None]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        tags.off = True
+        tags.off.now = True
         try:
             result = act(*args)
         finally:
-            tags.off = False
+            tags.off.now = False
         told(*(result if isinstance(result, tuple) else (result,)))
         return result
 
