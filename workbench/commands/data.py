@@ -22,10 +22,13 @@ def prepare_data(
     source: Source = "embedded",
 ) -> None:
     """Fetch and prepare the prompts, and the model that compares answers (once; checksums are verified)."""
+    from emoe_core.planning.tasks import TASK_TYPES
     from workbench import workloads
     from workbench.quality import similarity
+    from workbench.workloads.embedded import LANGUAGES
 
-    ready = workloads.prepare(tasks or None, force=force, source=source)
+    everything = (*TASK_TYPES, *LANGUAGES) if source == "embedded" else TASK_TYPES
+    ready = workloads.prepare(tasks or everything, force=force, source=source)
     if source == "embedded":
         similarity.prepare()
     counts = ", ".join(f"{task} {sum(len(split) for split in splits.values())}" for task, splits in ready.items())

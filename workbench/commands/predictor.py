@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -58,6 +59,20 @@ def train(
 @app.command("evaluate")
 def evaluate(
     model: Model = "reference",
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your own routing, from `engine.trace().save(FILE)` of an engine loaded with record=True, instead of "
+            "prompts; the first half of its requests warms up."
+        ),
+    ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Order of the test prompts: sticky, uniform, drift (languages change under one label), each with "
+            "'-unlabelled' for no task types; repeatable; sticky and uniform if not given."
+        ),
+    ] = None,
     slots: Annotated[
         list[int] | None, typer.Option(help="Slots a layer; repeatable; half of the experts if not given.")
     ] = None,
@@ -68,14 +83,16 @@ def evaluate(
     source: Source = "embedded",
     seed: Seed = 0,
 ) -> None:
-    """Compare all predictors by replay of recorded routing, made if missing."""
+    """Compare all predictors by replay of recorded routing, made if missing, and say which one is best."""
     from emoe_core.checkpoint.index import open_checkpoint
     from emoe_core.errors import OptionError
+    from emoe_core.experts.trace import RoutingTrace
     from workbench.metrics.show import show_bytes
     from workbench.models.names import resolve_model
+    from workbench.paper.predictors import winner
     from workbench.replay.prediction import compare, factories
     from workbench.replay.predictor_training import predictor_path
-    from workbench.replay.recording import RecordingConfig, record
+    from workbench.replay.recording import RecordingConfig, from_trace, record
 
     experts = min(layer.num_experts for layer in open_checkpoint(resolve_model(model)).layers)
     wrong = [number for number in slots or [] if not 1 <= number <= experts]
@@ -85,12 +102,16 @@ def evaluate(
         model,
         warm_prompts=warm_prompts,
         n_prompts=prompts,
+        mixes=tuple(mix or RecordingConfig.mixes),
         source=source,
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
     with stage_bars() as progress:
-        recording = record(config, progress)
+        if trace is None:
+            recording = record(config, progress)
+        else:
+            recording = from_trace(model, RoutingTrace.load(trace), trace.name)
         found = compare(
             factories(*recording.shape, trained={v: predictor_path(recording.model_hash, v) for v in ("A", "L")}),
             recording.streams,
@@ -101,10 +122,15 @@ def evaluate(
             progress=lambda done, total: progress("replays", done, total),
         )
     columns = ("predictor", "stream", "slots", "mass", "of oracle", "skill", "moved a prompt", "wasted", "seconds")
-    table = Table(*columns, title=f"Predictors, interval {interval}, {warm_prompts} prompts to warm up")
+    table = Table(*columns, title=f"Predictors, interval {interval}, {len(recording.warm)} prompts to warm up")
     for row in found.sort_values(["mix", "slots", "skill"], ascending=[True, True, False]).itertuples():
         shares = [f"{value:.1%}" for value in (row.mass, row.of_oracle)]
         moved = [show_bytes(value) for value in (row.moved_bytes, row.wasted_bytes)]
         seconds = f"{row.prediction_median_s:.2g}"
         table.add_row(row.predictor, row.mix, str(row.slots), *shares, f"{row.skill:.3f}", *moved, seconds)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for stream, rows in found.groupby("mix"):
+        best = winner(rows)
+        mass, of_oracle = rows[rows["predictor"] == best][["mass", "of_oracle"]].mean()
+        console.print(f"Best on {stream}: [bold]{best}[/], {mass:.1%} of choices, {of_oracle:.1%} of the oracle's.")

@@ -1,8 +1,8 @@
 """Recorded routing that predictors are trained and judged on, from the all-resident reference outputs (cached).
 
 A recording has a *warm-up* (a uniform mix of the profile split: what a predictor may have seen before) and test
-streams, one a task order. The small fixture has no splits: there warm-up and test share prompts, and figures mean
-nothing beyond that the code ran.
+streams, one a task order. An order whose name ends with ``-unlabelled`` is told without task types. The small fixture
+has no splits: there warm-up and test share prompts, and figures mean nothing beyond that the code ran.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from emoe_core.checkpoint.index import open_checkpoint
+from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.config import resolve_device
 from emoe_core.errors import OptionError
-from emoe_core.planning.tasks import TASK_TYPES
+from emoe_core.experts.trace import RoutingTrace
+from emoe_core.planning.tasks import TASK_TYPES, UNKNOWN
 from workbench.models.names import resolve_model
 from workbench.replay.prediction import PromptUse, prompt_uses
 from workbench.replay.references import reference_outputs
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 
+UNLABELLED = "-unlabelled"
 Progress = Callable[[str, int, int], None]
 
 
@@ -42,11 +44,14 @@ class RecordingConfig:
     def __post_init__(self) -> None:
         if self.warm_prompts < 0 or self.n_prompts < 0 or self.max_new_tokens < 1:
             raise OptionError("warm_prompts and n_prompts must be 0 or more, max_new_tokens 1 or more")
+        for mix in self.mixes if self.n_prompts else ():
+            self.stream(mix)
 
     def stream(self, mix: str) -> StreamConfig:
         """Return the test stream of a task order."""
+        order = mix.removesuffix(UNLABELLED)
         return StreamConfig(
-            self.tasks, self.n_prompts, mix, self.session_length, self.seed, self.split, self.source  # type: ignore[arg-type]
+            self.tasks, self.n_prompts, order, self.session_length, self.seed, self.split, self.source  # type: ignore[arg-type]
         )  # fmt: skip
 
     def warm_up(self) -> StreamConfig:
@@ -93,7 +98,7 @@ def record(config: RecordingConfig, progress: Progress | None = None) -> Recordi
     index = open_checkpoint(checkpoint)
     everything: list[Prompt] = []
 
-    def uses(stage: str, stream: StreamConfig) -> tuple[PromptUse, ...]:
+    def uses(stage: str, stream: StreamConfig, told: str | None = None) -> tuple[PromptUse, ...]:
         prompts = prompt_stream(stream)
         everything.extend(prompts)
         reference = reference_outputs(
@@ -105,17 +110,58 @@ def record(config: RecordingConfig, progress: Progress | None = None) -> Recordi
             device=resolve_device(config.device).type,
             progress=None if progress is None else (lambda done, total: progress(stage, done, total)),
         )
-        return tuple(prompt_uses(reference.trace))
+        return tuple(prompt_uses(reference.trace, told))
 
     warm = uses("warm-up", config.warm_up()) if config.warm_prompts else ()
-    streams = {mix: uses(mix, config.stream(mix)) for mix in (config.mixes if config.n_prompts else ())}
-    return Recording(
-        index.source_hash,
-        prompts_hash(everything),
-        config.dtype,
-        index.top_k,
-        max(layer.record_bytes for layer in index.layers),
-        index.expert_bytes_total + index.dense_bytes_total,
-        warm,
-        streams,
-    )
+    streams = {
+        mix: uses(mix, config.stream(mix), UNKNOWN if mix.endswith(UNLABELLED) else None)
+        for mix in (config.mixes if config.n_prompts else ())
+    }
+    return _recording(index, prompts_hash(everything), config.dtype, warm, streams)
+
+
+def from_trace(model: str, trace: RoutingTrace, told: str = "trace") -> Recording:
+    """Return a user's own routing as a recording: the first half of its requests warms up, the rest is the stream.
+
+    Parameters
+    ----------
+    model : str
+        The model that the routing is of.
+    trace : RoutingTrace
+        Of an engine that was loaded with ``record=True`` and gave every token the experts that it chose.
+    told : str
+        What to call the stream.
+
+    Raises
+    ------
+    OptionError
+        When it is of a model of another shape, or has fewer than two requests.
+    """
+    index = open_checkpoint(resolve_model(model))
+    shape, wanted = (trace.chosen.shape[1], trace.experts), (len(index.layers), _most_experts(index))
+    if shape != wanted:
+        raise OptionError(
+            f"the trace is of {shape[0]} layers of {shape[1]} experts, {model} has {wanted[0]} of {wanted[1]}: "
+            f"name the model that it was recorded with"
+        )
+    uses = tuple(prompt_uses(trace))
+    if len(uses) < 2:
+        raise OptionError(f"the trace has {len(uses)} requests: the first half warms up, so it takes at least two")
+    half = len(uses) // 2
+    return _recording(index, "", str(index.dtype).removeprefix("torch."), uses[:half], {told: uses[half:]})
+
+
+def _most_experts(index: CheckpointIndex) -> int:
+    return max(layer.num_experts for layer in index.layers)
+
+
+def _recording(
+    index: CheckpointIndex,
+    data_hash: str,
+    dtype: str,
+    warm: tuple[PromptUse, ...],
+    streams: dict[str, tuple[PromptUse, ...]],
+) -> Recording:
+    expert_bytes = max(layer.record_bytes for layer in index.layers)
+    model_bytes = index.expert_bytes_total + index.dense_bytes_total
+    return Recording(index.source_hash, data_hash, dtype, index.top_k, expert_bytes, model_bytes, warm, streams)

@@ -9,7 +9,7 @@ from workbench.workloads.describe import describe, summary_tables
 from workbench.workloads.fixture import load_fixture
 from workbench.workloads.split import SPLITS
 from workbench.workloads.store import data_hash, is_prepared, load_task, prepare
-from workbench.workloads.stream import Prompt, StreamConfig, prompt_stream, prompts_hash, task_order
+from workbench.workloads.stream import Prompt, StreamConfig, prompt_stream, prompts_hash, topic_order
 
 __all__ = [
     "SPLITS",
@@ -24,5 +24,5 @@ __all__ = [
     "prompt_stream",
     "prompts_hash",
     "summary_tables",
-    "task_order",
+    "topic_order",
 ]

@@ -26,7 +26,7 @@ from typing import Any
 from emoe_core.errors import DataError
 from emoe_core.files import whole_file
 from workbench.fetch import cache_dir, fetch_package, sha256_file
-from workbench.workloads.records import MAX_WORDS, Record, cut_words
+from workbench.workloads.records import MAX_WORDS, Record, cut_words, task_of
 
 _BIGBENCH_ROOT = "bigbench-1.0.0/bigbench/benchmark_tasks/"
 
@@ -77,6 +77,21 @@ MEMBERS: dict[str, Member] = {
         f"{_BIGBENCH_ROOT}multiemo/all_text_en/task.json",
         "cf46f411f08564313750696d5bf060d35a012decbdc02d43dfb349804a673bb9",
     ),
+    "classification_de": Member(
+        BIGBENCH,
+        f"{_BIGBENCH_ROOT}multiemo/all_text_de/task.json",
+        "d05a7a8a97cea4337f6c9b95ab619661ba6615ae6c83b12ce7db7608d8adcc4b",
+    ),
+    "classification_es": Member(
+        BIGBENCH,
+        f"{_BIGBENCH_ROOT}multiemo/all_text_es/task.json",
+        "6598c1dd3cf3b131afeee05cf74c9d77a263eb6adc11563098b538199dc72310",
+    ),
+    "classification_pl": Member(
+        BIGBENCH,
+        f"{_BIGBENCH_ROOT}multiemo/all_text_pl/task.json",
+        "3768e0587d0cec038299cbbb7ce9ff9e711aa522b32341575702df5eaefd2bda",
+    ),
     "comparison": Member(
         BIGBENCH,
         f"{_BIGBENCH_ROOT}vitaminc_fact_verification/task.json",
@@ -93,6 +108,10 @@ MEMBERS: dict[str, Member] = {
         "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
     ),
 }
+
+
+# The same task in other languages: only streams that drift use them.
+LANGUAGES = tuple(name for name in MEMBERS if task_of(name) != name)
 
 
 def extract(members: list[Member]) -> None:
@@ -153,7 +172,7 @@ def read(task: str) -> Iterator[Record]:
     else:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = content["data"] if task == "qa" else content["examples"]
-    return READERS[task](rows)
+    return READERS[task_of(task)](rows)
 
 
 def _read_squad(articles: list[dict[str, Any]]) -> Iterator[Record]:

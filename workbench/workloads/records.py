@@ -9,6 +9,9 @@ group
     it, the same passage would sit in the profile and in the test split.
 unit
     At most one item of a unit is kept, so that a split is not twenty questions on one paragraph.
+topic
+    A task type, or a task type in another language, such as ``classification_pl``: what a stream can switch between
+    although its label stays.
 
 There is one template per task, whatever source the items come from. Long texts are cut at a whole word to the limits
 in `MAX_WORDS`, so that most prompts have 60 to 350 tokens and a run on two cores stays short.
@@ -49,6 +52,11 @@ TEMPLATES: Mapping[str, str] = {
 
 # Whitespace carries meaning in these fields, so they are cut at a line, not at a word.
 _LINE_FIELDS = frozenset({"turns", "function"})
+
+
+def task_of(topic: str) -> str:
+    """Return the task type of a topic."""
+    return topic.partition("_")[0]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A prepared task is a ``datasets.DatasetDict`` (splits profile, train, test) save
 with the recipe's hash and the SHA-256 of every file. Columns of an item:
 
 ``id``         task and content hash
-``task``       task type
+``task``       task type (also of a task in another language, which is stored under a name of its own)
 ``prompt``     the user's message, template applied, plain text
 ``reference``  target text, or the right label
 ``choices``    the labels to choose from, or empty
@@ -31,7 +31,7 @@ from emoe_core.files import whole_folder
 from emoe_core.planning.tasks import TASK_TYPES
 from workbench.fetch import cache_dir, sha256_file
 from workbench.workloads import embedded, hub
-from workbench.workloads.records import MAX_WORDS, TEMPLATES, Record, render
+from workbench.workloads.records import MAX_WORDS, TEMPLATES, Record, render, task_of
 from workbench.workloads.split import MAX_ITEMS_PER_SPLIT, SEED, SPLITS, choose, item_id
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def task_names(tasks: Sequence[str] | str | None) -> tuple[str, ...]:
     if tasks is None:
         return TASK_TYPES
     names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    if unknown := [name for name in names if name not in TASK_TYPES]:
+    if unknown := [name for name in names if name not in (*TASK_TYPES, *embedded.LANGUAGES)]:
         raise DataError(f"unknown task {', '.join(map(repr, unknown))}; known are {', '.join(TASK_TYPES)}.")
     return names
 
@@ -84,7 +84,7 @@ def source_name(task: str, source: str) -> str:
 def recipe_hash(task: str, source: str) -> str:
     """Return a hash of all that decides a prepared task's content besides the raw file's bytes."""
     origin = embedded.MEMBERS[task].sha256 if source == "embedded" else hub.HUB_SOURCES[task].path
-    parts = [FORMAT, task, source, origin, TEMPLATES[task], dict(MAX_WORDS), SEED, MAX_ITEMS_PER_SPLIT]
+    parts = [FORMAT, task, source, origin, TEMPLATES[task_of(task)], dict(MAX_WORDS), SEED, MAX_ITEMS_PER_SPLIT]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -99,7 +99,7 @@ def prepare(
     Parameters
     ----------
     tasks : sequence of str, str or None
-        Task types; None for all six.
+        Task types, or `embedded.LANGUAGES`; None for all six task types.
     force : bool
         Rebuild even what is there and intact.
     progress : bool
@@ -138,7 +138,7 @@ def prepare(
 def build(task: str, source: str, records: Iterable[Record]) -> Path:
     """Turn records into a stored task, replacing an older copy, and return its folder."""
     origin = source_name(task, source)
-    pairs = ((record, render(task, record)) for record in records)
+    pairs = ((record, render(task_of(task), record)) for record in records)
     splits = choose(task, pairs)
     if empty := [name for name in SPLITS if not splits[name]]:
         raise DataError(f"task {task!r} from {origin} leaves the splits {', '.join(empty)} empty; too few items.")
@@ -150,7 +150,7 @@ def build(task: str, source: str, records: Iterable[Record]) -> Path:
                 [
                     {
                         "id": item_id(task, prompt, record.reference),
-                        "task": task,
+                        "task": task_of(task),
                         "prompt": prompt,
                         "reference": record.reference,
                         "choices": list(record.choices),

@@ -7,6 +7,9 @@ uniform
 sticky
     Requests come in sessions of one task. Session lengths are geometric with a given mean, and the next session has
     another task. This is the case in which yesterday's experts are a good guess for today's.
+drift
+    Sessions as in the sticky mix, of topics: with classification among the tasks, the embedded source also brings it in
+    three more languages, under the same label. What a label's prompts used last week need not be what they use now.
 
 A stream decides order only. When requests arrive is the business of an arrival process.
 """
@@ -23,11 +26,13 @@ import numpy as np
 
 from emoe_core.errors import OptionError
 from emoe_core.planning.tasks import TASK_TYPES
+from workbench.workloads.embedded import LANGUAGES
 from workbench.workloads.fixture import load_fixture
+from workbench.workloads.records import task_of
 from workbench.workloads.split import SPLITS, stable_hash
 from workbench.workloads.store import SOURCES, load_task
 
-MIXES = ("uniform", "sticky")
+MIXES = ("uniform", "sticky", "drift")
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,9 @@ class StreamConfig:
         Task types to mix.
     n_prompts : int
         Length of the stream.
-    mix : {"uniform", "sticky"}
+    mix : {"uniform", "sticky", "drift"}
     session_length : float
-        Mean number of requests in a session; only used by the sticky mix.
+        Mean number of requests in a session; not used by the uniform mix.
     seed : int
     split : str
         Split of the prepared tasks; the fixture has no splits.
@@ -51,7 +56,7 @@ class StreamConfig:
 
     tasks: tuple[str, ...] = TASK_TYPES
     n_prompts: int = 48
-    mix: Literal["uniform", "sticky"] = "uniform"
+    mix: Literal["uniform", "sticky", "drift"] = "uniform"
     session_length: float = 8.0
     seed: int = 0
     split: str = "test"
@@ -93,23 +98,30 @@ class Prompt:
         return hashlib.sha256(json.dumps([self.task, self.text]).encode()).hexdigest()[:16]
 
 
-def task_order(config: StreamConfig) -> list[str]:
-    """Return the task of every request of a stream.
+def topics(config: StreamConfig) -> tuple[str, ...]:
+    """Return what a stream's sessions are about: its tasks, and where it drifts those in other languages."""
+    if config.mix != "drift" or config.source != "embedded":
+        return config.tasks
+    return (*config.tasks, *(topic for topic in LANGUAGES if task_of(topic) in config.tasks))
+
+
+def topic_order(config: StreamConfig) -> list[str]:
+    """Return the topic of every request of a stream; its task, unless the stream drifts.
 
     Returns
     -------
     list of str, length ``n_prompts``
     """
     generator = np.random.default_rng([config.seed, 0])
-    n_tasks = len(config.tasks)
+    names = topics(config)
     if config.mix == "uniform":
-        return [config.tasks[i] for i in generator.integers(n_tasks, size=config.n_prompts)]
+        return [names[i] for i in generator.integers(len(names), size=config.n_prompts)]
     order: list[str] = []
-    current = int(generator.integers(n_tasks))
+    current = int(generator.integers(len(names)))
     while len(order) < config.n_prompts:
-        order += [config.tasks[current]] * int(generator.geometric(1.0 / config.session_length))
-        if n_tasks > 1:
-            current = (current + int(generator.integers(1, n_tasks))) % n_tasks
+        order += [names[current]] * int(generator.geometric(1.0 / config.session_length))
+        if len(names) > 1:
+            current = (current + int(generator.integers(1, len(names)))) % len(names)
     return order[: config.n_prompts]
 
 
@@ -123,12 +135,12 @@ def prompt_stream(config: StreamConfig) -> list[Prompt]:
     DataError
         When the source was not prepared.
     """
-    decks = {task: _Deck(_items(config, task), config.seed, task) for task in config.tasks}
+    decks = {topic: _Deck(_items(config, topic), config.seed, topic) for topic in topics(config)}
     stream = []
-    for request_id, task in enumerate(task_order(config)):
-        item = decks[task].draw()
+    for request_id, topic in enumerate(topic_order(config)):
+        item = decks[topic].draw()
         choices = tuple(item["choices"])
-        stream.append(Prompt(request_id, task, item["prompt"], item["reference"], choices))
+        stream.append(Prompt(request_id, task_of(topic), item["prompt"], item["reference"], choices))
     return stream
 
 

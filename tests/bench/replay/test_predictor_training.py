@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import emoe_core
 from emoe_core.errors import OptionError, PredictorError
+from emoe_core.experts.trace import RoutingTrace
+from emoe_core.planning.tasks import UNKNOWN
 from workbench.cli import app
 from workbench.models.reference.tiny import EXPERTS, LAYERS, TOP_K, tiny_moe
 from workbench.quality.configuration import ExperimentConfig
 from workbench.quality.experiment import run_experiment
 from workbench.replay.predictor_training import predictor_path, stored_predictor
-from workbench.replay.recording import Recording, RecordingConfig, record
+from workbench.replay.recording import Recording, RecordingConfig, from_trace, record
 
 RECORDED = {"source": "fixture", "max_new_tokens": 2}
 OPTIONS = ["--prompts", "60", "--source", "fixture", "--max-new-tokens", "2", "--epochs", "2", "--depth", "1"]
@@ -45,6 +49,33 @@ def test_a_recording_has_a_warm_up_and_a_stream_for_each_order(recording: Record
     assert use.counts.sum() == use.tokens * LAYERS * TOP_K
     with pytest.raises(OptionError, match="warm_prompts"):
         RecordingConfig(warm_prompts=-1)
+
+
+def test_an_unlabelled_stream_is_the_same_stream_without_its_task_types(checkpoint: Path) -> None:
+    config = RecordingConfig(
+        str(checkpoint), warm_prompts=0, n_prompts=6, mixes=("drift", "drift-unlabelled"), **RECORDED
+    )
+    labelled, plain = record(config).streams.values()
+    assert {use.task for use in plain} == {UNKNOWN} and UNKNOWN not in {use.task for use in labelled}
+    assert all((one.counts == other.counts).all() for one, other in zip(labelled, plain, strict=True))
+    with pytest.raises(OptionError, match="unknown mix"):
+        RecordingConfig(mixes=("drifting",))
+
+
+def test_a_user_s_own_routing_is_replayed_half_as_history(checkpoint: Path, tmp_path: Path) -> None:
+    with emoe_core.load(checkpoint, budget="100%", record=True) as engine:
+        engine.generate([f"Question {i}?" for i in range(5)], max_new_tokens=2, tasks=["qa"] * 5)
+        file = engine.trace().save(tmp_path / "mine.npz")
+    own = from_trace(str(checkpoint), RoutingTrace.load(file))
+    assert len(own.warm) == 2 and len(own.streams["trace"]) == 3
+    shown = CliRunner().invoke(app, ["predictor", "evaluate", str(checkpoint), "--trace", str(file)])
+    assert shown.exit_code == 0, shown.exception
+    assert "Best on mine.npz:" in shown.output
+    trace = RoutingTrace.load(file)
+    with pytest.raises(OptionError, match=f"{LAYERS} layers of {EXPERTS + 1} experts.*has {LAYERS} of {EXPERTS}"):
+        from_trace(str(checkpoint), replace(trace, experts=EXPERTS + 1))
+    with pytest.raises(OptionError, match="at least two"):
+        from_trace(str(checkpoint), replace(trace, tasks={0: "qa"}))
 
 
 def test_training_refuses_a_predictor_too_large_for_its_model(checkpoint: Path, recording: Recording) -> None:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from emoe_core.errors import DataError
 from emoe_core.planning.tasks import TASK_TYPES
 from workbench.workloads import load_fixture
-from workbench.workloads.embedded import MEMBERS, READERS
-from workbench.workloads.records import MAX_WORDS, TEMPLATES, Record, cut_lines, cut_words, render
+from workbench.workloads.embedded import LANGUAGES, MEMBERS, READERS
+from workbench.workloads.records import MAX_WORDS, TEMPLATES, Record, cut_lines, cut_words, render, task_of
 from workbench.workloads.split import SPLITS, choose, item_id, split_of
 
 
@@ -22,7 +22,8 @@ def make_records(n: int, group_size: int = 1) -> list[tuple[Record, str]]:
 
 
 def test_every_task_type_has_a_template_and_a_source():
-    assert set(TEMPLATES) == set(MEMBERS) == set(READERS) == set(TASK_TYPES)
+    assert set(TEMPLATES) == set(READERS) == set(TASK_TYPES) == set(MEMBERS) - set(LANGUAGES)
+    assert {task_of(topic) for topic in MEMBERS} == set(TASK_TYPES) and LANGUAGES
 
 
 @given(st.text(max_size=400), st.integers(1, 40))

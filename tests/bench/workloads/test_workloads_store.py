@@ -55,6 +55,21 @@ def content_of(tasks: tuple[str, ...] = ("qa",)) -> dict:
     return {(task, name): load_task(task, name).to_list() for task in tasks for name in SPLITS}
 
 
+def test_a_task_in_another_language_is_stored_by_itself_and_told_by_its_task(cache):
+    reviews = [
+        {"input": f"Der Arzt war sehr freundlich und hat mir am Tag {i} alles genau und ruhig erklärt, wie immer.",
+         "target_scores": {"positive": 1, "negative": 0, "neutral": 0, "ambivalent": 0}}
+        for i in range(60)
+    ]  # fmt: skip
+    store.build("classification_de", "embedded", embedded.READERS["classification"](reviews))
+    items = load_task("classification_de", "test").to_list()
+    assert {item["task"] for item in items} == {"classification"} and "multiemo/all_text_de" in items[0]["source"]
+    assert all(item["prompt"].startswith("Classify the sentiment") and "freundlich" in item["prompt"] for item in items)
+    assert not is_prepared("classification") and not is_prepared()
+    with pytest.raises(DataError, match="unknown task 'classification_xx'"):
+        load_task("classification_xx", "test")
+
+
 def test_a_stored_task_holds_what_was_given_in_disjoint_splits(cache):
     store.build("qa", "embedded", qa_records())
     items = [item for rows in content_of().values() for item in rows]
@@ -267,7 +282,7 @@ def test_the_hub_offline_is_a_clear_error(tmp_path):
 @pytest.mark.skipif(not is_prepared(), reason="run `emoe data prepare` first")
 def test_integration_the_embedded_prompts_are_short_clean_and_never_shared_between_splits():
     seen: dict[str, str] = {}
-    for task in TASK_TYPES:
+    for task in (*TASK_TYPES, *(topic for topic in embedded.LANGUAGES if is_prepared(topic))):
         for name in SPLITS:
             items = load_task(task, name)
             assert (30 if task == "code" else 300) <= len(items) <= split.MAX_ITEMS_PER_SPLIT
