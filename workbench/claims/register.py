@@ -196,31 +196,39 @@ class Found:
 
 
 class Column(BaseModel):
-    """A column of a rendered table: a parameter, or a metric with its format, or texts by a parameter's value."""
+    """A column of a rendered table: a parameter, or a metric with its format, or texts by a parameter's value.
+
+    Of a recorded table, ``of`` picks the row that the metric is of, among those that are alike in the parameters.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     title: str
     param: str = ""
     metric: str = ""
+    of: dict[str, Scalar] = Field(default_factory=dict)
     shown: str = ""
     interval: bool = False
     named: dict[str, str] = Field(default_factory=dict)
 
 
 class Rows(Picked):
-    """A table of pages: a row for each recorded run, each row of a table of theirs, or each label of all together."""
+    """A table of pages: a row for each recorded run, each row of a table of theirs, or each label of all together.
+
+    ``row`` is what the shown rows of a recorded table have.
+    """
 
     columns: list[Column] = Field(min_length=1)
     table: str = ""
+    row: dict[str, Scalar] = Field(default_factory=dict)
     pooled: bool = False
     labels: list[str] = Field(default_factory=list)
 
 
 class Drawn(Picked):
-    """A figure of the paper, drawn from recorded runs over the prompts of all of them."""
+    """A figure of the paper, drawn from recorded runs: all of them together."""
 
     title: str
-    figure: Literal["memory", "interval"]
+    figure: Literal["memory", "interval", "skill"]
     labels: list[str] = Field(default_factory=list)
 
 

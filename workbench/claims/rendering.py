@@ -6,6 +6,7 @@ In a page's text, ``<!--KIND NAME-->...<!--/-->`` holds what is rendered; in bet
 * ``range NAME``: the range of a claim's runs;
 * ``table NAME``, ``figure NAME``: a table or figure of the register, with its data;
 * ``recorded SWEEP``: when, by which commit and on what machine a sweep was recorded;
+* ``losses MODEL``, ``routing all``: held-out loss of a model that comes along, how the routers of all of them choose;
 * ``claims all``, ``open all``, ``artifact all``: every claim, what is still open, and what an evaluator needs to know.
 
 Rendering again changes nothing as long as the results do not; a test says so.
@@ -23,9 +24,10 @@ from typing import Any
 
 from emoe_core.errors import ExperimentError
 from emoe_core.files import write_whole
+from workbench.claims.embedded import losses_table, routing_table
 from workbench.claims.gallery import shown_figure
 from workbench.claims.pooled import pooled_summary
-from workbench.claims.register import Column, Found, Register, Results, Rows
+from workbench.claims.register import Column, Found, Register, Results, Rows, has
 from workbench.claims.verdicts import Verdict, machine_name
 from workbench.metrics.show import markdown_table, show
 from workbench.tracking.recorded import RecordedRun
@@ -146,10 +148,25 @@ def _cells(rows: Rows, results: Results) -> list[list[str]]:
         table = run.tables.get(rows.table)
         if table is None:
             raise ExperimentError(f"the recorded run {run.name!r} has no table {rows.table!r}.")
-        for row in table.to_dict("records"):
-            given = run.parameters | row
-            made.append([_cell(column, given, row) for column in rows.columns])
+        made += [
+            [_cell(column, run.parameters | group[0], _picked(group, column)) for column in rows.columns]
+            for group in _groups([row for row in table.to_dict("records") if has(row, rows.row)], rows.columns)
+        ]
     return made
+
+
+def _groups(rows: list[dict[str, Any]], columns: Sequence[Column]) -> list[list[dict[str, Any]]]:
+    """Return the rows of a recorded table that a row of a page is made of: one, or all that differ in ``of`` only."""
+    if not any(column.of for column in columns):
+        return [[row] for row in rows]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(column.param) for column in columns if column.param), []).append(row)
+    return list(groups.values())
+
+
+def _picked(group: list[dict[str, Any]], column: Column) -> dict[str, Any]:
+    return next((row for row in group if has(row, column.of)), {})
 
 
 def _cell(column: Column, params: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -179,6 +196,14 @@ def _figure(name: str, source: Source, file: Path) -> str:
 
 def _recorded(name: str, source: Source, file: Path) -> str:
     return provenance(source.results(name).runs)
+
+
+def _losses(name: str, source: Source, file: Path) -> str:
+    return f"\n{losses_table(name)}\n"
+
+
+def _routing(name: str, source: Source, file: Path) -> str:
+    return f"\n{routing_table()}\n"
 
 
 def _claims(name: str, source: Source, file: Path) -> str:
@@ -241,6 +266,8 @@ _KINDS: dict[str, Callable[[str, Source, Path], str]] = {
     "table": _table,
     "figure": _figure,
     "recorded": _recorded,
+    "losses": _losses,
+    "routing": _routing,
     "claims": _claims,
     "open": _open,
     "artifact": _artifact,

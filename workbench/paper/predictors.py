@@ -26,21 +26,27 @@ def skill_figure(found: pd.DataFrame, prompts: int) -> Figure:
         In each stream.
     """
     mixes = sorted(found["mix"].unique())
-    figure = Figure(figsize=(5.2 * len(mixes) + 1.4, 0.42 * found["predictor"].nunique() + 1.6), layout="constrained")
-    axes = figure.subplots(1, len(mixes), sharey=True, squeeze=False)[0]
+    columns = min(len(mixes), 2)
+    rows = -(-len(mixes) // columns)
+    size = (5.2 * columns + 1.4, (0.42 * found["predictor"].nunique() + 1.0) * rows + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     order = found.groupby("predictor")["skill"].mean().sort_values(ascending=False).index.tolist()
     slots = sorted(found["slots"].unique())
-    for axis, mix in zip(axes, mixes, strict=True):
+    for axis in axes[len(mixes) :]:
+        axis.set_axis_off()
+    for axis, mix in zip(axes, mixes, strict=False):
         part = found[found["mix"] == mix]
         for place, kept in enumerate(slots):
-            rows = part[part["slots"] == kept].set_index("predictor").reindex(order)
+            shown = part[part["slots"] == kept].set_index("predictor").reindex(order)
             look = {"marker": "osD^v"[place % 5], "color": sns.color_palette("colorblind")[place % 10]}
-            axis.plot(rows["skill"], range(len(order)), linestyle="none", label=f"{kept} slots a layer", **look)
+            axis.plot(shown["skill"], range(len(order)), linestyle="none", label=f"{kept} slots a layer", **look)
         axis.set_yticks(range(len(order)), order)
         axis.axvline(0.7, color="0.4", linestyle=":", linewidth=1.2)
+        axis.tick_params(labelbottom=True)
         axis.set_xlabel("skill (0: random subset, 1: hindsight; dotted: aim)")
         axis.set_title(f"{mix} stream", fontsize=11, loc="left")
-    say_n(axes[-1], prompts)
+    say_n(axes[len(mixes) - 1], prompts)
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(slots), frameon=False)

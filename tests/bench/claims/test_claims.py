@@ -22,6 +22,7 @@ from workbench.claims.reproduce import reproduce
 from workbench.claims.verdicts import NOT, REPRODUCED, WITHIN, Verdict, read_verdicts, write_verdicts
 from workbench.commands.claims import reproduce as reproduce_command
 from workbench.results.export import export_sweep
+from workbench.tracking.findings import PROMPTS_TAG
 from workbench.tracking.recorded import RecordedRun
 from workbench.tracking.results_file import RESULTS, SweepResults, read_results, recorded_sweeps, write_results
 from workbench.tracking.store import open_store
@@ -115,6 +116,35 @@ def test_prompts_of_all_seeds_are_taken_together(tmp_path: Path) -> None:
     assert "| 50% | 1.350 |" in rendered("<!--table t--><!--/-->", source, tmp_path / "p.md")
     with pytest.raises(ExperimentError, match="labelled 'none'"):
         claim(where={}, metric="kl_nats", pooled="none").found(Results(tmp_path))
+
+
+def test_rows_of_a_recorded_table_stand_side_by_side_and_a_figure_takes_all_runs(tmp_path: Path) -> None:
+    runs = []
+    for place, slots in enumerate((4, 8)):
+        rows = [
+            {"predictor": name, "mix": mix, "slots": slots, "interval": p, "skill": 0.1 * p + 0.01 * slots}
+            for name in ("frequency", "random")
+            for mix in ("sticky", "drift")
+            for p in (1, 8)
+        ]
+        tables = {"predictors": pd.DataFrame(rows)}
+        params, tags = {"slots": str(slots)}, {PROMPTS_TAG: "6"}
+        runs.append(RecordedRun(f"{place:032x}", "run", "FINISHED", 0, 1, params, tables=tables, tags=tags))
+    write_results(SweepResults("dummy", "", runs), tmp_path)
+    columns = [{"title": "predictor", "param": "predictor"}] + [
+        {"title": mix, "metric": "skill", "of": {"mix": mix}, "shown": ".2f"} for mix in ("drift", "sticky", "none")
+    ]
+    picked = {"where": {"slots": 8}, "table": "predictors", "row": {"interval": 1}}
+    table = {"sweep": "dummy", "columns": columns, **picked}
+    figure = {"sweep": "dummy", "title": "Skills", "figure": "skill"}
+    register = Register.model_validate({"tables": {"t": table}, "figures": {"f": figure}})
+    text = rendered("<!--table t--><!--/-->", Source(register, Results(tmp_path), {}), tmp_path / "p.md")
+    assert "| frequency | 0.18 | 0.18 | – |\n| random | 0.18 | 0.18 | – |" in text
+    assert render_figures(register.figures, Results(tmp_path), tmp_path, write=True)
+    shown = pd.read_csv(tmp_path / "figures" / "f.csv")
+    assert set(shown["interval"]) == {1} and set(shown["slots"]) == {4, 8} and set(shown["prompts"]) == {6}
+    assert (tmp_path / "figures" / "f-dark.svg").exists()
+    assert render_figures(register.figures, Results(tmp_path), tmp_path, write=False) == []
 
 
 @pytest.mark.parametrize(
