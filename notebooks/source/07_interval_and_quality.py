@@ -95,37 +95,16 @@ found.log(
 # %% [markdown]
 # ## Measured
 #
-# 25 November 2026, model `reference`, 50% of experts, tolerance 1, decayed frequency warmed with 60 prompts, one plan
-# kept for p prompts (`replan="interval"`), 48 test prompts a stream, 24 tokens each, float32, seed 0. Not yet the full
-# settings of `sweeps/paper/` (three seeds, both models, beside the bounds).
+# `sweeps/paper/1-memory-and-interval.yaml` runs this notebook at its full settings; what came out is recorded in
+# `results/`, with tables and figures in `docs/results/paper.md` (Fig. 10) and every number's run in
+# `docs/results/claims.md`. Half of the experts, tolerance 1, decayed frequency; perplexity ratio of a plan that is kept
+# for 40 prompts:
 #
-# | stream | p | perplexity ratio (95%) | KL, nats | token hit rate | MB a prompt | predicting, swapping: time |
-# |---|---|---|---|---|---|---|
-# | sticky | 1 | 0.998 (0.993 to 1.002) | 0.0040 | 90.6% | 92 | 0.08% |
-# | sticky | 20 | 1.007 (0.993 to 1.023) | 0.0193 | 73.5% | 40 | 0.02% |
-# | sticky | 40 | 1.011 (0.997 to 1.028) | 0.0236 | 69.7% | 36 | 0.04% |
-# | uniform | 1 | 1.004 (0.999 to 1.010) | 0.0056 | 90.0% | 309 | 0.25% |
-# | uniform | 20 | 1.019 (1.004 to 1.038) | 0.0248 | 70.0% | 42 | 0.03% |
-# | uniform | 40 | 1.027 (1.011 to 1.048) | 0.0410 | 56.4% | 42 | 0.04% |
+# * `reference`: sessions of a task (sticky) <!--claim reference-interval-40-->1.030<!--/-->,
+#   a task for every prompt (uniform) <!--claim reference-interval-40-uniform-->1.021<!--/-->;
+# * `carved`: <!--claim carved-interval-40-->3.34<!--/--> and <!--claim carved-interval-40-uniform-->4.26<!--/-->.
 #
-# * **Not flat up to p = 40, unlike Fig. 10**: KL grows five- to sevenfold from p = 1, though perplexity stays within
-#   3%. A kept plan serves a mix of tasks, and tasks want different experts here (notebook 04).
-# * What is saved is bytes: a seventh on the uniform stream, less than half on the sticky one.
-# * Predicting and starting swaps takes at most 0.25% of a prompt's time at any interval (aim: 1%).
-#
-# The counter-case, 25 November 2026: `carved` (24 experts, top-12), 60% of experts, otherwise the same, 24 test prompts
-# a stream.
-#
-# | stream | p | perplexity ratio (95%) | KL, nats | token hit rate | predictions | predicting, swapping: time |
-# |---|---|---|---|---|---|---|
-# | sticky | 1 | 1.63 (1.52 to 1.76) | 0.43 | 72.1% | 24 | 0.8% |
-# | sticky | 8 | 1.87 (1.65 to 2.16) | 0.52 | 68.6% | 3 | 0.5% |
-# | sticky | 20 | 1.81 (1.59 to 2.08) | 0.49 | 69.7% | 2 | 0.5% |
-# | uniform | 1 | 2.04 (1.80 to 2.33) | 0.65 | 70.6% | 24 | 1.2% |
-# | uniform | 8 | 2.59 (2.20 to 3.10) | 0.82 | 65.7% | 3 | 0.4% |
-# | uniform | 20 | 2.66 (2.21 to 3.27) | 0.84 | 65.1% | 2 | 0.4% |
-#
-# * Here the interval costs perplexity at once: +15% on the sticky stream, +27% on the uniform one from p = 1 to p = 8,
-#   and no more after that: a plan for a mix of tasks is what is paid for, not its age.
-# * At p = 1 on the uniform stream prediction and swap take 1.2% of the time beside another job (aim: 1%); at the
-#   default interval they take less than a half.
+# * **Not flat up to p = 40, unlike Fig. 10**: at p = 1 the ratio is <!--claim reference-interval-1-->1.011<!--/--> on
+#   `reference` and <!--claim carved-interval-1-->2.79<!--/--> on `carved` (sticky). A kept plan serves a mix
+#   of tasks, and tasks want different experts here (notebook 04): the mix is what is paid for, not the plan's age.
+# * What is saved is bytes, and least where they are few: a sticky stream moves little at p = 1 already.

@@ -107,41 +107,25 @@ found.log(
 # %% [markdown]
 # ## Measured
 #
-# 25 November 2026, 24 test prompts of six tasks, 24 tokens each, seed 0, float32, predictors warmed with 60 prompts of
-# the profile split, p = 1, tolerance 1. Not yet the full settings of `sweeps/paper/`. Perplexity ratio (95%
-# interval over prompts); KL in nats per token.
+# `sweeps/paper/1-memory-and-interval.yaml` runs this notebook at its full settings; what came out is recorded in
+# `results/`, with tables and figures in `docs/results/paper.md` (Fig. 14) and every number's run in
+# `docs/results/claims.md`. Half of the experts, p = 1, tolerance 1; perplexity ratio:
 #
-# | model, stream | kept | decayed frequency | random subset | oracle | experts in fewer bits |
-# |---|---|---|---|---|---|
-# | `reference`, uniform | 62.5% | 1.002 (.998-1.007); .0028 | 1.053 (1.03-1.09); .031 | 1.003 (0.999-1.007); .0022 | |
-# | | 53% | | | | 8 bits: 0.999 (0.998 to 1.001); 0.0004 |
-# | | 50% | 1.006 (0.999 to 1.013); 0.0044 | 1.084 (1.037 to 1.145); 0.055 | 1.006 (0.999 to 1.014); 0.0052 | |
-# | | 37.5% | 1.016 (1.007 to 1.025); 0.0095 | 1.100 (1.044 to 1.187); 0.068 | 1.020 (1.010 to 1.031); 0.0105 | |
-# | | 28% | | | | 4 bits: 1.140 (1.080 to 1.208); 0.123 |
-# | `reference`, sticky | 62.5% | 1.000 (0.997 to 1.003); 0.0006 | | | |
-# | | 50% | 0.999 (0.995 to 1.003); 0.0015 | | | |
-# | | 37.5% | 1.017 (1.011 to 1.024); 0.0065 | | | |
-# | `carved`, uniform | 58% (14 of 24) | 2.26 (2.00-2.59); 0.72 | 2.88 (2.30-3.71); 0.99 | 2.07 (1.82-2.36); 0.68 | |
-# | | 53% | | | | 8 bits: 1.042 (1.024 to 1.062); 0.026 |
-# | | 28% | | | | 4 bits: 1.151 (1.097 to 1.211); 0.126 |
+# * `reference`: decayed frequency <!--claim reference-50-frequency-->1.002<!--/-->,
+#   a random subset <!--claim reference-50-random-->1.087<!--/-->,
+#   the oracle <!--claim reference-50-oracle-->1.003<!--/-->,
+#   absent experts dropped instead of rerouted <!--claim reference-50-drop-->1.43<!--/-->;
+# * `carved`: decayed frequency <!--claim carved-50-frequency-->3.13<!--/-->,
+#   a random subset <!--claim carved-50-random-->4.27<!--/-->,
+#   the oracle <!--claim carved-50-oracle-->2.81<!--/-->,
+#   dropped <!--claim carved-50-drop-->6.43<!--/-->.
 #
-# * **Random is clearly worst at every budget on both models** (paired intervals exclude 0). The oracle is not clearly
-#   better than a task's history, but at 62.5% of `reference` (KL lower by 0.0006, interval 0.00002 to 0.0014): there is
-#   little left for a better predictor to gain.
-# * **Fewer bits win at equal memory, the reverse of the paper's Table 3.** On `reference` 8 bits cost a tenth of the KL
-#   of a 50% cache; on `carved`, whose experts complement each other, replacing is out of the question and even 4 bits
-#   at half the memory lose far less. The two can be combined; that was not measured.
-# * `carved` contradicts the premise that few experts matter: with 14 of 24 in slots, perplexity doubles even for the
-#   oracle.
-# * Text similarity and times (Figs. 1, 2, 15, 16) were not measured here: the machine was busy.
-# * Why 8 bits do so well: weights of 16 bits rounded with a scale for every 32 of them. The paper does not say how it
-#   quantised.
+# * **Random is worst of those that reroute, at every budget on both models**, and the oracle is hardly better than a
+#   task's history: there is little left for a better predictor to gain.
+# * `carved` contradicts the premise that few experts matter: with half of them in slots the oracle itself loses most.
 #
-# Three seeds, otherwise as above (one thread): median perplexity ratio of decayed frequency at 62.5 / 50 / 37.5% of
-# `reference` on the uniform stream 1.001 / 1.003 / 1.015, on the sticky stream 1.000 / 1.000 / 1.017; a random subset,
-# uniform, seeds 1 and 2: 1.043 to 1.106. Text similarity (sticky, seed 1, 24 answers) 96.0 / 96.0 / 93.6%: its noise
-# floor is not measured yet. `carved`, 60%: decayed frequency 2.04 / 2.13 / 2.05, oracle 1.98 / 2.01 / 2.09 (seeds 0,
-# 1, 2).
-#
-# Experts in 8 bits in the engine (`expert_dtypes`; one scale a row; uniform, seed 0): `reference` all resident, 50% of
-# the memory, 1.002; with half of the slots, 25% of the memory, 1.008. `carved`: 1.030, and 2.82 with half of the slots.
+# Experts in fewer bits are the other way to save memory, and were measured before (25 November 2026, 24 prompts, seed
+# 0; stage 6 of the sweep records them anew): 8 bits, 53% of the memory, cost 0.999 times the perplexity (0.998 to
+# 1.001) on `reference` and 1.042 (1.024 to 1.062) on `carved`; 4 bits, 28%, cost 1.140 (1.080 to 1.208) and 1.151
+# (1.097 to 1.211). **At equal memory fewer bits win, the reverse of the paper's Table 3**, which does not say how it
+# quantised: here weights of 16 bits are rounded with a scale for every 32 of them.
