@@ -15,13 +15,13 @@ from workbench.models.reference import EMBEDDED
 
 
 def evaluate(
-    model: Annotated[Literal["reference", "carved"], typer.Argument(help="Which model.")] = "reference",
+    model: Annotated[Literal["reference", "carved", "native"], typer.Argument(help="Which model.")] = "reference",
     path: Annotated[Path | None, typer.Option(help="Folder of the built model; the cache's if not given.")] = None,
 ) -> None:
     """Measure perplexity by domain beside the dense model, and how the routers choose."""
     table = Table(title=f"Embedded model, {model}", show_header=False)
-    evaluation = importlib.import_module(f"recipes.{EMBEDDED[model]}_evaluation")
-    for name, value in evaluation.evaluate(path).items():
+    figures = importlib.import_module("recipes.evaluation").evaluate(EMBEDDED[model], path)
+    for name, value in figures.items():
         if isinstance(value, bool | int | float | str):
             table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     Console().print(table)

@@ -20,7 +20,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of the recipe.")] = 0,
 ) -> None:
     """Compute a recipe anew (reference and native: two hours, carved: ten minutes; goes on where it stopped)."""
-    training = importlib.import_module(f"recipes.{EMBEDDED.get(model, model)}_training")
+    training = importlib.import_module(f"recipes.{EMBEDDED[model]}_training")
     recipe = training.train(out, seed)
     Console().print(f"Recipe: [bold]{escape(str(recipe))}[/]", soft_wrap=True)
 

@@ -30,7 +30,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICK = ("run ", "estimate ", "model pack ", "model families", "bench --list-systems", "cache list")
 SLOW_OPTIONS = {"--check", "cuda"}
 # What the pages call a model, and the tiny one that the tests put there.
-MODELS = {"path/to/model": "mixtral", "PATH": "mixtral", "reference": "mixtral", "carved": "qwen2_moe"}
+MODELS = {
+    "path/to/model": "mixtral",
+    "PATH": "mixtral",
+    "reference": "mixtral",
+    "carved": "qwen2_moe",
+    "native": "olmoe",
+}
 
 
 @dataclass(frozen=True)

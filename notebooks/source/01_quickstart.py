@@ -8,7 +8,7 @@
 # processes. Sweeps run it over budgets, intervals and strategies; notebooks 04 to 12 compare them.
 
 # %% tags=["parameters"]
-model: str = "reference"  # "reference", "carved", "tiny" (random), a checkpoint directory, or a hub id
+model: str = "reference"  # "reference", "carved", "native", "tiny" (random), a checkpoint directory, or a hub id
 budget: str = "60%"  # expert memory: share, bytes ("300MB") or slots per layer ("3 slots")
 tolerance: float = 1.0  # miss tolerance: 0 is exact, 1 replaces every absent expert
 on_miss: str = "reroute"  # what becomes of experts that the tolerance lets go: reroute, or drop

@@ -10,7 +10,7 @@
 
 # %% tags=["parameters"]
 measure: bool = True  # False draws the result that ships with the project, where there is one
-model: str = "tiny"  # "tiny" (random), "reference", "carved", a checkpoint directory, or a hub id
+model: str = "tiny"  # "tiny" (random), "reference", "carved", "native", a checkpoint directory, or a hub id
 n_prompts: int = 6  # prompts in each stream (sticky and uniform)
 source: str = "fixture"  # prompts: fixture (20 of our own), embedded (prepared data sets), hub
 warm_prompts: int = 6  # earlier prompts, whose experts the pinned policy holds

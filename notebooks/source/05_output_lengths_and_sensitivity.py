@@ -12,7 +12,7 @@
 measure: bool = (
     False  # False draws the profile that comes with the model, or that `emoe model profile MODEL` has measured
 )
-model: str = "reference"  # "tiny" (random), "reference", "carved", a checkpoint directory, or a hub id
+model: str = "reference"  # "tiny" (random), "reference", "carved", "native", a checkpoint directory, or a hub id
 profile_path: str = ""  # a profile file to draw in place of the model's own
 tasks: str = "all"  # measure now: tasks, comma-separated, or "all"
 prompts: int = 20  # measure now: prompts of each task, for lengths and similarities

@@ -11,12 +11,13 @@
 
 # %% tags=["parameters"]
 measure: bool = True  # False draws the result that ships with the project, where there is one
-model: str = "tiny"  # "tiny" (random), "reference", "carved", a checkpoint directory, or a hub id
+model: str = "tiny"  # "tiny" (random), "reference", "carved", "native", a checkpoint directory, or a hub id
 learned: str = "none"  # trained predictors: none, stored (in the cache), train (needs 4 warm-up prompts of each task)
 slots: int = 4  # experts that each layer may hold
 intervals: str = "1,8"  # prediction intervals p, comma-separated
 replan: str = "admission"  # when to plan: interval or admission
 n_prompts: int = 6  # prompts in each test stream
+mixes: str = "sticky,uniform"  # streams: sticky, uniform, drift (languages), each with "-unlabelled"; comma-separated
 source: str = "fixture"  # prompts: fixture (20 of our own), embedded (prepared data sets), hub
 warm_prompts: int = 6  # profile prompts that predictors observe first; with learned = "train", that they are trained on
 cold: bool = False  # start without the warm-up's history (what a trained predictor learned stays in its weights)
@@ -37,7 +38,7 @@ from workbench.tracking.findings import findings
 from workbench.tracking.parameters import config_from, listed, parameters_of
 
 parameters = parameters_of(globals())
-config = config_from(RecordingConfig, parameters)
+config = config_from(RecordingConfig, parameters, mixes=tuple(listed(mixes)))
 periods = [int(period) for period in listed(intervals)]
 replayed = {"slots": slots, "intervals": periods, "replan": replan, "learned": learned, "cold": cold}
 figures.set_style()

@@ -9,7 +9,7 @@
 
 # %% tags=["parameters"]
 measure: bool = True  # False draws the result that ships with the project, where there is one
-model: str = "tiny"  # "tiny" (random), "reference", "carved", a checkpoint directory, or a hub id
+model: str = "tiny"  # "tiny" (random), "reference", "carved", "native", a checkpoint directory, or a hub id
 budget: str = "50%"  # expert memory: share, bytes ("300MB") or slots per layer ("3 slots")
 strategy: str = "frequency"  # who predicts
 interval: int = 1  # p: predict before every p-th prompt

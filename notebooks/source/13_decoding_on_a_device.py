@@ -8,7 +8,7 @@
 # The defaults check that everything runs. On a CPU, figures say nothing of a GPU.
 
 # %% tags=["parameters"]
-model: str = "tiny"  # "tiny" (random), "reference", "carved", a checkpoint directory, or a hub id
+model: str = "tiny"  # "tiny" (random), "reference", "carved", "native", a checkpoint directory, or a hub id
 shape: str = ""  # instead: random weights of a published shape, "bench" (3.3 GB) or "olmoe-1b-7b" (14 GB)
 scale: float = 1.0  # share of the shape's bytes
 routing: str = "reference"  # recorded routing that the shape's weights follow

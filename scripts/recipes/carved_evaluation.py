@@ -5,8 +5,6 @@ The weights are those stored (bfloat16), the dense parent's are rounded alike. T
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,77 +14,35 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from recipes import corpora
-from recipes.held_out import (
-    answers,
-    compute_type,
-    counts,
-    cut,
-    dense_losses,
-    held_out_blocks,
-    losses,
-    predicted_tokens,
-)
+from recipes.evaluation import Built
+from recipes.held_out import counts, cut, dense_losses, held_out_blocks, losses, predicted_tokens
 from recipes.keeping import keeping, most_used
 from recipes.summary import summarise
 from workbench.models.reference import dense
-from workbench.models.reference.carved.build import ASSEMBLY, build
 from workbench.models.reference.carved.recipe import Recipe
-from workbench.models.reference.recipe import FIGURES
-from workbench.systems.stock import load_stock
 
 KEPT = (19, 14, 10)
+# Of each domain.
+KEEPING_BLOCKS = 2
 
 
-def evaluate(
-    path: Path | str | None = None,
-    recipe: Path | str | None = None,
-    dtype: str = "float32",
-    block_tokens: int = 256,
-    keeping_blocks: int = 2,
-    with_answers: bool = True,
-) -> dict[str, Any]:
-    """Measure a built checkpoint; write ``figures.json`` beside the recipe, and the card.
-
-    Parameters
-    ----------
-    path : Path or str, optional
-        Built folder; left out: the default one, built when missing.
-    recipe : Path or str, optional
-        Its recipe; left out: the committed one.
-    dtype : str
-        Compute type, ``float32`` or ``bfloat16``.
-    block_tokens : int
-        Tokens of a block.
-    keeping_blocks : int
-        Blocks of each domain on which kept experts are tried.
-    with_answers : bool
-        Also generate the five answers.
-    """
-    compute = compute_type(dtype)
-    chosen = Recipe.open(recipe)
-    folder = build(path, chosen.folder)
+def measured(built: Built) -> dict[str, Any]:
+    """Return the figures of a built carved model."""
     source = dense.DenseSource.open(dense.fetch_gguf())
-    blocks, changed = held_out_blocks(chosen, source, block_tokens)
-    base = dense_losses(source, blocks, compute)
-    model = load_stock(folder, compute)
-    shape = chosen.shape
-    mixed = [losses(model, part, shape.top_k) for part in tqdm(blocks.values(), desc="carved", unit="domain")]
+    blocks, changed = held_out_blocks(built.recipe, source, built.block_tokens)
+    base = dense_losses(source, blocks, built.compute)
+    shape = built.recipe.shape
+    mixed = [losses(built.model, part, shape.top_k) for part in tqdm(blocks.values(), desc="carved", unit="domain")]
     found = np.array([loss for loss, _ in mixed])
     used = np.stack([counts(picked, shape.experts) for _, picked in mixed])
     figures = summarise(list(blocks), predicted_tokens(blocks), base, found, used)
     del figures["shares"]  # experts are no domains here
-    figures |= {
+    few = {name: part[:KEEPING_BLOCKS] for name, part in blocks.items()}
+    return figures | {
         "mean_ratio": float(np.exp(np.mean(found - base))),
-        "keeping": keeping_table(model, chosen, source, {n: b[:keeping_blocks] for n, b in blocks.items()}),
-        "adapters_sha256": chosen.description["adapters_sha256"],
-        "dtype": dtype,
-        "block_tokens": block_tokens,
+        "keeping": keeping_table(built.model, built.recipe, source, few),
         "held_out_text_changed": changed,
-        "answers": answers(model, folder) if with_answers else [],
     }
-    (chosen.folder / FIGURES).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    ASSEMBLY.write_card(folder, chosen)
-    return figures
 
 
 def keeping_table(

@@ -7,99 +7,57 @@ vocabulary. Perplexity a token does not compare across vocabularies, bits a byte
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recipes import corpora
-from recipes.held_out import answers, compute_type, counts, cut, losses
+from recipes.evaluation import Built
+from recipes.held_out import counts, cut, losses
 from recipes.routing_readings import readings
 from workbench.models import reference
 from workbench.models.reference import EMBEDDED, dense
-from workbench.models.reference.native.build import ASSEMBLY, build
-from workbench.models.reference.native.recipe import Recipe
-from workbench.models.reference.recipe import FIGURES
 from workbench.systems.stock import load_stock
 
 
-def evaluate(
-    path: Path | str | None = None,
-    recipe: Path | str | None = None,
-    dtype: str = "float32",
-    block_tokens: int = 256,
-    blocks: int = 24,
-    beside: tuple[str, ...] = ("reference", "carved"),
-    with_answers: bool = True,
-) -> dict[str, Any]:
-    """Measure a built checkpoint; write ``figures.json`` beside the recipe, and the card.
-
-    Parameters
-    ----------
-    path : Path or str, optional
-        Built folder; left out: the default one, built when missing.
-    recipe : Path or str, optional
-        Its recipe; left out: the committed one.
-    dtype : str
-        Compute type, ``float32`` or ``bfloat16``.
-    block_tokens, blocks : int
-        Tokens of a block, and blocks of each domain at most.
-    beside : tuple of str
-        Embedded models whose routing and bits a byte are measured too.
-    with_answers : bool
-        Also generate the five answers.
-    """
-    compute = compute_type(dtype)
-    chosen = Recipe.open(recipe)
-    folder = build(path, chosen.folder)
+def measured(built: Built, beside: tuple[str, ...] = ("reference", "carved")) -> dict[str, Any]:
+    """Return the figures of the built model, with routing and bits a byte of other embedded models beside."""
+    recipe, compute, tokens = built.recipe, built.compute, built.block_tokens
     parent = dense.DenseSource.open(dense.fetch_gguf()).tokenizer()
     texts = [
-        corpora.split_texts(domain, parent, chosen.description["seed"])
+        corpora.split_texts(domain, parent, recipe.description["seed"])
         for domain in tqdm(corpora.DOMAINS, desc="text", unit="domain")
     ]
-    domains, routing = measure(folder, chosen.tokenizer(), texts, compute, block_tokens, blocks)
-    figures: dict[str, Any] = {
-        "domains": domains,
-        "routing": routing,
-        "beside": {},
-        "adapters_sha256": chosen.description["adapters_sha256"],
-        "dtype": dtype,
-        "block_tokens": block_tokens,
-        "held_out_text_changed": [
-            known["name"]
-            for part, known in zip(texts, chosen.description["domains"], strict=True)
-            if corpora.digest(part.held_out) != known["held_out_sha256"]
-        ],
-        "answers": answers(load_stock(folder, compute), folder) if with_answers else [],
-    }
+    domains, routing = measure(built.model, recipe.tokenizer(), texts, tokens)
+    figures: dict[str, Any] = {"domains": domains, "routing": routing, "beside": {}}
     for name in beside:
-        built = reference.build(kind=EMBEDDED[name])
-        domains, routing = measure(built, parent, texts, compute, block_tokens, blocks)
+        other = load_stock(reference.build(kind=EMBEDDED[name]), compute)
+        domains, routing = measure(other, parent, texts, tokens)
         figures["beside"][name] = {"bits_per_byte": {k: row["bits_per_byte"] for k, row in domains.items()}, **routing}
-    (chosen.folder / FIGURES).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    ASSEMBLY.write_card(folder, chosen)
-    return figures
+    changed = [
+        known["name"]
+        for part, known in zip(texts, recipe.description["domains"], strict=True)
+        if corpora.digest(part.held_out) != known["held_out_sha256"]
+    ]
+    return figures | {"held_out_text_changed": changed}
 
 
 def measure(
-    folder: Path,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     texts: list[corpora.Texts],
-    compute: torch.dtype,
     block_tokens: int,
-    blocks: int,
+    blocks: int = 24,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """Return a built model's loss by domain, and its `readings`."""
-    model = load_stock(folder, compute)
+    """Return a model's loss by domain on at most some blocks of each, and its `readings`."""
     experts, top_k = _sizes(model.config)
     rows: dict[str, dict[str, float]] = {}
     picked: dict[str, Tensor] = {}
-    for part in tqdm(texts, desc=folder.name, unit="domain"):
+    for part in tqdm(texts, desc=model.config.model_type, unit="domain"):
         ids = cut(corpora.joined(part.held_out, tokenizer, 2_000), block_tokens)[:blocks]
         loss, picked[part.domain] = losses(model, ids, top_k)
         used = np.sort(counts(picked[part.domain], experts), axis=-1)

@@ -1,16 +1,18 @@
 """Trains the native model from scratch: a tokenizer, then every weight, routers included, on the text of `corpora`.
 
 Blocks of tokens are drawn without replacement, epoch by epoch. The learning rate rises, stays, and falls at last to a
-tenth; the plan says for how many steps it stays, or a file called ``decay`` beside the state, which lets it fall from
-where the training is, over as many steps as the file says (none: the plan's). A file called ``stop`` ends the run
-after the step at hand, its state saved. Every random choice follows from the seed and the step, so a run stopped
-anywhere goes on from its last saved state.
+tenth, on longer sequences: a model reads positions that it was trained at, and prompts are longer than what trains
+fastest. The plan says for how many steps the rate stays, or a file called ``decay`` beside the state, which lets it
+fall from where the training is, over as many steps as the file says (none: the plan's). A file called ``stop`` ends
+the run after the step at hand, its state saved. Every random choice follows from the seed and the step, so a run
+stopped anywhere goes on from its last saved state.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,14 @@ class Plan:
     steps, decay_steps : int
         Steps until the learning rate falls, and while it does.
     batch, length : int
-        Sequences a step, and their tokens.
+        Sequences a step, and their tokens, until the learning rate falls.
+    decay_length : int
+        Tokens of a sequence while it falls; a step has as many tokens as before.
     rate : float
         Peak learning rate of AdamW.
     warmup_steps : int
     balance : float
-        Weight of the load-balancing loss, OLMoE's.
+        Weight of `balance_loss`.
     look_every : int
         Steps between looks at held-out text.
     """
@@ -63,13 +67,14 @@ class Plan:
     decay_steps: int = 500
     batch: int = 8
     length: int = 256
+    decay_length: int = 1024
     rate: float = 2e-3
     warmup_steps: int = 100
     balance: float = 0.01
     look_every: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("steps", "decay_steps", "batch", "length", "warmup_steps", "look_every"):
+        for name in ("steps", "decay_steps", "batch", "length", "decay_length", "warmup_steps", "look_every"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} of a training plan is at least 1, not {getattr(self, name)}")
 
@@ -112,7 +117,7 @@ class Trainer:
         self.tokens, self.held_out, self.shape = tokens, held_out, shape
         self.plan, self.seed, self.folder = plan, seed, folder
         config = shape.config()
-        config.router_aux_loss_coef = plan.balance
+        config.router_aux_loss_coef = 0.0
         self.model = OlmoeForCausalLM(config)
         self.model.set_experts_implementation("grouped_mm")
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
@@ -121,19 +126,22 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
         self.step, self.stable, self.decay_steps, self.seconds = 0, plan.steps, plan.decay_steps, 0.0
 
-    @property
-    def blocks(self) -> int:
-        """Whole blocks of the text."""
-        return (len(self.tokens) - 1) // self.plan.length
-
     def batch(self, step: int) -> Tensor:
-        """Return the token ids [batch, length] of a step."""
-        plan, ids = self.plan, []
-        for place in range(step * plan.batch, (step + 1) * plan.batch):
-            epoch, index = divmod(place, self.blocks)
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.blocks)
-            start = int(order[index]) * plan.length
-            ids.append(self.tokens[start : start + plan.length].astype(np.int64))
+        """Return the token ids [sequences, length] of a step."""
+        plan = self.plan
+        if step < self.stable:
+            return self._blocks(step, plan.batch, plan.length, phase=0)
+        sequences = max(1, plan.batch * plan.length // plan.decay_length)
+        return self._blocks(step - self.stable, sequences, plan.decay_length, phase=1)
+
+    def _blocks(self, step: int, sequences: int, length: int, phase: int) -> Tensor:
+        """Return the blocks of a phase's step; each comes once in an epoch."""
+        whole, ids = (len(self.tokens) - 1) // length, []
+        for place in range(step * sequences, (step + 1) * sequences):
+            epoch, index = divmod(place, whole)
+            order = np.random.default_rng((self.seed, phase, epoch)).permutation(whole)
+            start = int(order[index]) * length
+            ids.append(self.tokens[start : start + length].astype(np.int64))
         return torch.from_numpy(np.stack(ids))
 
     def run(self, stop_after: int | None = None) -> bool:
@@ -174,10 +182,11 @@ class Trainer:
             group["lr"] = self.plan.rate_at(self.step, self.stable, self.decay_steps)
         output = self.model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
         self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
+        balance = balance_loss(output.router_logits, self.shape.top_k)
+        (output.loss + self.plan.balance * balance).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        return float(output.loss.detach()) - self.plan.balance * float(output.aux_loss.detach())
+        return float(output.loss.detach())
 
     @torch.no_grad()
     def look(self, loss: float) -> None:
@@ -186,7 +195,7 @@ class Trainer:
         losses, loads = {}, []
         for name, ids in self.held_out.items():
             output = self.model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
-            losses[name] = round(float(output.loss) - self.plan.balance * float(output.aux_loss), 4)
+            losses[name] = round(float(output.loss), 4)
             chosen = torch.stack([layer.topk(self.shape.top_k).indices.flatten() for layer in output.router_logits])
             loads.append(torch.nn.functional.one_hot(chosen, self.shape.experts).sum(dim=1))
         load = torch.stack(loads).sum(dim=0).float()
@@ -231,6 +240,27 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.stable, self.decay_steps = state["step"], state["stable"], state["decay_steps"]
         self.seconds = state["seconds"]
+
+
+def balance_loss(logits: Sequence[Tensor], top_k: int) -> Tensor:
+    """Return the load-balancing loss of OLMoE (arXiv 2409.02060, section 2), the mean over layers; 1 is even.
+
+    transformers' own takes the tokens of all layers together, where a layer's idle experts are made up for by another
+    layer's: a router may then settle on a few (here it did: one layer gave an expert 7.5 times its even share).
+
+    Parameters
+    ----------
+    logits : sequence of Tensor, shape [tokens, experts]
+        Of every layer's router.
+    top_k : int
+    """
+    losses = []
+    for layer in logits:
+        shares = layer.float().softmax(dim=-1)
+        chosen = shares.topk(top_k).indices.flatten()
+        load = torch.bincount(chosen, minlength=layer.shape[-1]) / len(chosen)
+        losses.append(layer.shape[-1] * (load * shares.mean(dim=0)).sum())
+    return torch.stack(losses).mean()
 
 
 def train(out: Path, seed: int = 0, plan: Plan | None = None, shape: Shape | None = None) -> Path:

@@ -7,80 +7,36 @@ mean of their entropies. The weights are those stored (bfloat16), the dense pare
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from recipes.held_out import (
-    answers,
-    compute_type,
-    counts,
-    dense_losses,
-    held_out_blocks,
-    losses,
-    predicted_tokens,
-)
+from recipes.evaluation import Built
+from recipes.held_out import counts, dense_losses, held_out_blocks, losses, predicted_tokens
 from recipes.summary import summarise
 from workbench.models.reference import dense
-from workbench.models.reference.recipe import FIGURES
-from workbench.models.reference.upcycled.build import ASSEMBLY, build
-from workbench.models.reference.upcycled.recipe import Recipe
-from workbench.systems.stock import load_stock
 
 HEATMAP = "routing.png"
 
 
-def evaluate(
-    path: Path | str | None = None,
-    recipe: Path | str | None = None,
-    dtype: str = "float32",
-    block_tokens: int = 256,
-    with_answers: bool = True,
-) -> dict[str, Any]:
-    """Measure a built checkpoint; write ``figures.json`` and the heatmap beside the recipe, and the card.
-
-    Parameters
-    ----------
-    path : Path or str, optional
-        Built folder; left out: the default one, built when missing.
-    recipe : Path or str, optional
-        Its recipe; left out: the committed one.
-    dtype : str
-        Compute type, ``float32`` or ``bfloat16``.
-    block_tokens : int
-        Tokens of a block.
-    with_answers : bool
-        Also generate the five answers.
-    """
-    compute = compute_type(dtype)
-    chosen = Recipe.open(recipe)
-    folder = build(path, chosen.folder)
+def measured(built: Built) -> dict[str, Any]:
+    """Return the figures of a built mixture; its heatmap is drawn beside the recipe."""
     source = dense.DenseSource.open(dense.fetch_gguf())
-    blocks, changed = held_out_blocks(chosen, source, block_tokens)
-    base = dense_losses(source, blocks, compute)
-    model = load_stock(folder, compute)
-    mixed = [losses(model, part, chosen.shape.top_k) for part in tqdm(blocks.values(), desc="mixture", unit="domain")]
+    blocks, changed = held_out_blocks(built.recipe, source, built.block_tokens)
+    base = dense_losses(source, blocks, built.compute)
+    shape = built.recipe.shape
+    mixed = [losses(built.model, part, shape.top_k) for part in tqdm(blocks.values(), desc="mixture", unit="domain")]
     figures = summarise(
         list(blocks),
         predicted_tokens(blocks),
         base,
         np.array([loss for loss, _ in mixed]),
-        np.stack([counts(found, chosen.shape.experts) for _, found in mixed]),
+        np.stack([counts(found, shape.experts) for _, found in mixed]),
     )
-    figures |= {
-        "adapters_sha256": chosen.description["adapters_sha256"],
-        "dtype": dtype,
-        "block_tokens": block_tokens,
-        "held_out_text_changed": changed,
-        "answers": answers(model, folder) if with_answers else [],
-    }
-    (chosen.folder / FIGURES).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    draw_heatmap(figures, chosen.folder / HEATMAP)
-    ASSEMBLY.write_card(folder, chosen)
-    return figures
+    draw_heatmap(figures, built.recipe.folder / HEATMAP)
+    return figures | {"held_out_text_changed": changed}
 
 
 def draw_heatmap(figures: dict[str, Any], path: Path) -> None:

@@ -15,7 +15,9 @@ from workbench.commands.groups import command_group
 from workbench.commands.options import Dtype, Model, OutFile, OutFolder
 from workbench.progress import progress_bar
 
-EmbeddedModel = Annotated[Literal["reference", "carved"], typer.Argument(help="Which of the models that come along.")]
+EmbeddedModel = Annotated[
+    Literal["reference", "carved", "native"], typer.Argument(help="Which of the models that come along.")
+]
 
 app = command_group("Models that come along, synthetic ones, and what is known of a model.")
 

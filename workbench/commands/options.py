@@ -17,8 +17,8 @@ LIMITS_PANEL = "Limits"
 Model = Annotated[
     str,
     typer.Argument(
-        help="Folder of a Hugging Face checkpoint, a hub id, or a model that comes along: 'reference', 'carved' or "
-        "'tiny' (made if missing)."
+        help="Folder of a Hugging Face checkpoint, a hub id, or a model that comes along: 'reference', 'carved', "
+        "'native' or 'tiny' (made if missing)."
     ),
 ]
 Budget = Annotated[

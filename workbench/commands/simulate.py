@@ -39,7 +39,8 @@ def simulate_cache(
     ] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Policy; repeatable; all if not given.")] = None,
     mix: Annotated[
-        list[str] | None, typer.Option(help="Task order, 'sticky' or 'uniform'; repeatable; both if not given.")
+        list[str] | None,
+        typer.Option(help="Order: sticky, uniform or drift; repeatable; sticky and uniform if not given."),
     ] = None,
     prompts: Annotated[int, typer.Option(help="Prompts of each stream.")] = 48,
     warm_prompts: Annotated[int, typer.Option(help="Earlier prompts, whose experts 'pinned' holds.")] = 96,

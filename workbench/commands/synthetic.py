@@ -26,7 +26,8 @@ def synth(
     routing: Annotated[
         str,
         typer.Option(
-            help="'own' (random routers), or recorded routing to write into the weights: 'reference', 'carved', a file."
+            help="'own' (random routers), or recorded routing to write into the weights: a model that comes along "
+            "('reference', 'carved', 'native') or a file."
         ),
     ] = "own",
     layers: Size = None,

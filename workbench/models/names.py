@@ -19,8 +19,8 @@ def resolve_model(name: str | Path) -> str | Path:
     Parameters
     ----------
     name : str or Path
-        "reference" (the embedded upcycled model), "carved" (the embedded fine-grained one), "tiny" (random weights,
-        which only show that everything runs), a directory, or a hub id.
+        "reference" (the embedded upcycled model), "carved" (the fine-grained one), "native" (the one trained from
+        scratch), "tiny" (random weights, which only show that everything runs), a directory, or a hub id.
 
     Raises
     ------

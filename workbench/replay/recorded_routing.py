@@ -26,7 +26,7 @@ def recorded_trace(source: str, progress: Progress | None = None) -> tuple[Routi
     Parameters
     ----------
     source : str
-        "reference" or "carved" (recorded on the twenty prompts of the fixture where that is not cached), or a file that
+        An embedded model (recorded on the twenty prompts of the fixture where that is not cached), or a file that
         `RoutingTrace.save` wrote.
     progress : callable, optional
         Called with (prompts done, prompts in all) while a model is recorded.

@@ -15,7 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 from emoe_core.errors import CheckpointError, OptionError
 from recipes.corpora import DOMAINS, Texts
 from recipes.native_evaluation import byte_length, measure
-from recipes.native_training import DECAY, LOG, STOP, Plan, Trainer, encoded, make_tokenizer, write_recipe
+from recipes.native_training import (
+    DECAY,
+    LOG,
+    STOP,
+    Plan,
+    Trainer,
+    balance_loss,
+    encoded,
+    make_tokenizer,
+    write_recipe,
+)
 from recipes.routing_readings import readings
 from workbench.models.reference.native.build import ASSEMBLY
 from workbench.models.reference.native.recipe import (
@@ -29,9 +39,10 @@ from workbench.models.reference.native.recipe import (
     stored,
 )
 from workbench.models.reference.recipe import ADAPTERS
+from workbench.systems.stock import load_stock
 
 SHAPE = Shape(vocabulary=300, hidden=16, layers=2, heads=2, kv_heads=1, experts=4, top_k=2, width=8, positions=64)
-PLAN = Plan(steps=5, decay_steps=3, batch=2, length=8, warmup_steps=2, look_every=2)
+PLAN = Plan(steps=5, decay_steps=3, batch=2, length=8, decay_length=16, warmup_steps=2, look_every=2)
 
 
 def work(folder: Path, plan: Plan = PLAN) -> Trainer:
@@ -77,10 +88,19 @@ def test_a_stop_file_ends_a_run_that_then_goes_on_and_looks_once_at_its_end(tmp_
     assert [json.loads(line)["step"] for line in (tmp_path / LOG).read_text().splitlines()] == [3, 6, 8]
 
 
-def test_every_block_is_read_once_an_epoch(tmp_path: Path) -> None:
-    trainer = work(tmp_path)
-    starts = [tuple(row.tolist()) for step in range(6) for row in trainer.batch(step)]
-    assert trainer.blocks == 12 and len(set(starts)) == 12
+def test_every_block_is_read_once_an_epoch_and_longer_ones_while_the_rate_falls(tmp_path: Path) -> None:
+    trainer = work(tmp_path, replace(PLAN, steps=6))
+    short = [tuple(row.tolist()) for step in range(6) for row in trainer.batch(step)]
+    assert len(set(short)) == len(short) == 99 // 8 and {len(row) for row in short} == {8}
+    long = [tuple(row.tolist()) for step in range(6, 12) for row in trainer.batch(step)]
+    assert len(set(long)) == len(long) == 99 // 16 and {len(row) for row in long} == {16}
+
+
+def test_layers_are_balanced_each_by_itself() -> None:
+    # Two layers, each with a favourite of its own: together they look even.
+    favourites = [10.0 * torch.eye(2)[[expert] * 6] for expert in (0, 1)]
+    assert balance_loss(favourites, 1) == pytest.approx(2, abs=1e-3)
+    assert balance_loss([10.0 * torch.eye(2).repeat(3, 1)], 1) == pytest.approx(1)
 
 
 def test_a_recipe_s_weights_are_those_that_were_trained_rounded_to_8_bits(tmp_path: Path) -> None:
@@ -159,7 +179,7 @@ def test_a_model_is_measured_on_every_domain(trained: tuple[Trainer, Path], tmp_
     recipe = Recipe.open(trained[1])
     texts = [Texts(domain.name, [], [domain.about * 9, "other text " * 40]) for domain in DOMAINS]
     folder = ASSEMBLY.build(tmp_path / "built", recipe.folder)
-    domains, routing = measure(folder, recipe.tokenizer(), texts, torch.float32, 8, 4)
+    domains, routing = measure(load_stock(folder, torch.float32), recipe.tokenizer(), texts, 8, 4)
     assert list(domains) == [domain.name for domain in DOMAINS]
     assert all(0 < row["bits_per_byte"] < 20 and row["tokens"] == 28 for row in domains.values())
     assert routing["experts"] == 4 and 0 <= routing["nmi"] <= 1
@@ -186,3 +206,14 @@ def test_readings_tell_routing_that_stays_from_routing_that_does_not() -> None:
     half = found["hit_rates"][1]
     # Two slots: only the first token of a block finds its expert, the one that the block before ended with.
     assert (half["lru"], half["hot_list"]) == (pytest.approx(7 / 64), pytest.approx(5 / 8))
+
+
+def test_the_committed_recipe_is_whole_and_small() -> None:
+    recipe = Recipe.open()
+    assert recipe.shape == Shape() and recipe.layers == recipe.shape.layers
+    assert sum(entry.stat().st_size for entry in recipe.folder.iterdir()) < Recipe.limit_bytes + 1_000_000
+    for number in range(recipe.layers):
+        layer = recipe.layer(number)
+        assert layer["mlp.experts.down_proj"].shape == (recipe.shape.experts, recipe.shape.hidden, recipe.shape.width)
+        assert all(tensor.isfinite().all() for tensor in layer.values())
+    assert [part["name"] for part in recipe.description["domains"]] == [domain.name for domain in DOMAINS]

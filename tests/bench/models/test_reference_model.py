@@ -1,4 +1,7 @@
-"""The embedded reference models, each kind alike: computing a recipe, building from it, verifying what was built."""
+"""The embedded models grown from a parent, each kind alike: computing a recipe, building from it, verifying it.
+
+The native kind, trained from scratch, is in test_native_recipe.py; what is built of any kind is checked here.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from workbench.models.reference import EMBEDDED, dense
 from workbench.models.reference.carved.build import ASSEMBLY as CARVED
 from workbench.models.reference.carved.layer import assemble
 from workbench.models.reference.checkpoint import Assembly
+from workbench.models.reference.native.build import ASSEMBLY as NATIVE
 from workbench.models.reference.recipe import ADAPTERS, DESCRIPTION, MANIFEST
 from workbench.models.reference.upcycled.build import ASSEMBLY as UPCYCLED
 
@@ -111,6 +115,7 @@ class Carving:
 
 
 KINDS: dict[str, Any] = {"upcycled": Upcycling(), "carved": Carving()}
+ASSEMBLIES = {assembly.recipe.kind: assembly for assembly in (UPCYCLED, CARVED, NATIVE)}
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,8 @@ def grown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_every_kind_is_tested_here() -> None:
-    assert set(KINDS) == set(EMBEDDED.values()) == {kind.assembly.recipe.kind for kind in KINDS.values()}
+    assert {*KINDS, NATIVE.recipe.kind} == set(EMBEDDED.values()) == set(ASSEMBLIES)
+    assert all(kind.assembly is ASSEMBLIES[name] for name, kind in KINDS.items())
 
 
 def test_rotary_rows_are_restored_to_the_order_of_transformers() -> None:
@@ -265,7 +271,7 @@ def test_the_built_model_has_the_checksums_of_its_recipe(name: str) -> None:
     kind = EMBEDDED[name]
     if not reference.is_built(kind=kind):
         pytest.skip(f"the {kind} model is not built here")
-    found, assembly = reference.verify(kind=kind), KINDS[kind].assembly
+    found, assembly = reference.verify(kind=kind), ASSEMBLIES[kind]
     manifest = json.loads((assembly.recipe.open().folder / MANIFEST).read_text())["files"]
     assert {file: found[file] for file in manifest} == manifest
     assert str(resolve_model(name)) == str(assembly.default_destination(assembly.recipe.open()))

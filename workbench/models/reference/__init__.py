@@ -1,4 +1,6 @@
-"""The embedded reference models: real MoE checkpoints grown on this machine from a packaged dense model.
+"""The embedded reference models: real MoE checkpoints built on this machine from recipes.
+
+Two are grown from a packaged dense model, the third was trained from scratch, its routers included.
 
 Each kind is a folder with the same three verbs; `KINDS` names them. The functions here import a kind when it is used,
 because the kinds import torch and transformers.
@@ -14,7 +16,7 @@ from emoe_core.errors import require_known
 
 # Kinds, by the names that users give.
 REFERENCE = "reference"
-EMBEDDED = {REFERENCE: "upcycled", "carved": "carved"}
+EMBEDDED = {REFERENCE: "upcycled", "carved": "carved", "native": "native"}
 KINDS = tuple(EMBEDDED.values())
 RECIPES = Path(__file__).parent / "recipes"
 

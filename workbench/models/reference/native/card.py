@@ -20,11 +20,11 @@ few for a chatbot: judge it by loss, KL and agreement on held-out text of its do
 
 ## Recipe
 No parent. A byte-level BPE vocabulary of {vocabulary:,} tokens, then every weight, on the fitting text below
-({epochs:.2f} times through it), with OLMoE's load-balancing loss at weight {balance}. AdamW, {steps:,} steps of {batch}
-sequences of {length} tokens; the learning rate stayed at {rate} and fell to a tenth over the last {decay_steps:,}.
-Weights are stored in 8 bits with a scale a row, norms and routers in bfloat16. It was trained on {length} tokens at a
-time; the configuration allows {positions:,}, and beyond {length} nothing was trained. Seed {seed}; {seconds:,} s of
-steps on {threads} threads.
+({epochs:.2f} times through it), with OLMoE's load-balancing loss, layer by layer, at weight {balance}. AdamW,
+{steps:,} steps of {batch} sequences of {length} tokens; the learning rate stayed at {rate} and fell to a tenth
+over the last {decay_steps:,}, whose sequences had {decay_length:,} tokens. Weights are stored in 8 bits with a scale a
+row, norms and routers in bfloat16. The configuration allows {positions:,} tokens; beyond {decay_length:,} nothing was
+trained. Seed {seed}; {seconds:,} s of steps on {threads} threads.
 
 | Domain | Text | Packages | Fitting tokens |
 |---|---|---|---|
@@ -59,7 +59,7 @@ def render_card(recipe: Recipe, figures: dict[str, Any] | None) -> str:
         threads=training.get("threads", "unknown"),
         seed=described.get("seed", "unknown"),
         domains="\n".join(rows),
-        **{name: plan.get(name, "unknown") for name in ("balance", "batch", "length", "rate")},
+        **{name: plan.get(name, "unknown") for name in ("balance", "batch", "length", "decay_length", "rate")},
     )
     return text + (_measured(figures, shape.experts) if figures else "\n## Measured\nNot measured yet.\n")
 
