@@ -17,7 +17,8 @@ slots: int = 4  # experts that each layer may hold
 intervals: str = "1,8"  # prediction intervals p, comma-separated
 replan: str = "admission"  # when to plan: interval or admission
 n_prompts: int = 6  # prompts in each test stream
-mixes: str = "sticky,uniform"  # streams: sticky, uniform, drift (languages), each with "-unlabelled"; comma-separated
+mixes: str = "sticky,uniform"  # orders of tasks: sticky, uniform, drift (languages change), comma-separated
+unlabelled: str = ""  # those of them that are told again without task types
 source: str = "fixture"  # prompts: fixture (20 of our own), embedded (prepared data sets), hub
 warm_prompts: int = 6  # profile prompts that predictors observe first; with learned = "train", that they are trained on
 cold: bool = False  # start without the warm-up's history (what a trained predictor learned stays in its weights)
@@ -38,7 +39,8 @@ from workbench.tracking.findings import findings
 from workbench.tracking.parameters import config_from, listed, parameters_of
 
 parameters = parameters_of(globals())
-config = config_from(RecordingConfig, parameters, mixes=tuple(listed(mixes)))
+streams = {"mixes": tuple(listed(mixes)), "unlabelled": tuple(listed(unlabelled))}
+config = config_from(RecordingConfig, parameters, **streams)
 periods = [int(period) for period in listed(intervals)]
 replayed = {"slots": slots, "intervals": periods, "replan": replan, "learned": learned, "cold": cold}
 figures.set_style()

@@ -69,9 +69,12 @@ def evaluate(
     mix: Annotated[
         list[str] | None,
         typer.Option(
-            help="Order of the test prompts: sticky, uniform, drift (languages change under one label), each with "
-            "'-unlabelled' for no task types; repeatable; sticky and uniform if not given."
+            help="Order of the test prompts: sticky, uniform or drift (languages change under one label); repeatable; "
+            "the first two if not given."
         ),
+    ] = None,
+    unlabelled: Annotated[
+        list[str] | None, typer.Option(help="Also tell this one of the orders without task types; repeatable.")
     ] = None,
     slots: Annotated[
         list[int] | None, typer.Option(help="Slots a layer; repeatable; half of the experts if not given.")
@@ -103,6 +106,7 @@ def evaluate(
         warm_prompts=warm_prompts,
         n_prompts=prompts,
         mixes=tuple(mix or RecordingConfig.mixes),
+        unlabelled=tuple(unlabelled or ()),
         source=source,
         max_new_tokens=max_new_tokens,
         seed=seed,

@@ -1,14 +1,14 @@
 """Recorded routing that predictors are trained and judged on, from the all-resident reference outputs (cached).
 
 A recording has a *warm-up* (a uniform mix of the profile split: what a predictor may have seen before) and test
-streams, one a task order. An order whose name ends with ``-unlabelled`` is told without task types. The small fixture
-has no splits: there warm-up and test share prompts, and figures mean nothing beyond that the code ran.
+streams, one a task order; the same stream told without task types is called ``ORDER-unlabelled``. The small fixture has
+no splits: there warm-up and test share prompts, and figures mean nothing beyond that the code ran.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from emoe_core.checkpoint.index import CheckpointIndex, open_checkpoint
 from emoe_core.config import resolve_device
@@ -26,12 +26,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class RecordingConfig:
-    """What to record. See `StreamConfig` for the fields it shares."""
+    """What to record. See `StreamConfig` for the fields it shares; ``unlabelled`` are orders of ``mixes``."""
 
     model: str = "reference"
     warm_prompts: int = 240
     n_prompts: int = 120
     mixes: tuple[str, ...] = ("sticky", "uniform")
+    unlabelled: tuple[str, ...] = ()
     tasks: tuple[str, ...] = TASK_TYPES
     session_length: float = 8.0
     source: str = "embedded"
@@ -46,12 +47,13 @@ class RecordingConfig:
             raise OptionError("warm_prompts and n_prompts must be 0 or more, max_new_tokens 1 or more")
         for mix in self.mixes if self.n_prompts else ():
             self.stream(mix)
+        if unrecorded := set(self.unlabelled) - set(self.mixes):
+            raise OptionError(f"only orders that are among the mixes can be unlabelled, not {', '.join(unrecorded)}")
 
     def stream(self, mix: str) -> StreamConfig:
         """Return the test stream of a task order."""
-        order = mix.removesuffix(UNLABELLED)
         return StreamConfig(
-            self.tasks, self.n_prompts, order, self.session_length, self.seed, self.split, self.source  # type: ignore[arg-type]
+            self.tasks, self.n_prompts, mix, self.session_length, self.seed, self.split, self.source  # type: ignore[arg-type]
         )  # fmt: skip
 
     def warm_up(self) -> StreamConfig:
@@ -98,7 +100,7 @@ def record(config: RecordingConfig, progress: Progress | None = None) -> Recordi
     index = open_checkpoint(checkpoint)
     everything: list[Prompt] = []
 
-    def uses(stage: str, stream: StreamConfig, told: str | None = None) -> tuple[PromptUse, ...]:
+    def uses(stage: str, stream: StreamConfig) -> tuple[PromptUse, ...]:
         prompts = prompt_stream(stream)
         everything.extend(prompts)
         reference = reference_outputs(
@@ -110,13 +112,12 @@ def record(config: RecordingConfig, progress: Progress | None = None) -> Recordi
             device=resolve_device(config.device).type,
             progress=None if progress is None else (lambda done, total: progress(stage, done, total)),
         )
-        return tuple(prompt_uses(reference.trace, told))
+        return tuple(prompt_uses(reference.trace))
 
     warm = uses("warm-up", config.warm_up()) if config.warm_prompts else ()
-    streams = {
-        mix: uses(mix, config.stream(mix), UNKNOWN if mix.endswith(UNLABELLED) else None)
-        for mix in (config.mixes if config.n_prompts else ())
-    }
+    streams = {mix: uses(mix, config.stream(mix)) for mix in (config.mixes if config.n_prompts else ())}
+    for mix in config.unlabelled if config.n_prompts else ():
+        streams[mix + UNLABELLED] = tuple(replace(use, task=UNKNOWN) for use in streams[mix])
     return _recording(index, prompts_hash(everything), config.dtype, warm, streams)
 
 

@@ -53,13 +53,17 @@ def test_a_recording_has_a_warm_up_and_a_stream_for_each_order(recording: Record
 
 def test_an_unlabelled_stream_is_the_same_stream_without_its_task_types(checkpoint: Path) -> None:
     config = RecordingConfig(
-        str(checkpoint), warm_prompts=0, n_prompts=6, mixes=("drift", "drift-unlabelled"), **RECORDED
+        str(checkpoint), warm_prompts=0, n_prompts=6, mixes=("drift",), unlabelled=("drift",), **RECORDED
     )
-    labelled, plain = record(config).streams.values()
+    streams = record(config).streams
+    assert list(streams) == ["drift", "drift-unlabelled"]
+    labelled, plain = streams.values()
     assert {use.task for use in plain} == {UNKNOWN} and UNKNOWN not in {use.task for use in labelled}
     assert all((one.counts == other.counts).all() for one, other in zip(labelled, plain, strict=True))
     with pytest.raises(OptionError, match="unknown mix"):
         RecordingConfig(mixes=("drifting",))
+    with pytest.raises(OptionError, match="not drift"):
+        RecordingConfig(unlabelled=("drift",))
 
 
 def test_a_user_s_own_routing_is_replayed_half_as_history(checkpoint: Path, tmp_path: Path) -> None:
