@@ -38,8 +38,9 @@ class EngineConfig:
         0 is off. Above: an absent expert is replaced only where an available one comes close enough, this share of the
         spread of the router's values (`rerouting.outranked`), and the loss is within the tolerance; else it is loaded.
     predictor : str, callable or None
-        "frequency", "transformer" (trained for this model), or a function that makes another, called with the number
-        of MoE layers, of experts of the largest layer, and the seed; None for on demand only.
+        "frequency", "recent" (of the last prompts of a task), "transformer" (trained for this model), or a function
+        that makes another, called with the number of MoE layers, of experts of the largest layer, and the seed; None
+        for on demand only.
     predictor_path : Path or None
         File of a trained predictor; needed for "transformer".
     interval : int

@@ -1,8 +1,9 @@
 """Expert predictors: routing history in, per-layer expert frequencies out (paper, section 3.2).
 
-A predictor never sees text, only how often each expert was chosen by past prompts and their task types. Two are known
-by name: ``frequency``, and ``transformer``, which is trained for a model and rests in a file (`transformer.py`). Any
-other is a class that satisfies `Predictor`, given to the engine by a function that makes one.
+A predictor never sees text, only how often each expert was chosen by past prompts and their task types. Three are
+known by name: ``frequency``; ``recent``, the same with a short memory, for requests that drift while their label stays;
+and ``transformer``, which is trained for a model and rests in a file (`transformer.py`). Any other is a class that
+satisfies `Predictor`, given to the engine by a function that makes one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 from emoe_core.errors import OptionError, PredictorError
 from emoe_core.predictor.frequency import FrequencyPredictor
 
-FREQUENCY, TRAINED, NO_PREDICTOR = "frequency", "transformer", "none"
+FREQUENCY, RECENT, TRAINED, NO_PREDICTOR = "frequency", "recent", "transformer", "none"
+# Prompts of a task; chosen by replay of `native` on a stream whose languages change (docs/results/predictors.md).
+RECENT_HALF_LIFE = 2.0
 
 
 class Predictor(Protocol):
@@ -48,7 +51,7 @@ def make_predictor(
     Parameters
     ----------
     wanted : str, callable or None
-        "frequency", "transformer", or what makes another.
+        "frequency", "recent", "transformer", or what makes another.
     layers, experts : int
         MoE layers, and experts of the largest layer.
     seed : int
@@ -71,8 +74,10 @@ def make_predictor(
         return wanted(layers, experts, seed)
     if wanted == FREQUENCY:
         return FrequencyPredictor(layers, experts)
+    if wanted == RECENT:
+        return FrequencyPredictor(layers, experts, RECENT_HALF_LIFE, RECENT)
     if wanted != TRAINED:
-        known = ", ".join((FREQUENCY, NO_PREDICTOR, TRAINED))
+        known = ", ".join((FREQUENCY, RECENT, NO_PREDICTOR, TRAINED))
         raise OptionError(f"unknown predictor {wanted!r}: choose one of {known}, or give a function that makes one")
     if path is None:
         raise PredictorError(f"predictor {TRAINED!r} needs predictor_path: train one with `emoe predictor train MODEL`")

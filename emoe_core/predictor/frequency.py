@@ -31,13 +31,13 @@ class FrequencyPredictor:
         MoE layers, and experts of the largest layer.
     half_life : float
         Prompts of a task after which a past prompt counts half; > 0.
+    name : str
     """
 
-    name = "frequency"
-
-    def __init__(self, layers: int, experts: int, half_life: float = 20.0) -> None:
+    def __init__(self, layers: int, experts: int, half_life: float = 20.0, name: str = "frequency") -> None:
         if not half_life > 0:
             raise OptionError(f"half_life is {half_life}: it must be above 0 prompts")
+        self.name = name
         self.shape = (layers, experts)
         self.decay = 0.5 ** (1.0 / half_life)
         self._sums: dict[str, np.ndarray] = {}

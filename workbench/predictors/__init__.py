@@ -1,13 +1,13 @@
 """Predictors that the engine's own are compared with, by name, and the training of the engine's transformer.
 
-``frequency`` is the engine's; ``last_prompt`` (of the task) and ``last_in_stream`` have the shortest memory;
-``transition`` is a Markov chain, ``activation_map`` looks for the most similar past prompts; ``random`` is the sanity
+``frequency`` and ``recent`` are the engine's; ``last_prompt`` (of the task) and ``last_in_stream`` have the shortest
+memory; ``transition`` is a Markov chain, ``activation_map`` looks for the most similar past prompts; ``random`` is the sanity
 bound. The oracle is not here: it must be told the prompts to come (`bounds.py`).
 """
 
 from __future__ import annotations
 
-from emoe_core.predictor import FREQUENCY, PredictorFactory
+from emoe_core.predictor import FREQUENCY, RECENT, RECENT_HALF_LIFE, PredictorFactory
 from emoe_core.predictor.frequency import FrequencyPredictor
 from workbench.predictors.activation_map import ActivationMapPredictor
 from workbench.predictors.bounds import RandomPredictor
@@ -21,5 +21,6 @@ PREDICTORS: dict[str, PredictorFactory] = {
     "last_in_stream": lambda layers, experts, seed: LastPromptPredictor(same_task=False),
     "last_prompt": lambda layers, experts, seed: LastPromptPredictor(),
     "random": RandomPredictor,
+    RECENT: lambda layers, experts, seed: FrequencyPredictor(layers, experts, RECENT_HALF_LIFE, RECENT),
     "transition": lambda layers, experts, seed: TransitionPredictor(layers, experts),
 }

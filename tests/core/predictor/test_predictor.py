@@ -46,10 +46,21 @@ def test_a_request_without_tokens_teaches_nothing() -> None:
     assert predictor.predict("qa") is None
 
 
+def test_the_recent_one_follows_a_change_behind_a_label_that_the_default_has_hardly_noticed() -> None:
+    before, after = np.array([[8.0, 0.0]]), np.array([[0.0, 8.0]])
+    found = {}
+    for name in ("frequency", "recent"):
+        predictor = make_predictor(name, 1, 2)
+        for counts in [before] * 20 + [after] * 3:
+            predictor.observe("qa", counts)
+        found[name] = predictor.predict("qa").argmax()
+    assert found == {"frequency": 0, "recent": 1}
+
+
 def test_predictors_by_name() -> None:
     assert make_predictor(None, 1, 2) is None
     assert make_predictor("none", 1, 2) is None
-    with pytest.raises(OptionError, match="frequency, none, transformer, or give a function"):
+    with pytest.raises(OptionError, match="frequency, recent, none, transformer, or give a function"):
         make_predictor("oracle", 1, 2)
     with pytest.raises(OptionError, match="half_life"):
         FrequencyPredictor(1, 2, half_life=0)
