@@ -46,6 +46,14 @@ OnMiss = Annotated[
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
+PredictorName = Annotated[
+    Literal["frequency", "recent"],
+    typer.Option(
+        help="What residents are guessed by: a task's last twenty requests or so, or its last two, for ones that drift "
+        "(`emoe predictor evaluate` tells).",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.", rich_help_panel=MEMORY_PANEL)]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],

@@ -24,6 +24,7 @@ from workbench.commands.options import (
     MaxQualityLoss,
     Model,
     OnMiss,
+    PredictorName,
     RayAddress,
     RouterName,
     SchedulerName,
@@ -89,6 +90,7 @@ def serve(
     max_quality_loss: MaxQualityLoss = None,
     tolerance: Tolerance = 0.0,
     on_miss: OnMiss = "reroute",
+    predictor: PredictorName = "frequency",
     device: Device = "auto",
     dtype: Dtype = "auto",
     expert_dtype: ExpertDtype = "auto",
@@ -176,7 +178,14 @@ def serve(
         drain_s,
         budget,
         max_quality_loss,
-        {"tolerance": tolerance, "on_miss": on_miss, "device": device, "dtype": dtype, "expert_dtype": expert_dtype},
+        {
+            "tolerance": tolerance,
+            "on_miss": on_miss,
+            "predictor": predictor,
+            "device": device,
+            "dtype": dtype,
+            "expert_dtype": expert_dtype,
+        },
         Console(stderr=True, highlight=False),
     )
     if placement is None:

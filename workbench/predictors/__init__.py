@@ -1,8 +1,8 @@
 """Predictors that the engine's own are compared with, by name, and the training of the engine's transformer.
 
 ``frequency`` and ``recent`` are the engine's; ``last_prompt`` (of the task) and ``last_in_stream`` have the shortest
-memory; ``transition`` is a Markov chain, ``activation_map`` looks for the most similar past prompts; ``random`` is the sanity
-bound. The oracle is not here: it must be told the prompts to come (`bounds.py`).
+memory; ``transition`` is a Markov chain, ``activation_map`` looks for the most similar past prompts; ``random`` is the
+sanity bound. The oracle is not here: it must be told the prompts to come (`bounds.py`).
 """
 
 from __future__ import annotations
