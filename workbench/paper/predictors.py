@@ -40,7 +40,8 @@ def skill_figure(found: pd.DataFrame, prompts: int) -> Figure:
         for place, kept in enumerate(slots):
             shown = part[part["slots"] == kept].set_index("predictor").reindex(order)
             look = {"marker": "osD^v"[place % 5], "color": sns.color_palette("colorblind")[place % 10]}
-            axis.plot(shown["skill"], range(len(order)), linestyle="none", label=f"{kept} slots a layer", **look)
+            beside = [row + 0.22 * (place - (len(slots) - 1) / 2) for row in range(len(order))]
+            axis.plot(shown["skill"], beside, linestyle="none", label=f"{kept} slots a layer", **look)
         axis.set_yticks(range(len(order)), order)
         axis.axvline(0.7, color="0.4", linestyle=":", linewidth=1.2)
         axis.tick_params(labelbottom=True)
