@@ -92,6 +92,14 @@ found.log(
 # %% [markdown]
 # ## Measured with the full settings
 #
+# `sweeps/paper/2-predictors.yaml` runs this notebook at its full settings. `native` is recorded in `results/`, with
+# tables and a figure in `docs/results/paper.md` (Table 2): the trained predictors cover as much as the tasks'
+# frequency, and where languages change behind one label (`mixes="drift"`) a short memory covers more:
+# `recent` <!--claim native-drift-recent-->77.9%<!--/--> of the choices,
+# `frequency` <!--claim native-drift-frequency-->75.9%<!--/-->,
+# the oracle <!--claim native-drift-oracle-->80.8%<!--/-->.
+# What follows is older, of the two others, and has no run here any more.
+#
 # 24 November 2026, model `reference` (upcycled 8x135M, 30 MoE layers, 8 experts, top-2), float32 routing, streams of
 # seed 0 only. 240 prompts of the profile split to warm up and to train on, 120 held-out prompts of the test split a
 # stream, 24 output tokens, `source=embedded`, `learned=train`, plans at admission. 4 slots a layer; the ranking at 3
