@@ -102,9 +102,9 @@ found.log(
 #
 # * `reference`: sessions of a task (sticky) <!--claim reference-interval-40-->1.030<!--/-->,
 #   a task for every prompt (uniform) <!--claim reference-interval-40-uniform-->1.021<!--/-->;
-# * `carved`: <!--claim carved-interval-40-->3.34<!--/--> and <!--claim carved-interval-40-uniform-->4.26<!--/-->.
+# * `carved`: <!--claim carved-interval-40-->2.86<!--/--> and <!--claim carved-interval-40-uniform-->3.54<!--/-->.
 #
 # * **Not flat up to p = 40, unlike Fig. 10**: at p = 1 the ratio is <!--claim reference-interval-1-->1.011<!--/--> on
-#   `reference` and <!--claim carved-interval-1-->2.79<!--/--> on `carved` (sticky). A kept plan serves a mix
+#   `reference` and <!--claim carved-interval-1-->2.48<!--/--> on `carved` (sticky). A kept plan serves a mix
 #   of tasks, and tasks want different experts here (notebook 04): the mix is what is paid for, not the plan's age.
 # * What is saved is bytes, and least where they are few: a sticky stream moves little at p = 1 already.
