@@ -51,13 +51,14 @@ def features() -> datasets.Features:
     return datasets.Features({**columns, "choices": datasets.List(text), "source": text})
 
 
-def task_names(tasks: Sequence[str] | str | None) -> tuple[str, ...]:
-    """Return the given task names, checked; all of them for None."""
+def task_names(tasks: Sequence[str] | str | None, source: str = "embedded") -> tuple[str, ...]:
+    """Return the given task names, checked against what a source has; all task types for None."""
     if tasks is None:
         return TASK_TYPES
     names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    if unknown := [name for name in names if name not in (*TASK_TYPES, *embedded.LANGUAGES)]:
-        raise DataError(f"unknown task {', '.join(map(repr, unknown))}; known are {', '.join(TASK_TYPES)}.")
+    known = (*TASK_TYPES, *embedded.LANGUAGES) if source == "embedded" else TASK_TYPES
+    if unknown := [name for name in names if name not in known]:
+        raise DataError(f"unknown task {', '.join(map(repr, unknown))}; known are {', '.join(known)}.")
     return names
 
 
@@ -117,7 +118,7 @@ def prepare(
     DataError
         When a task or source is unknown, or its data cannot be fetched.
     """
-    names = task_names(tasks)
+    names = task_names(tasks, source)
     check_source(source)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     # Several processes may want the same data at once; all but the first find it ready.
@@ -188,7 +189,7 @@ def load_task(task: str, split: str, source: str = "embedded") -> datasets.Datas
     DataError
         When the task was not prepared, was prepared by another version, or its files were altered.
     """
-    (name,) = task_names(task)
+    (name,) = task_names(task, source)
     check_source(source)
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; known are {', '.join(SPLITS)}.")
@@ -197,7 +198,7 @@ def load_task(task: str, split: str, source: str = "embedded") -> datasets.Datas
 
 def is_prepared(tasks: Sequence[str] | str | None = None, source: str = "embedded") -> bool:
     """Return whether the given tasks (None: all) are prepared, intact and up to date."""
-    names = task_names(tasks)
+    names = task_names(tasks, source)
     check_source(source)
     try:
         for task in names:
@@ -210,7 +211,7 @@ def is_prepared(tasks: Sequence[str] | str | None = None, source: str = "embedde
 def data_hash(tasks: Sequence[str] | str | None = None, source: str = "embedded") -> str:
     """Return one hash of the prepared prompts of the given tasks, for records of runs and for profiles."""
     digest = hashlib.sha256()
-    for task in task_names(tasks):
+    for task in task_names(tasks, source):
         for split in SPLITS:
             for item in load_task(task, split, source)["id"]:
                 digest.update(f"{split}:{item}\n".encode())

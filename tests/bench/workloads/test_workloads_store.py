@@ -68,6 +68,8 @@ def test_a_task_in_another_language_is_stored_by_itself_and_told_by_its_task(cac
     assert not is_prepared("classification") and not is_prepared()
     with pytest.raises(DataError, match="unknown task 'classification_xx'"):
         load_task("classification_xx", "test")
+    with pytest.raises(DataError, match="unknown task 'classification_de'"):
+        prepare("classification_de", source="hub", progress=False)
 
 
 def test_a_stored_task_holds_what_was_given_in_disjoint_splits(cache):
