@@ -18,8 +18,9 @@ from emoe_core.errors import OptionError, PredictorError
 from emoe_core.predictor.frequency import FrequencyPredictor
 
 FREQUENCY, RECENT, TRAINED, NO_PREDICTOR = "frequency", "recent", "transformer", "none"
-# Prompts of a task; chosen by replay of `native` on a stream whose languages change (docs/results/predictors.md).
-RECENT_HALF_LIFE = 2.0
+# Prompts of a task that the predictors of past use remember, by name; the short memory was chosen by replay of `native`
+# on a stream whose languages change (docs/results/predictors.md).
+HALF_LIVES = {FREQUENCY: 20.0, RECENT: 2.0}
 
 
 class Predictor(Protocol):
@@ -72,12 +73,10 @@ def make_predictor(
         return None
     if callable(wanted):
         return wanted(layers, experts, seed)
-    if wanted == FREQUENCY:
-        return FrequencyPredictor(layers, experts)
-    if wanted == RECENT:
-        return FrequencyPredictor(layers, experts, RECENT_HALF_LIFE, RECENT)
+    if wanted in HALF_LIVES:
+        return FrequencyPredictor(layers, experts, HALF_LIVES[wanted], wanted)
     if wanted != TRAINED:
-        known = ", ".join((FREQUENCY, RECENT, NO_PREDICTOR, TRAINED))
+        known = ", ".join((*HALF_LIVES, NO_PREDICTOR, TRAINED))
         raise OptionError(f"unknown predictor {wanted!r}: choose one of {known}, or give a function that makes one")
     if path is None:
         raise PredictorError(f"predictor {TRAINED!r} needs predictor_path: train one with `emoe predictor train MODEL`")

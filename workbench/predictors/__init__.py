@@ -7,7 +7,7 @@ sanity bound. The oracle is not here: it must be told the prompts to come (`boun
 
 from __future__ import annotations
 
-from emoe_core.predictor import FREQUENCY, RECENT, RECENT_HALF_LIFE, PredictorFactory
+from emoe_core.predictor import FREQUENCY, HALF_LIVES, RECENT, PredictorFactory
 from emoe_core.predictor.frequency import FrequencyPredictor
 from workbench.predictors.activation_map import ActivationMapPredictor
 from workbench.predictors.bounds import RandomPredictor
@@ -21,6 +21,6 @@ PREDICTORS: dict[str, PredictorFactory] = {
     "last_in_stream": lambda layers, experts, seed: LastPromptPredictor(same_task=False),
     "last_prompt": lambda layers, experts, seed: LastPromptPredictor(),
     "random": RandomPredictor,
-    RECENT: lambda layers, experts, seed: FrequencyPredictor(layers, experts, RECENT_HALF_LIFE, RECENT),
+    RECENT: lambda layers, experts, seed: FrequencyPredictor(layers, experts, HALF_LIVES[RECENT], RECENT),
     "transition": lambda layers, experts, seed: TransitionPredictor(layers, experts),
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 from emoe_core.errors import require_known
 from emoe_core.loader.eviction import POLICY_NAMES
-from emoe_core.predictor import FREQUENCY, NO_PREDICTOR, RECENT, TRAINED
+from emoe_core.predictor import HALF_LIVES, NO_PREDICTOR, TRAINED
 from workbench.predictors import PREDICTORS
 from workbench.systems.eviction_rules import RULES
 
@@ -30,7 +30,7 @@ def resolve_options(options: Mapping[str, Any]) -> dict[str, Any]:
     name = options.get("predictor")
     if isinstance(name, str):
         require_known(name, sorted((*PREDICTORS, TRAINED, NO_PREDICTOR)), "predictor")
-        if name not in (FREQUENCY, RECENT):
+        if name not in HALF_LIVES:
             resolved["predictor"] = PREDICTORS.get(name, name)
     policy = options.get("policy")
     if isinstance(policy, str):

@@ -77,7 +77,7 @@ def test_choices_on_the_command_line_are_those_of_the_code() -> None:
     from emoe_core.checkpoint.index import EXPERT_DTYPES, parse_dtype
     from emoe_core.planning.control import REPLANS
     from emoe_core.planning.tasks import TASK_TYPES
-    from emoe_core.predictor import FREQUENCY, RECENT
+    from emoe_core.predictor import HALF_LIVES
     from emoe_core.predictor.network import VARIANTS
     from workbench.compare.verify.plan import SOURCES
     from workbench.models.reference import EMBEDDED
@@ -91,7 +91,7 @@ def test_choices_on_the_command_line_are_those_of_the_code() -> None:
         (choices("run", "task"), TASK_TYPES),
         (choices("serve", "scheduler"), SCHEDULERS),
         (choices("serve", "router"), ROUTERS),
-        (choices("serve", "predictor"), (FREQUENCY, RECENT)),
+        (choices("serve", "predictor"), HALF_LIVES),
         (choices("simulate serving", "router"), ROUTERS),
         (choices("simulate serving", "replan"), REPLANS),
         (choices("predictor train", "variant"), VARIANTS),
