@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,9 +18,10 @@ def evaluate(
     path: Annotated[Path | None, typer.Option(help="Folder of the built model; the cache's if not given.")] = None,
 ) -> None:
     """Measure perplexity by domain beside the dense model, and how the routers choose."""
+    from recipes import evaluation  # imports torch
+
     table = Table(title=f"Embedded model, {model}", show_header=False)
-    figures = importlib.import_module("recipes.evaluation").evaluate(EMBEDDED[model], path)
-    for name, value in figures.items():
+    for name, value in evaluation.evaluate(EMBEDDED[model], path).items():
         if isinstance(value, bool | int | float | str):
             table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     Console().print(table)

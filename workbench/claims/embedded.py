@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from emoe_core.errors import ExperimentError
+from emoe_core.errors import ExperimentError, require_known
 from workbench.metrics.show import markdown_table
 from workbench.models.reference import EMBEDDED, RECIPES
 from workbench.models.reference.recipe import FIGURES
@@ -54,7 +54,8 @@ def routing_table() -> str:
 
 
 def _figures(model: str) -> dict[str, Any]:
-    path = RECIPES / EMBEDDED.get(model, model) / FIGURES
+    require_known(model, EMBEDDED, "model that comes along")
+    path = RECIPES / EMBEDDED[model] / FIGURES
     if not path.is_file():
         raise ExperimentError(f"no figures of the model {model!r}: scripts/evaluate_reference.py measures them.")
     return dict(json.loads(path.read_text(encoding="utf-8")))

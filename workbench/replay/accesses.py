@@ -15,19 +15,15 @@ is routed as it would be when decoded alone (up to rounding); the last one is ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from emoe_core.checkpoint.index import open_checkpoint
-from emoe_core.config import resolve_device
 from emoe_core.errors import DataError, OptionError
 from emoe_core.experts.trace import RoutingTrace
-from workbench.models.names import resolve_model
-from workbench.replay.recording import Progress, RecordingConfig
-from workbench.replay.references import Reference, reference_outputs
-from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
+from workbench.replay.recording import Progress, Recorder, RecordingConfig
+from workbench.replay.references import Reference
 
 
 @dataclass(frozen=True)
@@ -161,31 +157,13 @@ def record_accesses(config: RecordingConfig, *, batch_size: int = 1, progress: P
     progress : callable, optional
         Called with (stage, done, total).
     """
-    checkpoint = resolve_model(config.model)
-    index = open_checkpoint(checkpoint)
-    everything: list[Prompt] = []
-
-    def reference_of(stage: str, stream: StreamConfig) -> Reference:
-        prompts = prompt_stream(stream)
-        everything.extend(prompts)
-        report: Callable[[int, int], None] | None = None
-        if progress is not None:
-            report = lambda done, total: progress(stage, done, total)  # noqa: E731
-        return reference_outputs(
-            checkpoint,
-            [prompt.text for prompt in prompts],
-            [prompt.task for prompt in prompts],
-            max_new_tokens=config.max_new_tokens,
-            dtype=config.dtype,
-            device=resolve_device(config.device).type,
-            progress=report,
-        )
-
-    warm = reference_of("warm-up", config.warm_up()) if config.warm_prompts else None
-    references = {mix: reference_of(mix, config.stream(mix)) for mix in config.mixes}
+    recorder = Recorder(config, progress)
+    warm = recorder.reference("warm-up", config.warm_up()) if config.warm_prompts else None
+    references = {mix: recorder.reference(mix, config.stream(mix)) for mix in config.mixes}
+    index = recorder.index
     return RoutingRecord(
         index.source_hash,
-        prompts_hash(everything),
+        recorder.data_hash,
         index.top_k,
         max(layer.record_bytes for layer in index.layers),
         {mix: accesses_of_reference(item, batch_size=batch_size) for mix, item in references.items()},

@@ -17,7 +17,7 @@ from emoe_core.experts.trace import RoutingTrace
 from emoe_core.planning.tasks import TASK_TYPES, UNKNOWN
 from workbench.models.names import resolve_model
 from workbench.replay.prediction import PromptUse, prompt_uses
-from workbench.replay.references import reference_outputs
+from workbench.replay.references import Reference, reference_outputs
 from workbench.workloads import Prompt, StreamConfig, prompt_stream, prompts_hash
 
 UNLABELLED = "-unlabelled"
@@ -48,7 +48,8 @@ class RecordingConfig:
         for mix in self.mixes if self.n_prompts else ():
             self.stream(mix)
         if unrecorded := set(self.unlabelled) - set(self.mixes):
-            raise OptionError(f"only orders that are among the mixes can be unlabelled, not {', '.join(unrecorded)}")
+            what = ", ".join(sorted(unrecorded))
+            raise OptionError(f"only orders among the mixes can be unlabelled, not {what}: add it to the mixes")
 
     def stream(self, mix: str) -> StreamConfig:
         """Return the test stream of a task order."""
@@ -87,8 +88,8 @@ class Recording:
         return int(layers), int(experts)
 
 
-def record(config: RecordingConfig, progress: Progress | None = None) -> Recording:
-    """Record what is not cached yet, and return it all.
+class Recorder:
+    """Records the streams of a configuration, or finds them cached, and remembers what was asked.
 
     Parameters
     ----------
@@ -96,29 +97,45 @@ def record(config: RecordingConfig, progress: Progress | None = None) -> Recordi
     progress : callable, optional
         Called with (stage, done, total).
     """
-    checkpoint = resolve_model(config.model)
-    index = open_checkpoint(checkpoint)
-    everything: list[Prompt] = []
 
-    def uses(stage: str, stream: StreamConfig) -> tuple[PromptUse, ...]:
-        prompts = prompt_stream(stream)
-        everything.extend(prompts)
-        reference = reference_outputs(
-            checkpoint,
+    def __init__(self, config: RecordingConfig, progress: Progress | None = None) -> None:
+        self.checkpoint = resolve_model(config.model)
+        self.index = open_checkpoint(self.checkpoint)
+        self._config, self._progress = config, progress
+        self._asked: list[Prompt] = []
+
+    @property
+    def data_hash(self) -> str:
+        """Hash of all prompts so far, in their order."""
+        return prompts_hash(self._asked)
+
+    def reference(self, stage: str, stream: StreamConfig) -> Reference:
+        """Return the all-resident outputs on a stream."""
+        prompts, progress = prompt_stream(stream), self._progress
+        self._asked += prompts
+        return reference_outputs(
+            self.checkpoint,
             [prompt.text for prompt in prompts],
             [prompt.task for prompt in prompts],
-            max_new_tokens=config.max_new_tokens,
-            dtype=config.dtype,
-            device=resolve_device(config.device).type,
+            max_new_tokens=self._config.max_new_tokens,
+            dtype=self._config.dtype,
+            device=resolve_device(self._config.device).type,
             progress=None if progress is None else (lambda done, total: progress(stage, done, total)),
         )
-        return tuple(prompt_uses(reference.trace))
+
+
+def record(config: RecordingConfig, progress: Progress | None = None) -> Recording:
+    """Record what is not cached yet, and return it all; see `Recorder`."""
+    recorder = Recorder(config, progress)
+
+    def uses(stage: str, stream: StreamConfig) -> tuple[PromptUse, ...]:
+        return tuple(prompt_uses(recorder.reference(stage, stream).trace))
 
     warm = uses("warm-up", config.warm_up()) if config.warm_prompts else ()
     streams = {mix: uses(mix, config.stream(mix)) for mix in (config.mixes if config.n_prompts else ())}
     for mix in config.unlabelled if config.n_prompts else ():
         streams[mix + UNLABELLED] = tuple(replace(use, task=UNKNOWN) for use in streams[mix])
-    return _recording(index, prompts_hash(everything), config.dtype, warm, streams)
+    return _recording(recorder.index, recorder.data_hash, config.dtype, warm, streams)
 
 
 def from_trace(model: str, trace: RoutingTrace, told: str = "trace") -> Recording:
@@ -139,7 +156,8 @@ def from_trace(model: str, trace: RoutingTrace, told: str = "trace") -> Recordin
         When it is of a model of another shape, or has fewer than two requests.
     """
     index = open_checkpoint(resolve_model(model))
-    shape, wanted = (trace.chosen.shape[1], trace.experts), (len(index.layers), _most_experts(index))
+    wanted = (len(index.layers), max(layer.num_experts for layer in index.layers))
+    shape = (trace.chosen.shape[1], trace.experts)
     if shape != wanted:
         raise OptionError(
             f"the trace is of {shape[0]} layers of {shape[1]} experts, {model} has {wanted[0]} of {wanted[1]}: "
@@ -150,10 +168,6 @@ def from_trace(model: str, trace: RoutingTrace, told: str = "trace") -> Recordin
         raise OptionError(f"the trace has {len(uses)} requests: the first half warms up, so it takes at least two")
     half = len(uses) // 2
     return _recording(index, "", str(index.dtype).removeprefix("torch."), uses[:half], {told: uses[half:]})
-
-
-def _most_experts(index: CheckpointIndex) -> int:
-    return max(layer.num_experts for layer in index.layers)
 
 
 def _recording(
